@@ -1,0 +1,24 @@
+"""The one kind of error a user sees: a line that says what is wrong, where, and what would be right."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text names the file, key or class at fault and what would be right."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage's `main`; a user's mistake or a failing disk ends it with one line on stderr and exit code 1.
+
+    Anything else is a bug of ours and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; run the same command again to go on from the last checkpoint")

@@ -1,0 +1,49 @@
+"""Where every artefact lies, relative to the project's root. dvc.yaml names the same places."""
+
+from pathlib import Path
+
+CHECKED = Path("data/params_checked")
+DOWNLOADS = Path("data/downloads")
+SCRATCH = Path(".scratch")
+SUMMARY = Path("metrics/summary.json")
+CELLS = Path("metrics/cells.json")
+TABLE = Path("metrics/table.csv")
+TABLE_TEXT = Path("metrics/table.md")
+FIGURES = Path("plots/figures")
+RELIABILITY = Path("plots/reliability.csv")
+REPORT = Path("plots/report.html")
+
+
+def raw(dataset: str) -> Path:
+    """Images and labels as the source gave them."""
+    return Path("data/raw") / dataset
+
+
+def longtail(dataset: str) -> Path:
+    """The long-tailed training split, the held-out split and the test split."""
+    return Path("data/lt") / dataset
+
+
+def representation(dataset: str, representation: str) -> Path:
+    """Stage 1: weights a seed, history.csv, provenance.json."""
+    return Path("data/representations") / dataset / representation
+
+
+def classifier(dataset: str, representation: str, classifier: str) -> Path:
+    """Stage 2: weights a seed, history.csv."""
+    return Path("data/classifiers") / dataset / representation / classifier
+
+
+def predictions(dataset: str, representation: str, classifier: str) -> Path:
+    """Logits of the held-out and the test split, a file a seed, and provenance.json."""
+    return Path("data/predictions") / dataset / representation / classifier
+
+
+def metrics(dataset: str, representation: str, classifier: str) -> Path:
+    """The cell's metrics."""
+    return Path("metrics/cells") / dataset / representation / f"{classifier}.json"
+
+
+def cell_plots(dataset: str, representation: str, classifier: str) -> Path:
+    """The cell's reliability.csv, reliability.png, per_class.csv and confusion.csv."""
+    return Path("plots/cells") / dataset / representation / classifier
