@@ -1,0 +1,101 @@
+"""The official CIFAR archives: fetched once, verified, kept, and unpacked afresh by whoever reads them.
+
+The batches inside are pickles, and unpickling runs code: nothing is unpacked before the archive's SHA-256 is the
+official one, and torchvision checks the MD5 of every batch once more. Only the archive is kept between runs, so no
+unpacked file can be damaged in the meantime.
+"""
+
+import hashlib
+import http.client
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from tailcal import files
+from tailcal.errors import UserError
+from tailcal.params import Strict
+from tailcal.sources import Raw
+
+TIMEOUT_SECONDS = 60
+BLOCK = 1 << 20
+
+
+class ArchiveConfig(Strict):
+    """`url` names a mirror; the checksum stays the official one.
+
+    A mirror gives the same bytes, so `url` is left out of what the artefacts record: changing it reruns no training.
+    """
+
+    url: Annotated[str | None, Field(pattern="^https?://", exclude=True)] = None
+
+
+def load(dataset: type, sha256: str, config: ArchiveConfig, downloads: Path) -> Raw:
+    """The whole data set of `dataset`, torchvision's CIFAR10 or CIFAR100; `sha256` is its archive's official checksum.
+
+    Images are uint8 [N, 32, 32, 3] in the order of the archive's batches. Raises UserError when the archive cannot be
+    had whole.
+    """
+    from torchvision.datasets.utils import extract_archive
+
+    archive = downloads / dataset.filename
+    ensure(config.url or dataset.url, archive, sha256)
+    with tempfile.TemporaryDirectory(dir=downloads, prefix=".unpacked-") as folder:
+        extract_archive(str(archive), folder)
+        try:
+            train, test = dataset(folder, train=True), dataset(folder, train=False)
+        except RuntimeError as error:
+            raise UserError(f"{archive}: the batches inside do not have the official MD5 checksums "
+                            "although the archive is right: check the disk and run again") from error
+    train_labels, test_labels = (np.array(split.targets, np.int64) for split in (train, test))
+    return Raw(train.data, train_labels, test.data, test_labels, train.classes)
+
+
+def ensure(url: str, archive: Path, sha256: str) -> None:
+    """See to it that `archive` exists with this SHA-256, from `url` when it is missing or damaged.
+
+    A damaged archive stays until a right one takes its place. Raises UserError naming the URL when that cannot be
+    fetched, and the archive with both checksums when what comes is something else.
+    """
+    if archive.is_file():
+        if files.sha256(archive) == sha256:
+            return
+        print(f"{archive} is damaged or cut short: fetching it again", file=sys.stderr)
+    print(f"fetching {url} to {archive}", file=sys.stderr)
+    digest, size = hashlib.sha256(), 0
+    with files.atomic(archive) as stream:
+        for block in _blocks(url, archive):
+            stream.write(block)
+            digest.update(block)
+            size += len(block)
+        if digest.hexdigest() != sha256:
+            raise UserError(
+                f"{archive}: what {url} sent ({size} bytes) has SHA-256 {digest.hexdigest()}, expected {sha256}; "
+                "it was not kept: run again, or name a mirror as the source's url"
+            )
+
+
+def _blocks(url: str, archive: Path) -> Iterator[bytes]:
+    from tqdm import tqdm
+
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "tailcal"})
+        with (
+            urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response,
+            # `disable=None` shows the bar on a terminal and keeps it out of logs.
+            tqdm(total=response.length, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            while block := response.read(BLOCK):
+                bar.update(len(block))
+                yield block
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        raise UserError(
+            f"cannot fetch {url}: {reason}; check the network and run again, name a mirror as the source's url, or put "
+            f"the archive at {archive}"
+        ) from None

@@ -1,0 +1,135 @@
+"""The contract of a method, and how methods are found. Read this first.
+
+A method is one file of `tailcal.methods`; its file name is its name in params.yaml. The file holds a class `Method`
+derived from one of the two bases below. To follow one training step through the hooks:
+
+    method = Method(config, class_counts)          typed settings, training images per class
+    groups = method.setup(network)                 replace the head, freeze, name the parameters that learn
+    each epoch: method.set_mode(network)           which layers are in training mode
+    each step:  batch = method.mix(batches, draws) one batch per stream -> images and targets of the loss
+                loss, logits = method.loss(network, batch, progress)
+
+Whatever a method accumulates is a buffer of it, so it is saved in every checkpoint.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tailcal import methods
+from tailcal.draws import Draws
+from tailcal.errors import UserError
+from tailcal.models import Network
+from tailcal.params import PARAMS, Strict, validate
+
+Stage = Literal["representations", "classifiers"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Augmented, normalised images float [B, C, H, W], their labels int64 [B], and the targets of the loss:
+    the labels again, or soft targets float [B, K]."""
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that learn, and their learning rate as a multiple of the recipe's."""
+
+    parameters: list[nn.Parameter]
+    lr_factor: float = 1.0
+
+
+class Method(nn.Module):
+    """What both kinds of method share: by default, plain cross-entropy on one stream."""
+
+    class Config(Strict):
+        """Settings of the method: the keys of its block in params.yaml."""
+
+    stage: ClassVar[Stage]
+    streams: ClassVar[tuple[str, ...]] = ("instance",)  # names in samplers.SAMPLERS, one batch of each a step
+    trained: ClassVar[bool] = True  # False: `setup` is all there is to do, no step is taken
+
+    def __init__(self, config: Strict, counts: Tensor):
+        """counts: training images per class, int64 [K]."""
+        super().__init__()
+        self.config = config
+        self.register_buffer("counts", counts, persistent=False)
+
+    def setup(self, network: Network) -> list[ParameterGroup]:
+        """Prepare the network in place; return what learns."""
+        raise NotImplementedError(f"{type(self).__module__} must say what learns")
+
+    def set_mode(self, network: Network) -> None:
+        """Put the layers into training or evaluation mode."""
+        network.train()
+
+    def mix(self, batches: list[Batch], draws: Draws) -> Batch:
+        """From one batch per stream, make the batch of the loss."""
+        del draws
+        return batches[0]
+
+    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+        """The paper's equation: the batch-mean loss and the logits [B, K]. `progress` is in [0, 1) over the epochs."""
+        del progress
+        logits = network(batch.images)
+        return F.cross_entropy(logits, batch.targets), logits
+
+
+class Representation(Method):
+    """Stage 1: the whole network learns."""
+
+    stage = "representations"
+
+    def setup(self, network: Network) -> list[ParameterGroup]:
+        return [ParameterGroup(list(network.parameters()))]
+
+
+class Classifier(Method):
+    """Stage 2: the backbone takes no gradient and stays in evaluation mode; the head learns, or is computed."""
+
+    stage = "classifiers"
+
+    def setup(self, network: Network) -> list[ParameterGroup]:
+        network.backbone.requires_grad_(False)
+        groups = self.setup_head(network)
+        learning = {id(p) for group in groups for p in group.parameters}
+        for parameter in network.head.parameters():
+            parameter.requires_grad_(id(parameter) in learning)
+        return groups
+
+    def setup_head(self, network: Network) -> list[ParameterGroup]:
+        """Replace or change the head; return its parameters that learn."""
+        raise NotImplementedError(f"{type(self).__module__} must say what learns")
+
+    def set_mode(self, network: Network) -> None:
+        network.eval()
+        network.head.train()
+
+
+def names(stage: Stage | None = None) -> list[str]:
+    """Names of the methods there are (of one stage)."""
+    found = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
+    return [name for name in found if stage is None or load(name).stage == stage]
+
+
+def load(name: str) -> type[Method]:
+    """The class `Method` of `tailcal.methods.<name>`."""
+    return importlib.import_module(f"{methods.__name__}.{name}").Method
+
+
+def configure(name: str, block: dict[str, Any], stage: Stage) -> Strict:
+    """Check a method's block of params.yaml against its Config.
+
+    Raises UserError when no method of that name exists for that stage, or a key is wrong.
+    """
+    if name not in names(stage):
+        raise UserError(f"{PARAMS}: {stage}.{name}: no such method: there are {', '.join(names(stage))}")
+    return validate(load(name).Config, block, f"{stage}.{name}")

@@ -1,0 +1,28 @@
+"""Balanced Softmax (Ren et al. 2020, equation 3): train on logits shifted by the log of the class counts.
+
+    L = CE(z + log n, y);  at test: z
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tailcal.method import Batch, Representation
+from tailcal.models import Network
+
+
+def balanced_softmax(logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+    """Batch-mean Balanced Softmax loss.
+
+    logits [B, K], targets int64 [B] or soft [B, K], counts [K] (training images per class, all above 0).
+    """
+    return F.cross_entropy(logits + torch.log(counts.to(logits.dtype)), targets)
+
+
+class Method(Representation):
+    """Cross-entropy on the shifted logits; the test logits are not shifted."""
+
+    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+        del progress
+        logits = network(batch.images)
+        return balanced_softmax(logits, batch.targets, self.counts), logits

@@ -1,0 +1,14 @@
+"""joint: the classifier of stage 1, unchanged. The reference row of every table (Kang et al. 2020)."""
+
+from tailcal.method import Classifier, ParameterGroup
+from tailcal.models import Network
+
+
+class Method(Classifier):
+    """Nothing to do."""
+
+    trained = False
+
+    def setup_head(self, network: Network) -> list[ParameterGroup]:
+        del network
+        return []

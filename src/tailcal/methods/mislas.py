@@ -1,0 +1,88 @@
+"""MiSLAS, stage 2 (Zhong et al. 2021, sections 3.3 and 3.4): label-aware smoothing, learnable scales, shifted BN.
+
+    z = s * (W f + b);  s learns at the recipe's rate, W and b (from stage 1) at lr_factor times it
+    L = (1 - e_y) (-log p_y) + e_y mean_k (-log p_k),  e_k from `smoothing_factors`   (equation 3)
+
+Class-balanced sampling. With `shifted_bn` the backbone's batch norms run in training mode, so that their running
+statistics follow the class-balanced batches; they take no gradient either way.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from tailcal.method import Batch, Classifier, ParameterGroup
+from tailcal.models import Network
+from tailcal.models.heads import ScaledLinear
+from tailcal.params import Fraction, Positive, Strict
+
+# The three shapes of equation 4: from u = (n_k - n_min) / (n_max - n_min), which is 0 at the rarest class, to the
+# share of the way from the tail's smoothing to the head's.
+SHAPES = {
+    "concave": lambda u: torch.sin(math.pi / 2 * u),
+    "linear": lambda u: u,
+    "convex": lambda u: 1 + torch.sin(3 * math.pi / 2 + math.pi / 2 * u),
+}
+
+
+def smoothing_factors(counts: Tensor, head: float, tail: float, shape: str = "concave") -> Tensor:
+    """e_k for each class (equation 4), float64 [K]: `head` for the most frequent class, `tail` for the rarest.
+
+    counts: training images per class [K]; shape: a name in SHAPES. When all classes are equally frequent, u is 0 / 0;
+    every class is then a most frequent one and gets `head`.
+    """
+    n = counts.double()
+    span = n.max() - n.min()
+    u = torch.where(span > 0, (n - n.min()) / span.clamp(min=1), torch.ones_like(n))
+    return tail + (head - tail) * SHAPES[shape](u)
+
+
+def label_aware_smoothing(logits: Tensor, labels: Tensor, factors: Tensor) -> Tensor:
+    """Batch-mean label-aware smoothing (equation 3). logits [B, K], labels int64 [B], factors [K] in [0, 1]."""
+    log_p = logits.log_softmax(dim=1)
+    e = factors[labels]
+    of_label = -log_p.gather(1, labels[:, None]).squeeze(1)
+    return ((1 - e) * of_label - e * log_p.mean(dim=1)).mean()
+
+
+class Method(Classifier):
+    """Scales and classifier learn together."""
+
+    streams = ("class_balanced",)
+
+    class Config(Strict):
+        """smooth_head, smooth_tail: e of the most and the least frequent class."""
+
+        smoothing: Literal["concave", "linear", "convex"]
+        smooth_head: Fraction
+        smooth_tail: Fraction
+        lr_factor: Positive
+        shifted_bn: bool
+
+        @model_validator(mode="after")
+        def _head_above_tail(self) -> "Method.Config":
+            if self.smooth_head < self.smooth_tail:
+                raise ValueError(f"smooth_head ({self.smooth_head}) must not be below smooth_tail ({self.smooth_tail})")
+            return self
+
+    def __init__(self, config: Config, counts: Tensor):
+        super().__init__(config, counts)
+        factors = smoothing_factors(counts, config.smooth_head, config.smooth_tail, config.smoothing)
+        self.register_buffer("factors", factors.float(), persistent=False)
+
+    def setup_head(self, network: Network) -> list[ParameterGroup]:
+        network.head = ScaledLinear(network.head)
+        return [ParameterGroup([network.head.scale]),
+                ParameterGroup(list(network.head.linear.parameters()), self.config.lr_factor)]
+
+    def set_mode(self, network: Network) -> None:
+        network.train(self.config.shifted_bn)
+        network.head.train()
+
+    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+        del progress
+        logits = network(batch.images)
+        return label_aware_smoothing(logits, batch.labels, self.factors), logits

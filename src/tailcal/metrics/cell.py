@@ -1,0 +1,53 @@
+"""All the numbers of one cell of the grid: measured per seed, then brought together over seeds."""
+
+import numpy as np
+
+from tailcal.longtail import shot_groups
+from tailcal.metrics.accuracy import group_accuracy, per_class_accuracy, top1, topk
+from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, mce, nll
+from tailcal.metrics.scores import softmax
+
+Numbers = dict[str, float | None]
+
+
+def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, bins: int = 15) -> Numbers:
+    """Every metric of one seed's test logits; `counts_K` are training images a class, which decide the shot groups.
+
+    top5 only where K > 5. A number of a shot group without test samples is None. Raises ValueError as
+    `tailcal.metrics.scores.check` does.
+    """
+    p_NK = softmax(logits_NK)
+    numbers: Numbers = {"top1": top1(logits_NK, labels_N)}
+    if logits_NK.shape[1] > 5:
+        numbers["top5"] = topk(logits_NK, labels_N, k=5)
+    numbers |= {
+        "ece": ece(p_NK, labels_N, bins),
+        "mce": mce(p_NK, labels_N, bins),
+        "ace": adaptive_ece(p_NK, labels_N, bins),
+        "classwise_ece": classwise_ece(p_NK, labels_N, bins),
+        "nll": nll(logits_NK, labels_N),
+        "brier": brier(p_NK, labels_N),
+    }
+    numbers |= group_accuracy(per_class_accuracy(logits_NK, labels_N), counts_K)
+    for group, mask_K in shot_groups(counts_K).items():
+        in_group_N = mask_K[labels_N]
+        measured = in_group_N.any()
+        p, logits, labels = p_NK[in_group_N], logits_NK[in_group_N], labels_N[in_group_N]
+        numbers[f"ece_{group}"] = ece(p, labels, bins) if measured else None
+        numbers[f"nll_{group}"] = nll(logits, labels) if measured else None
+        numbers[f"brier_{group}"] = brier(p, labels) if measured else None
+    return numbers
+
+
+def over_seeds(runs: list[Numbers], digits: int = 6) -> Numbers:
+    """Mean of each number over the seeds, and beside it <name>_std, the sample standard deviation (ddof = 1).
+
+    The standard deviation of one seed is None, and so is a number that is None in any seed. Rounded to `digits`.
+    """
+    summary: Numbers = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        known = None not in values
+        summary[name] = round(float(np.mean(values)), digits) if known else None
+        summary[f"{name}_std"] = round(float(np.std(values, ddof=1)), digits) if known and len(runs) > 1 else None
+    return summary

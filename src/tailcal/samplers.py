@@ -1,0 +1,64 @@
+"""Which images a step sees: index streams that are pure functions of (labels, seed, position).
+
+A stream is endless: every batch is full, and the last batch of an epoch is filled from the stream's next pass. (The
+released codes end an epoch with a smaller batch instead; the number of steps is the same, and static shapes are what
+a fast step needs.)
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tailcal.draws import derive
+
+Sampler = Callable[[np.ndarray, int, int, int], np.ndarray]
+
+
+def instance(labels: np.ndarray, seed: int, start: int, stop: int) -> np.ndarray:
+    """Uniform over images: one random permutation of the data set after the other.
+
+    Returns the image indices at positions `start` to `stop` (exclusive) of the stream, int64 [stop - start].
+    """
+    n = len(labels)
+    passes = range(start // n, -(-stop // n))
+    stream = np.concatenate([np.random.default_rng(derive(seed, "instance", p)).permutation(n) for p in passes])
+    return stream[start - passes.start * n : stop - passes.start * n]
+
+
+def _keys(seed: int, images: np.ndarray, passes: np.ndarray) -> np.ndarray:
+    """One pseudo-random uint64 per (image, pass): SplitMix64's finaliser on a counter."""
+    z = images.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + passes.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+    z ^= np.uint64(derive(seed, "within class"))
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def class_balanced(labels: np.ndarray, seed: int, start: int, stop: int) -> np.ndarray:
+    """Uniform over classes: cycle through a random permutation of the classes; each gives the next image of its own list,
+    which is reshuffled when it has been used up (Kang et al. 2020; MiSLAS, Zhong et al. 2021).
+
+    Classes without images take no part. Returns indices at positions `start` to `stop` of the stream, int64.
+    """
+    classes, first, counts = np.unique(np.sort(labels), return_index=True, return_counts=True)
+    k = len(classes)
+    cycles = np.arange(start // k, -(-stop // k))
+    order = np.stack([np.random.default_rng(derive(seed, "class order", c)).permutation(k) for c in cycles])
+    position = np.arange(start, stop)
+    cycle = position // k
+    rank = order[cycle - cycles[0], position % k]  # which class, as an index into `classes`
+    # In cycle c a class gives the image number c % n of its pass c // n: find each distinct (class, pass) once,
+    # shuffle its images by their keys, and look the wanted ones up.
+    wanted_pass, offset = cycle // counts[rank], cycle % counts[rank]
+    pairs, which = np.unique(np.stack([rank, wanted_pass]), axis=1, return_inverse=True)
+    sizes = counts[pairs[0]]
+    begin = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    pair = np.repeat(np.arange(len(sizes)), sizes)
+    member = np.arange(sizes.sum()) - begin[pair]
+    by_class = np.argsort(labels, kind="stable")
+    images = by_class[first[pairs[0]][pair] + member]
+    shuffled = images[np.lexsort((_keys(seed, images, pairs[1][pair]), pair))]
+    return shuffled[begin[which.reshape(-1)] + offset]
+
+
+SAMPLERS: dict[str, Sampler] = {"instance": instance, "class_balanced": class_balanced}

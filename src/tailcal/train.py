@@ -1,0 +1,143 @@
+"""The one training loop, and prediction. It knows the contract of `tailcal.method`, and no method by name."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tailcal import checkpoint
+from tailcal.augment import normalise, standard
+from tailcal.draws import Draws, derive
+from tailcal.errors import UserError
+from tailcal.method import Batch, Method
+from tailcal.models import Network
+from tailcal.optim import SGD, learning_rate
+from tailcal.params import PARAMS, Augmentation, Recipe, Runtime
+from tailcal.progress import Progress
+from tailcal.samplers import SAMPLERS
+
+EVALUATION_BATCH = 1024
+
+
+def prepare(runtime: Runtime) -> torch.device:
+    """Choose the device and make torch deterministic there. Raises UserError when there is no such device."""
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{PARAMS}: runtime.device: is cuda, but torch sees no CUDA device here; use auto or cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    torch.set_num_threads(runtime.threads)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split resident on the device: images uint8 [N, C, H, W], labels int64 [N], and how to prepare a batch."""
+
+    images: Tensor
+    labels: Tensor
+    augmentation: Augmentation
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def place(cls, images: np.ndarray, labels: np.ndarray, augmentation: Augmentation, device: torch.device) -> "Images":
+        """Move uint8 [N, H, W, C] images and their labels to the device."""
+        channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        return cls(torch.from_numpy(channels_first).to(device), torch.from_numpy(np.array(labels)).to(device), augmentation,
+                   torch.tensor(augmentation.mean, device=device), torch.tensor(augmentation.std, device=device))
+
+    def batch(self, indices: Tensor, draws: Draws) -> Batch:
+        """The images at `indices`, augmented and normalised."""
+        images = standard(self.images[indices], self.augmentation, draws)
+        labels = self.labels[indices]
+        return Batch(normalise(images, self.mean, self.std), labels, labels)
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One network in training: what makes it, and where its unfinished state is kept."""
+
+    title: str
+    seed: int
+    make: Callable[[], tuple[Network, Method]]  # from torch's global generator, which `train` seeds
+    scratch: Path
+
+
+def steps_per_epoch(n: int, recipe: Recipe) -> int:
+    """ceil(N / B), or floor(N / B) for recipes that drop the last partial batch; at least 1."""
+    return max(1, n // recipe.batch_size) if recipe.last_batch == "drop" else math.ceil(n / recipe.batch_size)
+
+
+def train(replica: Replica, data: Images, recipe: Recipe, device: torch.device,
+          checkpoint_seconds: float) -> tuple[Network, list[dict[str, Any]]]:
+    """Train one network, going on from its checkpoint if there is one.
+
+    Returns the network after the last epoch, and the history: a dict(epoch, seed, lr, loss, train_accuracy) an epoch.
+    The result is a function of (code, recipe, data, seed): interruptions leave no trace in it.
+    """
+    torch.manual_seed(derive(replica.seed, "initialisation"))
+    network, method = replica.make()
+    network, method = network.to(device), method.to(device)
+    groups = method.setup(network)
+    if not method.trained:
+        return network, []
+
+    optimiser = SGD(groups, recipe.momentum, recipe.weight_decay)
+    generator = torch.Generator(device)
+    labels = data.labels.cpu().numpy()
+    steps, size = steps_per_epoch(len(labels), recipe), recipe.batch_size
+    start, history = 0, []
+    if saved := checkpoint.load(replica.scratch, device):
+        network.load_state_dict(saved["network"])
+        method.load_state_dict(saved["method"])
+        optimiser.load_state(saved["optimiser"])
+        start, history = saved["epoch"], saved["history"]
+    if start == recipe.epochs:
+        return network, history
+
+    progress = Progress(replica.title, recipe.epochs, start, steps * size)
+    last_saved = time.monotonic()
+    for epoch in range(start, recipe.epochs):
+        method.set_mode(network)
+        lr = learning_rate(recipe, epoch)
+        first = epoch * steps
+        streams = [torch.from_numpy(SAMPLERS[name](labels, derive(replica.seed, i, name), first * size, (first + steps) * size))
+                   .view(steps, size).to(device) for i, name in enumerate(method.streams)]
+        total = torch.zeros(2, device=device)  # sum of losses, number of right answers
+        for step in range(steps):
+            draws = Draws(replica.seed, first + step, generator)
+            batch = method.mix([data.batch(stream[step], draws) for stream in streams], draws)
+            optimiser.zero_grad()
+            loss, logits = method.loss(network, batch, epoch / recipe.epochs)
+            loss.backward()
+            optimiser.step(lr)
+            total += torch.stack([loss.detach(), (logits.detach().argmax(1) == batch.labels).float().mean()])
+
+        mean_loss, accuracy = (total / steps).tolist()
+        checkpoint.require_finite(mean_loss, replica.title, epoch, replica.scratch)
+        history.append({"epoch": epoch + 1, "seed": replica.seed, "lr": lr, "loss": mean_loss, "train_accuracy": accuracy})
+        progress.epoch(epoch + 1, mean_loss)
+        if epoch + 1 == recipe.epochs or time.monotonic() - last_saved >= checkpoint_seconds:
+            checkpoint.save(replica.scratch, {"network": network.state_dict(), "method": method.state_dict(),
+                                              "optimiser": optimiser.state(), "epoch": epoch + 1, "history": history})
+            last_saved = time.monotonic()
+    return network, history
+
+
+@torch.no_grad()
+def predict(network: Network, data: Images) -> np.ndarray:
+    """Logits of a whole split, unaugmented, with the network in evaluation mode: float32 [N, K]."""
+    network.eval()
+    chunks = [network(normalise(images, data.mean, data.std)) for images in data.images.split(EVALUATION_BATCH)]
+    return torch.cat(chunks).float().cpu().numpy()

@@ -1,0 +1,172 @@
+"""Measure one cell of the grid from its saved predictions: metrics, reliability diagram, per-class table, confusion.
+
+It reads predictions and nothing else, so a new metric or post-hoc rule retrains nothing. Imports no torch.
+"""
+
+import argparse
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stages import paths
+from tailcal import errors, files, params, posthoc
+from tailcal.errors import UserError
+from tailcal.longtail import shot_groups
+from tailcal.metrics.accuracy import confusion, per_class_accuracy
+from tailcal.metrics.calibration import reliability_bins
+from tailcal.metrics.cell import measure, over_seeds
+from tailcal.metrics.scores import check, softmax
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One seed's predictions: logits [N, K] and labels [N] of the test split and of the hold-out (which may be empty)."""
+
+    test_logits: np.ndarray
+    test_labels: np.ndarray
+    holdout_logits: np.ndarray
+    holdout_labels: np.ndarray
+
+
+def read_classes(folder: Path) -> tuple[list[str], np.ndarray]:
+    """Class names and training counts [K] of a long-tailed data set."""
+    path = folder / "meta.json"
+    meta = files.read_json(path)
+    try:
+        names, counts_K = list(meta["class_names"]), np.array(meta["train_counts"], dtype=np.int64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} lacks class_names or train_counts ({error!r}): delete it and run `dvc repro`") from None
+    if counts_K.shape != (len(names),) or len(names) < 2 or counts_K.min() < 1:
+        raise UserError(f"{path}: train_counts must hold one count, at least 1, for each of the {len(names)} class_names")
+    return names, counts_K
+
+
+def read_predictions(path: Path, K: int) -> Predictions:
+    """One seed's predictions, checked: every array there, K classes, finite logits, labels in range."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            predictions = Predictions(**{name: archive[name] for name in Predictions.__dataclass_fields__})
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
+    except KeyError as error:
+        raise UserError(f"{path} is damaged ({error.args[0]}): delete it and run `dvc repro`") from None
+    except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
+    for split in ("test", "holdout"):
+        logits_NK, labels_N = getattr(predictions, f"{split}_logits"), getattr(predictions, f"{split}_labels")
+        if logits_NK.shape[1:] != (K,):
+            raise UserError(f"{path}: {split}_logits has shape {list(logits_NK.shape)}, but the data set has {K} classes")
+        if split == "holdout" and len(logits_NK) == len(labels_N) == 0:
+            continue
+        try:
+            check(logits_NK, labels_N)
+        except ValueError as error:
+            raise UserError(f"{path}: {split}: {error}") from None
+    return predictions
+
+
+def read_cell(folder: Path, seeds: list[int], K: int) -> list[Predictions]:
+    """The predictions of every seed; all seeds must have been tested on the same samples."""
+    cell = [read_predictions(folder / f"seed{seed}.npz", K) for seed in seeds]
+    for seed, run in zip(seeds, cell, strict=True):
+        if not np.array_equal(run.test_labels, cell[0].test_labels):
+            raise UserError(f"{folder}/seed{seed}.npz: its test labels differ from seed {seeds[0]}'s: delete both, "
+                            "run `dvc repro`")
+        if bool(len(run.holdout_labels)) != bool(len(cell[0].holdout_labels)):
+            raise UserError(f"{folder}/seed{seed}.npz: one of it and seed {seeds[0]}'s has a hold-out: delete both, "
+                            "run `dvc repro`")
+    return cell
+
+
+def metrics(cell: list[Predictions], counts_K: np.ndarray, rules: dict[str, Any], bins: int) -> dict[str, Any]:
+    """The cell's numbers over seeds, as trained and after each post-hoc rule."""
+    has_holdout = len(cell[0].holdout_labels) > 0
+    after, absent = {}, {}
+    for name, config in rules.items():
+        rule = posthoc.RULES[name]
+        if rule.needs_holdout and not has_holdout:
+            absent[name] = "is fitted on held-out data, and this data set holds none out"
+            continue
+        runs = []
+        for run in cell:
+            fitted = rule.fit(config, counts_K, run.holdout_logits, run.holdout_labels)
+            runs.append(measure(fitted(run.test_logits), run.test_labels, counts_K, bins) | fitted.numbers)
+        after[name] = over_seeds(runs)
+    as_trained = over_seeds([measure(run.test_logits, run.test_labels, counts_K, bins) for run in cell])
+    return as_trained | {"seeds": len(cell), "posthoc": after, "posthoc_absent": absent}
+
+
+def reliability_table(cell: list[Predictions], seeds: list[int], bins: int) -> pd.DataFrame:
+    """One block of `bins` rows a seed."""
+    blocks = []
+    for seed, run in zip(seeds, cell, strict=True):
+        diagram = reliability_bins(softmax(run.test_logits), run.test_labels, bins)
+        blocks.append(pd.DataFrame({
+            "seed": seed, "bin_lower": diagram.lower, "bin_upper": diagram.upper, "confidence": diagram.confidence,
+            "accuracy": diagram.accuracy, "count": diagram.count, "gap": diagram.gap,
+        }))
+    return pd.concat(blocks, ignore_index=True)
+
+
+def per_class_table(cell: list[Predictions], names: list[str], counts_K: np.ndarray) -> pd.DataFrame:
+    """One row a class: its accuracy over seeds, its shot group, and the images behind both."""
+    accuracy_SK = np.stack([per_class_accuracy(run.test_logits, run.test_labels) for run in cell])
+    groups = shot_groups(counts_K)
+    return pd.DataFrame({
+        "class": np.arange(len(names)), "name": names, "train_count": counts_K,
+        "group": np.select(list(groups.values()), list(groups), default=""),
+        "accuracy": accuracy_SK.mean(axis=0),
+        "accuracy_std": accuracy_SK.std(axis=0, ddof=1) if len(cell) > 1 else np.nan,
+        "test_count": np.bincount(cell[0].test_labels, minlength=len(names)),
+    })
+
+
+def confusion_table(cell: list[Predictions], names: list[str]) -> pd.DataFrame:
+    """One row for each pair of classes, K x K in all: how often, over all seeds, one was taken for the other."""
+    counts_KK = sum(confusion(run.test_logits, run.test_labels) for run in cell)
+    names_K = np.array(names, dtype=object)
+    return pd.DataFrame({
+        "actual": np.repeat(names_K, len(names)), "predicted": np.tile(names_K, len(names)), "count": counts_KK.ravel(),
+    })
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """The table as CSV: six decimals, an empty cell where there is no number."""
+    files.write_text(path, table.round(6).to_csv(index=False, lineterminator="\n"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__)
+    for axis in ("dataset", "representation", "classifier"):
+        parser.add_argument(f"--{axis}", required=True, help="a name on the grid of params.yaml")
+    where = vars(parser.parse_args(arguments))
+    p = params.load()
+    for axis, name in where.items():
+        params.chosen(getattr(p, f"{axis}s"), name, f"{axis}s")
+    rules = posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
+
+    names, counts_K = read_classes(paths.longtail(where["dataset"]))
+    folder = paths.predictions(**where)
+    cell = read_cell(folder, p.seeds, len(names))
+    provenance = files.read_json(folder / "provenance.json")
+
+    plots = paths.cell_plots(**where)
+    write_table(plots / "reliability.csv", reliability_table(cell, p.seeds, p.evaluate.bins))
+    write_table(plots / "per_class.csv", per_class_table(cell, names, counts_K))
+    write_table(plots / "confusion.csv", confusion_table(cell, names))
+    numbers = metrics(cell, counts_K, rules, p.evaluate.bins)
+    files.write_json(paths.metrics(**where), numbers | {"provenance": provenance})
+
+    from tailcal import figures  # matplotlib: a bad input is reported before it is loaded
+
+    diagram = pd.read_csv(plots / "reliability.csv")
+    figures.reliability(diagram, title=" / ".join(where.values()), path=plots / "reliability.png")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,57 @@
+"""Stage 1: train a representation on the long-tailed training split, once a seed."""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from stages import paths
+from tailcal import checkpoint, errors, files, method, models, params, provenance, splits, train, weights
+
+HISTORY = ["epoch", "seed", "lr", "loss", "train_accuracy"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--representation", required=True)
+    args = parser.parse_args()
+
+    p = params.load()
+    dataset = params.chosen(p.datasets, args.dataset, "datasets")
+    config = method.configure(args.representation, params.chosen(p.representations, args.representation, "representations"),
+                              "representations")
+    device = train.prepare(p.runtime)
+    meta = splits.read_meta(paths.longtail(args.dataset))
+    counts = torch.tensor(meta["train_counts"])
+    data = train.Images.place(*splits.read_split(paths.longtail(args.dataset), "train"), dataset.augmentation, device)
+
+    record = {
+        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{args.representation}.py"),
+        "params": {"dataset": dataset.model_dump(exclude={"calibrate"}), "representation": config.model_dump()},
+        "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")},
+        "device": device.type,
+        "versions": provenance.versions(),
+    }
+    out = paths.representation(args.dataset, args.representation)
+    scratch = paths.SCRATCH / "represent" / f"{args.dataset}-{args.representation}" / checkpoint.fingerprint(record)
+
+    def make() -> tuple[models.Network, method.Method]:
+        network = models.build(dataset.backbone, data.images.shape[1], len(counts), f"datasets.{args.dataset}.backbone")
+        return network, method.load(args.representation)(config, counts)
+
+    histories = []
+    for seed in p.seeds:
+        replica = train.Replica(f"represent {args.dataset}/{args.representation} seed {seed}", seed, make,
+                                scratch / f"seed{seed}.pt")
+        network, history = train.train(replica, data, dataset.represent, device, p.runtime.checkpoint_seconds)
+        weights.save_weights(network, out / f"seed{seed}.safetensors")
+        histories += history
+    files.write_text(out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g"))
+    files.write_json(out / "provenance.json", record)
+    checkpoint.keep_only(scratch)
+
+
+if __name__ == "__main__":
+    errors.run(main)
