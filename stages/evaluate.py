@@ -25,7 +25,7 @@ from tailcal.metrics.scores import check, softmax
 
 @dataclass(frozen=True)
 class Predictions:
-    """One seed's predictions: logits [N, K] and labels [N] of the test split and of the hold-out (which may be empty)."""
+    """One seed's logits [N, K] and labels [N], of the test split and of the hold-out (which may be empty)."""
 
     test_logits: np.ndarray
     test_labels: np.ndarray
@@ -40,9 +40,9 @@ def read_classes(folder: Path) -> tuple[list[str], np.ndarray]:
     try:
         names, counts_K = list(meta["class_names"]), np.array(meta["train_counts"], dtype=np.int64)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} lacks class_names or train_counts ({error!r}): delete it and run `dvc repro`") from None
+        raise UserError(f"{path}: bad class_names or train_counts ({error!r}): delete it, run `dvc repro`") from None
     if counts_K.shape != (len(names),) or len(names) < 2 or counts_K.min() < 1:
-        raise UserError(f"{path}: train_counts must hold one count, at least 1, for each of the {len(names)} class_names")
+        raise UserError(f"{path}: train_counts must be a count, 1 or more, of each of the {len(names)} class_names")
     return names, counts_K
 
 
@@ -56,12 +56,15 @@ def read_predictions(path: Path, K: int) -> Predictions:
     except KeyError as error:
         raise UserError(f"{path} is damaged ({error.args[0]}): delete it and run `dvc repro`") from None
     except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        # AttributeError and TypeError: another kind of file, such as a bare array, loads but has no members.
         raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
-    for split in ("test", "holdout"):
-        logits_NK, labels_N = getattr(predictions, f"{split}_logits"), getattr(predictions, f"{split}_labels")
+    for split, logits_NK, labels_N in (
+        ("test", predictions.test_logits, predictions.test_labels),
+        ("holdout", predictions.holdout_logits, predictions.holdout_labels),
+    ):
         if logits_NK.shape[1:] != (K,):
-            raise UserError(f"{path}: {split}_logits has shape {list(logits_NK.shape)}, but the data set has {K} classes")
-        if split == "holdout" and len(logits_NK) == len(labels_N) == 0:
+            raise UserError(f"{path}: {split}_logits has shape {list(logits_NK.shape)}: the data set has {K} classes")
+        if split == "holdout" and len(logits_NK) == 0 and labels_N.shape == (0,):
             continue
         try:
             check(logits_NK, labels_N)

@@ -10,7 +10,7 @@ CELLS = Path("metrics/cells.json")
 TABLE = Path("metrics/table.csv")
 TABLE_TEXT = Path("metrics/table.md")
 FIGURES = Path("plots/figures")
-RELIABILITY = Path("plots/reliability.csv")
+RELIABILITY = Path("plots/reliability.json")
 REPORT = Path("plots/report.html")
 
 

@@ -39,9 +39,9 @@ def fit_temperature(
 ) -> Fitted:
     """z / T, with the one T > 0 that minimises the NLL of the hold-out (Guo et al., ICML 2017, section 4.2).
 
-    The NLL is convex in 1/T, hence has one valley in log T. A hold-out without a single mistake (or with labels that
-    have nothing to do with the logits) has its optimum at T = 0 (at infinity): T is kept in 0.01..100. Raises
-    ValueError when the hold-out is empty.
+    The NLL is convex in 1/T, hence has one valley in log T. T is kept in 0.01..100, because a hold-out need not
+    determine it: without a single mistake, every T small enough to bring the NLL to 0 in float64 is as good; where the
+    predictions are no better than chance, larger is always better. Raises ValueError when the hold-out is empty.
     """
     holdout_logits_NK = np.asarray(holdout_logits_NK, dtype=np.float64)
     best = minimize_scalar(

@@ -2,9 +2,9 @@
 
 Everything with bins rests on one definition, `_pool`: the mean confidence and the accuracy of each bin.
 
-The bins of the ECE follow Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 2 to 5: B equal-width
-bins (0, 1/B], ..., ((B-1)/B, 1] on the confidence of the predicted class. All results are fractions in [0, 1], except
-the Brier score (0 to 2) and the NLL (nats).
+The bins of the ECE are those of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2: B
+equal-width bins (0, 1/B], ..., ((B-1)/B, 1] on the confidence of the predicted class. All results are fractions in
+[0, 1], except the Brier score (0 to 2) and the NLL (nats).
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Bins:
 
 
 def reliability_bins(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int = 15) -> Bins:
-    """Accuracy against top-1 confidence in equal-width bins (lower, upper] (Guo et al. 2017, eq. 2 and 3).
+    """Accuracy against top-1 confidence in equal-width bins (lower, upper] (Guo et al. 2017, section 2).
 
     Raises ValueError when the input is empty or misshapen, a row is no distribution, a label is out of range, or
     `bins` is below 1.
@@ -46,13 +46,16 @@ def reliability_bins(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: i
 
 
 def ece(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error, sum_b |B_b|/N |acc_b - conf_b| (Guo et al. 2017, eq. 3). Errors: `reliability_bins`."""
+    """Expected calibration error, sum_b |B_b|/N |acc_b - conf_b| (Guo et al. 2017, eq. 3).
+
+    Errors: as `reliability_bins`.
+    """
     diagram = reliability_bins(probabilities_NK, labels_N, bins)
     return _mean_gap(diagram.count, diagram.confidence, diagram.accuracy)
 
 
 def mce(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int = 15) -> float:
-    """Maximum calibration error, max_b |acc_b - conf_b| (Guo et al. 2017, eq. 5). Errors: `reliability_bins`."""
+    """Maximum calibration error, max_b |acc_b - conf_b| (Guo et al. 2017, eq. 5). Errors: as `reliability_bins`."""
     return float(np.nanmax(np.abs(reliability_bins(probabilities_NK, labels_N, bins).gap)))
 
 
@@ -60,10 +63,10 @@ def adaptive_ece(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int =
     """The ECE over equal-mass bins of the top-1 confidence (Nguyen & O'Connor 2015; Nixon et al., CVPR-W 2019).
 
     Bin sizes differ by one at most, except that samples of equal confidence share a bin: the result depends on no
-    order. Errors: `reliability_bins`.
+    order. Errors: as `reliability_bins`.
     """
+    _check_bins(bins)
     confidence_N, correct_N = _top1(probabilities_NK, labels_N)
-    _edges(bins)
     rank_N = np.searchsorted(np.sort(confidence_N), confidence_N)
     return _mean_gap(*_pool(rank_N * bins // len(rank_N), confidence_N, correct_N, bins))
 
@@ -71,8 +74,8 @@ def adaptive_ece(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int =
 def classwise_ece(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int = 15) -> float:
     """The ECE of each class's own probability against that class's frequency, averaged over the K classes.
 
-    1/K sum_k sum_b |B_bk|/N |freq_bk - prob_bk| (Kull et al., NeurIPS 2019, eq. 3). A probability of exactly 0 joins
-    the first bin. Errors: `reliability_bins`.
+    1/K sum_k sum_b |B_bk|/N |freq_bk - prob_bk| (Kull et al., NeurIPS 2019). A probability of exactly 0 joins the
+    first bin. Errors: as `reliability_bins`.
     """
     probabilities_NK = _distributions(probabilities_NK, labels_N)
     K = probabilities_NK.shape[1]
@@ -85,7 +88,7 @@ def classwise_ece(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int 
 
 
 def brier(probabilities_NK: np.ndarray, labels_N: np.ndarray) -> float:
-    """Brier score, 1/N sum_i sum_k (p_ik - 1[k = y_i])^2, in 0..2 (Brier 1950). Errors: `reliability_bins`."""
+    """Brier score, 1/N sum_i sum_k (p_ik - 1[k = y_i])^2, in 0..2 (Brier 1950). Errors: as `reliability_bins`."""
     probabilities_NK = _distributions(probabilities_NK, labels_N)
     of_label_N = np.take_along_axis(probabilities_NK, np.asarray(labels_N)[:, None], axis=1)[:, 0]
     return float(np.mean(np.square(probabilities_NK).sum(axis=1) - 2 * of_label_N + 1))
@@ -121,10 +124,14 @@ def _top1(probabilities_NK: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarra
     return probabilities_NK.max(axis=1), probabilities_NK.argmax(axis=1) == labels_N
 
 
-def _edges(bins: int) -> np.ndarray:
-    """The B + 1 edges of equal-width bins on [0, 1]."""
+def _check_bins(bins: int) -> None:
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
+
+
+def _edges(bins: int) -> np.ndarray:
+    """The B + 1 edges of equal-width bins on [0, 1]."""
+    _check_bins(bins)
     return np.arange(bins + 1) / bins
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from tailcal.longtail import shot_groups
 from tailcal.metrics.accuracy import group_accuracy, per_class_accuracy, top1, topk
 from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, mce, nll
-from tailcal.metrics.scores import softmax
+from tailcal.metrics.scores import check, softmax
 
 Numbers = dict[str, float | None]
 
@@ -16,6 +16,7 @@ def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, b
     top5 only where K > 5. A number of a shot group without test samples is None. Raises ValueError as
     `tailcal.metrics.scores.check` does.
     """
+    check(logits_NK, labels_N)
     p_NK = softmax(logits_NK)
     numbers: Numbers = {"top1": top1(logits_NK, labels_N)}
     if logits_NK.shape[1] > 5:

@@ -1,4 +1,4 @@
-"""CIFAR-100 from its official archive (Krizhevsky 2009): 32x32 colour, 100 classes (the fine labels) of 500 training images."""
+"""CIFAR-100 from its official archive (Krizhevsky 2009): 32x32 colour, 100 fine classes of 500 training images."""
 
 from pathlib import Path
 from typing import Literal

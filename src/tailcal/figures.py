@@ -1,0 +1,288 @@
+"""The pictures, drawn from data frames alone. The same numbers give the same bytes. Imports no torch.
+
+A representation has one colour and a classifier one marker, each by its place on the grid, the same in every picture.
+Palettes: Okabe and Ito's for representations, Paul Tol's muted and high-contrast ones for classifiers and shot groups;
+all three survive colour blindness.
+
+Frames of bins have the columns of a cell's reliability.csv, frames of classes those of its per_class.csv, histories
+those of history.csv. Mappings keep the order of the grid.
+"""
+
+from collections.abc import Mapping
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
+
+from tailcal.files import atomic
+
+Cell = tuple[str, str]  # representation, classifier
+
+REPRESENTATION_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CLASSIFIER_COLOURS = ("#332288", "#CC6677", "#117733", "#DDAA33", "#AA4499", "#44AA99", "#999933", "#882255", "#88CCEE")
+CLASSIFIER_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+GROUP_COLOURS = {"many": "#004488", "medium": "#DDAA33", "few": "#BB5566"}
+GROUP_TITLES = {"many": "many (over 100 images)", "medium": "medium (20 to 100)", "few": "few (below 20)"}
+ACCURACY, INK = "#A9C4DE", "#333333"
+OVER, UNDER = ("#C1272D", "////"), ("#5B2A86", "\\\\\\\\")  # colour and hatch of a gap; no other picture has these colours
+
+NAMED_CLASSES = 30  # with more classes than this, names no longer fit beside the bars
+RANKED_CLASSES = 20  # with more classes than this, accuracies are averaged over neighbouring frequency ranks
+RANK_GROUPS = 10
+
+# Every setting that a user's own matplotlibrc might change, and text taken literally: class names may hold a $.
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "text.parse_math": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.axisbelow": True,
+    "grid.color": "#DDDDDD", "grid.linewidth": 0.7, "legend.frameon": False, "legend.fontsize": 10,
+    "hatch.linewidth": 0.8, "figure.dpi": 110, "figure.facecolor": "white",
+}
+
+
+def calibration_error(bins: pd.DataFrame) -> float:
+    """The expected calibration error, a fraction: the mean over seeds of each seed's own, from the seed's own bins."""
+    filled = bins[bins["count"] > 0]
+    weighted = filled["count"] * (filled["accuracy"] - filled["confidence"]).abs()
+    return float((weighted.groupby(filled["seed"]).sum() / filled["count"].groupby(filled["seed"]).sum()).mean())
+
+
+def pool(bins: pd.DataFrame) -> pd.DataFrame:
+    """One row a bin that any seed fills: confidence and accuracy averaged over all its predictions, counts added."""
+    filled = bins[bins["count"] > 0]
+    sums = filled[["count"]].assign(
+        confidence=filled["confidence"] * filled["count"], accuracy=filled["accuracy"] * filled["count"]
+    )
+    pooled = sums.groupby([filled["bin_lower"], filled["bin_upper"]]).sum().reset_index()
+    for column in ("confidence", "accuracy"):
+        pooled[column] /= pooled["count"]
+    return pooled
+
+
+@rc_context(STYLE)
+def reliability(bins: pd.DataFrame, title: str, path: Path) -> None:
+    """One cell's reliability diagram: accuracy a bin, its gap to the confidence, and the share of predictions."""
+    pooled = pool(bins)
+    accuracy = np.average(pooled["accuracy"], weights=pooled["count"])
+    figure = Figure(figsize=(5.6, 7.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    upper.set_title(f"accuracy {accuracy:.1%}    ECE {calibration_error(bins):.2%}")
+    _reliability_panel(upper, pooled)
+    upper.set_ylabel("accuracy")
+    share = pooled["count"] / pooled["count"].sum()
+    lower.bar(pooled["bin_lower"], share, _width(pooled), align="edge", color="#888888", edgecolor="white")
+    lower.set(xlabel="confidence", ylabel="predictions")
+    _percent(lower.yaxis)
+    lower.yaxis.set_major_locator(MaxNLocator(3))
+    figure.legend(handles=_reliability_legend(), loc="outside lower center", ncols=2)
+    _save(figure, path)
+
+
+@rc_context(STYLE)
+def reliability_overview(cells: Mapping[Cell, pd.DataFrame], title: str, path: Path) -> None:
+    """The reliability diagrams of all cells of a data set: a row a representation, a column a classifier."""
+    rows, columns = _axes_of(cells)
+    figure = Figure(figsize=(max(1.2 + 1.9 * len(columns), 6.5), 1.4 + 2.1 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    figure.suptitle(title, fontweight="bold")
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            axes = panels[i, j]
+            _reliability_panel(axes, pool(cells[row, column]))
+            axes.set_title(f"ECE {calibration_error(cells[row, column]):.1%}", fontsize=10)
+            axes.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
+            axes.tick_params(labelsize=9)
+        panels[i, 0].set_ylabel(f"{_fold(row)}\naccuracy", fontsize=10)
+    for axes, column in zip(panels[0], columns, strict=True):
+        axes.annotate(_fold(column), (0.5, 1), (0, 22), "axes fraction", "offset points", ha="center", fontsize=10,
+                      fontweight="bold")
+    for axes in panels[-1]:
+        axes.set_xlabel("confidence", fontsize=10)
+    figure.legend(handles=_reliability_legend(), loc="outside lower center", ncols=4 if len(columns) > 3 else 2)
+    _save(figure, path)
+
+
+@rc_context(STYLE)
+def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
+    """Top-1 accuracy against ECE, a point a cell, bars of one standard deviation over seeds.
+
+    `cells` has the columns representation, classifier, top1, top1_std, ece and ece_std (fractions; no std: no bar).
+    """
+    colours, markers = _colours(cells["representation"].unique()), _markers(cells["classifier"].unique())
+    figure = Figure(figsize=(8.4, 5.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontweight="bold")
+    axes.grid(True)
+    for cell in cells.astype({"top1_std": float, "ece_std": float}).fillna({"top1_std": 0, "ece_std": 0}).itertuples():
+        axes.errorbar(cell.top1, cell.ece, cell.ece_std, cell.top1_std, color=colours[cell.representation],
+                      marker=markers[cell.classifier], markersize=9, markeredgecolor="white", elinewidth=1)
+    axes.set(xlabel="top-1 accuracy (right is better)", ylabel="ECE (down is better)")
+    axes.set_ylim(bottom=0)
+    _percent(axes.xaxis, axes.yaxis)
+    points = [Line2D([], [], color=colour, marker="o", linestyle="", markersize=9) for colour in colours.values()]
+    shapes = [Line2D([], [], color="#666666", marker=marker, linestyle="", markersize=9) for marker in markers.values()]
+    blank = Line2D([], [], linestyle="")
+    legend = figure.legend([blank, *points, blank, blank, *shapes],
+                           ["representation", *colours, "", "classifier", *markers], loc="outside right upper")
+    for heading in (0, len(points) + 2):
+        legend.get_texts()[heading].set_fontweight("bold")
+    _save(figure, path)
+
+
+@rc_context(STYLE)
+def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
+    """Training images a class, the most frequent first, coloured by shot group; names where they fit."""
+    ranked = classes.sort_values("train_count", ascending=False, kind="stable").reset_index(drop=True)
+    colours = ranked["group"].map(GROUP_COLOURS)
+    named = len(ranked) <= NAMED_CLASSES
+    figure = Figure(figsize=(8, 1.6 + 0.3 * len(ranked)) if named else (9, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontweight="bold")
+    if named:
+        bars = axes.barh(ranked.index, ranked["train_count"], color=colours)
+        axes.bar_label(bars, padding=4)
+        axes.set_yticks(ranked.index, [_cut(name) for name in ranked["name"]])
+        axes.set(ylim=(len(ranked) - 0.4, -0.6), xlabel="training images")
+        axes.margins(x=0.08)
+    else:
+        axes.bar(ranked.index + 1, ranked["train_count"], width=1, color=colours)
+        axes.set(xlim=(0.5, len(ranked) + 0.5), xlabel="class, by frequency", ylabel="training images")
+    present = [group for group in GROUP_COLOURS if (ranked["group"] == group).any()]
+    figure.legend(handles=[Patch(color=GROUP_COLOURS[group], label=GROUP_TITLES[group]) for group in present],
+                  loc="outside lower center", ncols=3)
+    _save(figure, path)
+
+
+@rc_context(STYLE)
+def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Path) -> None:
+    """Test accuracy a class against its frequency rank: a panel a representation, a line a classifier."""
+    rows, columns = _axes_of(cells)
+    colours = dict(zip(columns, cycle(CLASSIFIER_COLOURS), strict=False))
+    markers = _markers(columns)
+    figure = Figure(figsize=(max(1.5 + 4 * len(rows), 7), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
+    figure.suptitle(title, fontweight="bold")
+    for axes, row in zip(panels, rows, strict=True):
+        for column in columns:
+            rank, accuracy = _by_rank(cells[row, column])
+            axes.plot(rank, accuracy, color=colours[column], marker=markers[column], markersize=6, linewidth=1.5,
+                      alpha=0.85, label=column, clip_on=False)
+        axes.set_title(row)
+        axes.set(ylim=(0, 1), xlabel=_rank_label(len(rank), len(cells[row, columns[0]])))
+        axes.grid(True)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _percent(axes.yaxis)
+    panels[0].set_ylabel("test accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(columns), 6))
+    _save(figure, path)
+
+
+@rc_context(STYLE)
+def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Path) -> None:
+    """Stage 1 over the epochs, a colour a representation: the mean over seeds, and from the least to the largest."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    figure.suptitle(title, fontweight="bold")
+    for name, colour in _colours(histories).items():
+        for axes, column in ((loss, "loss"), (accuracy, "train_accuracy")):
+            curve = histories[name].groupby("epoch")[column].agg(["mean", "min", "max"])
+            axes.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.2, linewidth=0)
+            axes.plot(curve.index, curve["mean"], color=colour, marker="o" if len(curve) < 4 else None, label=name)
+    loss.set_ylabel("training loss")
+    accuracy.set_ylabel("training accuracy")
+    loss.set_ylim(bottom=0)
+    accuracy.set_ylim(0, 1)
+    _percent(accuracy.yaxis)
+    for axes in (loss, accuracy):
+        axes.set_xlabel("epoch")
+        axes.grid(True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(histories), 5))
+    _save(figure, path)
+
+
+def _reliability_panel(axes: Axes, pooled: pd.DataFrame) -> None:
+    """Bars up to the accuracy; from there to the confidence the gap, hatched."""
+    width = _width(pooled)
+    axes.bar(pooled["bin_lower"], pooled["accuracy"], width, align="edge", color=ACCURACY, edgecolor="white")
+    gap = pooled["confidence"] - pooled["accuracy"]
+    for look, side in ((OVER, gap > 0), (UNDER, gap < 0)):
+        axes.bar(pooled["bin_lower"][side], gap[side], width[side], pooled["accuracy"][side], align="edge",
+                 linewidth=0.8, **_gap_style(*look))
+    axes.plot((0, 1), (0, 1), color=INK, linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    _percent(axes.xaxis, axes.yaxis)
+
+
+def _gap_style(colour: str, hatch: str) -> dict:
+    return {"facecolor": (colour, 0.2), "edgecolor": colour, "hatch": hatch}
+
+
+def _reliability_legend() -> list[Patch | Line2D]:
+    return [
+        Patch(color=ACCURACY, label="accuracy"),
+        Line2D([], [], color=INK, linestyle="--", linewidth=1, label="perfectly calibrated"),
+        Patch(**_gap_style(*OVER), label="gap: overconfident"),
+        Patch(**_gap_style(*UNDER), label="gap: underconfident"),
+    ]
+
+
+def _by_rank(classes: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Frequency ranks from 1 and the accuracy there; many classes are averaged over groups of neighbouring ranks."""
+    accuracy = classes.sort_values("train_count", ascending=False, kind="stable")["accuracy"].to_numpy(dtype=float)
+    groups = np.array_split(np.arange(len(accuracy)), RANK_GROUPS if len(accuracy) > RANKED_CLASSES else len(accuracy))
+    return np.array([group.mean() + 1 for group in groups]), np.array([np.mean(accuracy[group]) for group in groups])
+
+
+def _rank_label(points: int, classes: int) -> str:
+    return "class, by frequency" + (f" (means of {classes / points:.0f})" if points < classes else "")
+
+
+def _axes_of(cells: Mapping[Cell, pd.DataFrame]) -> tuple[list[str], list[str]]:
+    """The representations and the classifiers, in the order of the grid."""
+    return list(dict.fromkeys(row for row, _ in cells)), list(dict.fromkeys(column for _, column in cells))
+
+
+def _colours(representations: Mapping | np.ndarray) -> dict[str, str]:
+    return dict(zip(representations, cycle(REPRESENTATION_COLOURS), strict=False))
+
+
+def _markers(classifiers: list[str] | np.ndarray) -> dict[str, str]:
+    return dict(zip(classifiers, cycle(CLASSIFIER_MARKERS), strict=False))
+
+
+def _width(pooled: pd.DataFrame) -> pd.Series:
+    return pooled["bin_upper"] - pooled["bin_lower"]
+
+
+def _percent(*axes: Axis) -> None:
+    for axis in axes:
+        axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g}%"))
+
+
+def _cut(name: str, length: int = 36) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _fold(name: str, length: int = 20) -> str:
+    """A long name on several lines."""
+    return "\n".join(name[start : start + length] for start in range(0, len(name), length))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write the picture with a palette of its own: a third of the bytes, which git keeps at every change."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    with atomic(path) as stream:
+        image.quantize(256, dither=Image.Dither.NONE).save(stream, format="png", optimize=True)

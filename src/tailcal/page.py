@@ -1,0 +1,60 @@
+"""plots/report.html: one self-contained page, pictures inside it, nothing fetched from anywhere."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from tailcal import tables
+from tailcal.tables import Cell
+
+CAPTIONS = {
+    "reliability": "Accuracy against confidence, all seeds pooled: hatched in red where a cell is overconfident, "
+                   "in purple where it is underconfident.",
+    "accuracy_ece": "Top-1 accuracy against ECE: the lower right is best; bars are one standard deviation over seeds.",
+    "class_counts": "Training images a class, coloured by shot group.",
+    "per_class": "Test accuracy from the most to the least frequent class, mean over seeds.",
+    "training": "Stage 1: mean over seeds, and the range over seeds as a band. Losses of different representations "
+                "are different functions, so compare shapes, not heights.",
+}
+
+
+def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diagrams: list[Path]) -> dict[str, Any]:
+    """What the page says about one data set.
+
+    `figures` are the pictures by the names of CAPTIONS; `diagrams` the reliability diagrams, one a cell.
+    """
+    provenance = [tables.flat(cell.metrics["provenance"]) for cell in cells]
+    common = set.intersection(*(set(facts.items()) for facts in provenance))
+    shared = {key: value for key, value in provenance[0].items() if (key, value) in common}
+    return {
+        "dataset": cells[0].dataset,
+        "caption": tables.caption(cells, epochs),
+        "table": tables.table(cells),
+        "notes": tables.notes(cells),
+        "posthoc": tables.posthoc_table(cells),
+        "figures": [{"caption": CAPTIONS[name], "image": _encoded(path)} for name, path in figures.items()],
+        "shared": shared,
+        "representations": list(dict.fromkeys(cell.representation for cell in cells)),
+        "cells": [
+            {
+                "representation": cell.representation, "name": cell.name, "image": _encoded(diagram),
+                "own": {key: value for key, value in facts.items() if key not in shared},
+            }
+            for cell, diagram, facts in zip(cells, diagrams, provenance, strict=True)
+        ],
+    }
+
+
+def render(grid: Any, sections: list[dict[str, Any]]) -> str:
+    """The page. `grid` has the lists datasets, representations and classifiers."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(grid=grid, sections=sections) + "\n"
+
+
+def _encoded(picture: Path) -> str:
+    return base64.b64encode(picture.read_bytes()).decode()

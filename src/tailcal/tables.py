@@ -1,0 +1,198 @@
+"""The numbers of the grid's cells as rows, summaries and tables to read. Fractions in, percent only in what is read."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+DASH = "—"
+NUMBERS = ("top1", "top5", "many", "medium", "few", "ece", "ece_many", "ece_medium", "ece_few", "mce", "ace",
+           "classwise_ece", "nll", "brier")
+HEADLINE = ("top1", "ece", "nll", "few")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the grid, as the stage evaluate left it."""
+
+    dataset: str
+    representation: str
+    classifier: str
+    metrics: dict[str, Any]
+    bins: pd.DataFrame  # reliability.csv
+    classes: pd.DataFrame  # per_class.csv
+
+    @property
+    def name(self) -> str:
+        """How a picture or an axis calls it."""
+        return f"{self.representation}/{self.classifier}"
+
+    def variants(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The plain predictions, as "none", then each post-hoc rule that could be applied; each with its numbers."""
+        yield "none", self.metrics
+        yield from self.metrics.get("posthoc", {}).items()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table to read: where its number comes from, how it is written, and which value is the best."""
+
+    title: str
+    number: str
+    posthoc: str = "none"
+    best: Callable[[Iterable[float]], float] = max
+    percent: bool = True
+    spread: bool = True
+
+    def mean(self, cell: Cell) -> float | None:
+        """The mean as it is shown, rounded; None when the group is empty or the rule absent."""
+        value = dict(cell.variants()).get(self.posthoc, {}).get(self.number)
+        return None if value is None else self._shown(value)
+
+    def text(self, cell: Cell) -> str:
+        """The mean, and the standard deviation where several seeds give one."""
+        mean = self.mean(cell)
+        if mean is None:
+            return DASH
+        digits = 2 if self.percent else 3
+        deviation = dict(cell.variants())[self.posthoc].get(f"{self.number}_std") if self.spread else None
+        return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {self._shown(deviation):.{digits}f}")
+
+    def _shown(self, value: float) -> float:
+        return round(100 * value, 2) if self.percent else round(value, 3)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table to read: titles, and rows of (text, is the best of its column)."""
+
+    header: list[str]
+    rows: list[list[tuple[str, bool]]]
+
+    def markdown(self) -> str:
+        """The table in Markdown, the best in bold."""
+        rule = ["---", "---"] + ["--:"] * (len(self.header) - 2)
+        body = [[f"**{text}**" if best else text for text, best in row] for row in self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in [self.header, rule, *body])
+
+
+MAIN = (
+    Column("top-1", "top1"),
+    Column("many", "many"),
+    Column("medium", "medium"),
+    Column("few", "few"),
+    Column("ECE", "ece", best=min),
+    Column("ECE after temperature", "ece", posthoc="temperature", best=min),
+    Column("NLL", "nll", best=min, percent=False),
+)
+
+
+def table(cells: list[Cell], columns: Iterable[Column] = MAIN) -> Table:
+    """A row a cell. The best of a column is marked when there are two to compare; equal as shown is equally good."""
+    marked = [[(cell.representation, False), (cell.classifier, False)] for cell in cells]
+    for column in columns:
+        means = [column.mean(cell) for cell in cells]
+        present = [mean for mean in means if mean is not None]
+        best = column.best(present) if len(present) > 1 else None
+        for row, cell, mean in zip(marked, cells, means, strict=True):
+            row.append((column.text(cell), mean is not None and mean == best))
+    return Table(["representation", "classifier", *(column.title for column in columns)], marked)
+
+
+def posthoc_table(cells: list[Cell]) -> Table | None:
+    """Accuracy and ECE under every post-hoc rule, side by side; None when no rule was applied."""
+    rules = list(dict.fromkeys(rule for cell in cells for rule, _ in cell.variants()))
+    if len(rules) == 1:
+        return None
+    numbers = (("top-1", "top1", max), ("few", "few", max), ("ECE", "ece", min))
+    columns = [Column(f"{title}, {rule.replace('_', ' ')}", number, rule, best, spread=False)
+               for title, number, best in numbers for rule in rules]
+    return table(cells, columns)
+
+
+def absences(cells: list[Cell]) -> dict[str, str]:
+    """The post-hoc rules that could not be applied, each with its reason."""
+    return {rule: reason for cell in cells for rule, reason in cell.metrics.get("posthoc_absent", {}).items()}
+
+
+def rows(cells: list[Cell]) -> list[dict[str, Any]]:
+    """metrics/table.csv: a row a cell and post-hoc rule, the plain predictions first."""
+    return [
+        {
+            "dataset": cell.dataset, "representation": cell.representation, "classifier": cell.classifier,
+            "posthoc": rule, "seeds": cell.metrics.get("seeds"),
+            **{key: numbers.get(key) for name in NUMBERS for key in (name, f"{name}_std")},
+        }
+        for cell in cells for rule, numbers in cell.variants()
+    ]
+
+
+def headlines(cells: list[Cell]) -> dict[str, dict]:
+    """metrics/cells.json: {dataset: {representation: {classifier: a few numbers}}}."""
+    nested: dict[str, dict] = {}
+    for cell in cells:
+        classifiers = nested.setdefault(cell.dataset, {}).setdefault(cell.representation, {})
+        classifiers[cell.classifier] = {name: _rounded(cell.metrics.get(name)) for name in HEADLINE}
+    return nested
+
+
+def summary(cells: list[Cell]) -> dict[str, float]:
+    """metrics/summary.json, one data set: mean and best over its cells, without post-hoc rules."""
+    top1, ece = ([cell.metrics[name] for cell in cells] for name in ("top1", "ece"))
+    return {
+        "top1_mean": _rounded(sum(top1) / len(top1)),
+        "top1_best": _rounded(max(top1)),
+        "ece_mean": _rounded(sum(ece) / len(ece)),
+        "ece_best": _rounded(min(ece)),
+    }
+
+
+def caption(cells: list[Cell], epochs: Iterable[int]) -> str:
+    """What the table of one data set was measured on, counted in the files themselves.
+
+    `epochs` are the last epochs of stage 1, one a representation.
+    """
+    counts, bins = cells[0].classes["train_count"], cells[0].bins
+    tests = bins.loc[bins["seed"] == bins["seed"].iloc[0], "count"].sum()
+    facts = flat(cells[0].metrics["provenance"])
+    profile, factor = (next((text for key, text in facts.items() if key.endswith(f"imbalance.{name}")), None)
+                       for name in ("profile", "factor"))
+    # A natural tail is not drawn to a factor; floors make a drawn one differ a little from what it was drawn to.
+    if profile in (None, "natural"):
+        factor = counts.max() / counts.min()
+    shape = f"{profile} profile, " if profile else ""
+    seeds = _span({cell.metrics["seeds"] for cell in cells})
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds != "1" else "one seed"
+    return (
+        f"{cells[0].dataset}: {shape}imbalance factor {float(factor):.3g} "
+        f"({len(counts)} classes of {counts.max()} to {counts.min()} training images, {counts.sum()} in all), "
+        f"{tests} test images; {over}, at the last epoch ({_span(set(epochs))}); "
+        f"accuracies and ECE ({bins['bin_lower'].nunique()} bins) in %."
+    )
+
+
+def notes(cells: list[Cell]) -> list[str]:
+    """A sentence a post-hoc rule that is absent, so that a dash in the table is explained."""
+    return [f"No {rule.replace('_', ' ')}: {reason.rstrip('.')}." for rule, reason in absences(cells).items()]
+
+
+def markdown(cells: list[Cell], epochs: Iterable[int]) -> str:
+    """metrics/table.md, one data set: caption, table, notes."""
+    return "\n".join([caption(cells, epochs) + "\n", table(cells).markdown(), *(f"{note}\n" for note in notes(cells))])
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    """A nested value as {dotted key: text}; lists are joined."""
+    if isinstance(tree, dict):
+        return {name: text for key, value in tree.items()
+                for name, text in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {prefix: ", ".join(map(str, tree)) if isinstance(tree, list) else str(tree)}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _span(values: set[int]) -> str:
+    return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"

@@ -1,0 +1,111 @@
+"""Collect the cells that the grid names into tables, pictures and one page. Reads files only; imports no torch."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+
+from stages import paths
+from tailcal import figures, page, params, tables
+from tailcal.errors import UserError, run
+from tailcal.files import read_json, write_json, write_text
+from tailcal.tables import Cell
+
+BINS = ("seed", "bin_lower", "bin_upper", "confidence", "accuracy", "count")
+CLASSES = ("class", "name", "train_count", "group", "accuracy")
+HISTORY = ("epoch", "seed", "loss", "train_accuracy")
+
+
+def main() -> None:
+    """Everything under metrics/ and plots/ that speaks of more than one cell."""
+    grid = params.load().grid
+    cells = {dataset: [_cell(dataset, representation, classifier)
+                       for representation, classifier in product(grid.representations, grid.classifiers)]
+             for dataset in grid.datasets}
+    histories = {dataset: {representation: _history(dataset, representation) for representation in grid.representations}
+                 for dataset in grid.datasets}
+    epochs = {dataset: [int(history["epoch"].max()) for history in group.values()]
+              for dataset, group in histories.items()}
+    _write_numbers(cells, epochs)
+    sections = [
+        page.section(cells[dataset], epochs[dataset], _draw(cells[dataset], histories[dataset]),
+                     [_diagram(cell) for cell in cells[dataset]])
+        for dataset in grid.datasets
+    ]
+    write_text(paths.REPORT, page.render(grid, sections))
+
+
+def _write_numbers(cells: dict[str, list[Cell]], epochs: dict[str, list[int]]) -> None:
+    every = [cell for group in cells.values() for cell in group]
+    write_text(paths.TABLE, pd.DataFrame(tables.rows(every)).to_csv(index=False, lineterminator="\n"))
+    write_text(paths.TABLE_TEXT, "\n".join(tables.markdown(group, epochs[dataset]) for dataset, group in cells.items()))
+    write_json(paths.CELLS, tables.headlines(every))
+    write_json(paths.SUMMARY, {dataset: tables.summary(group) for dataset, group in cells.items()})
+    # JSON, since `dvc plots` takes the numbers of a CSV for texts; a line a record, so that git shows what moved.
+    records = [json.dumps(record) for cell in every for record in _records(cell)]
+    write_text(paths.RELIABILITY, "[\n" + ",\n".join(records) + "\n]\n")
+
+
+def _records(cell: Cell) -> list[dict]:
+    bins = figures.pool(cell.bins)[["confidence", "accuracy", "count"]].round(4)
+    names = {"dataset": cell.dataset, "cell": cell.name, "representation": cell.representation,
+             "classifier": cell.classifier}
+    return [names | record for record in bins.to_dict("records")]
+
+
+def _draw(cells: list[Cell], histories: dict[str, pd.DataFrame]) -> dict[str, Path]:
+    """Draw the pictures of one data set; returns where each lies, in the order of the page."""
+    dataset = cells[0].dataset
+    drawn = {name: paths.FIGURES / dataset / f"{name}.png" for name in page.CAPTIONS}
+    by_name = {(cell.representation, cell.classifier): cell for cell in cells}
+    figures.reliability_overview({key: cell.bins for key, cell in by_name.items()},
+                                 f"{dataset}: reliability of every cell", drawn["reliability"])
+    plain = [row for row in tables.rows(cells) if row["posthoc"] == "none"]
+    figures.accuracy_against_ece(pd.DataFrame(plain), f"{dataset}: accuracy against calibration error",
+                                 drawn["accuracy_ece"])
+    figures.class_counts(cells[0].classes, f"{dataset}: training images a class", drawn["class_counts"])
+    figures.per_class_accuracy({key: cell.classes for key, cell in by_name.items()},
+                               f"{dataset}: accuracy of each class", drawn["per_class"])
+    figures.training_curves(histories, f"{dataset}: training of the representations", drawn["training"])
+    return drawn
+
+
+def _cell(dataset: str, representation: str, classifier: str) -> Cell:
+    where = paths.metrics(dataset, representation, classifier)
+    metrics = read_json(where)
+    for name in (*tables.HEADLINE, "seeds", "provenance"):
+        if name not in metrics:
+            raise UserError(f"{where} is damaged (it has no {name}): delete it and run `dvc repro`")
+    plots = paths.cell_plots(dataset, representation, classifier)
+    bins, classes = _frame(plots / "reliability.csv", BINS), _frame(plots / "per_class.csv", CLASSES)
+    return Cell(dataset, representation, classifier, metrics, bins, classes)
+
+
+def _history(dataset: str, representation: str) -> pd.DataFrame:
+    return _frame(paths.representation(dataset, representation) / "history.csv", HISTORY)
+
+
+def _diagram(cell: Cell) -> Path:
+    path = paths.cell_plots(cell.dataset, cell.representation, cell.classifier) / "reliability.png"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `dvc repro` to make it")
+    return path
+
+
+def _frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    try:
+        # Only an empty field is an absent value: a class may be called NA, null or 7.
+        frame = pd.read_csv(path, dtype={"name": str}, keep_default_na=False, na_values=[""])
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
+    if frame.empty or not set(columns) <= set(frame.columns):
+        raise UserError(f"{path} is damaged (it must have rows, and the columns {', '.join(columns)}): "
+                        "delete it and run `dvc repro`")
+    return frame
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""What every method promises, checked on every file of tailcal.methods: nobody has to remember to add a test here."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tailcal import params, train
+from tailcal.method import configure, load, names
+from tailcal.models import build
+from tailcal.params import Augmentation, Recipe
+from tests.test_dvc import ROOT
+
+COUNTS = [12, 6, 3]
+AUGMENTATION = Augmentation(pad=1, flip=False, mean=[0.5], std=[0.25])
+RECIPE = Recipe.model_validate({"epochs": 3, "batch_size": 8, "last_batch": "fill", "lr": 0.05, "momentum": 0.9,
+                                "weight_decay": 0.0, "schedule": {"shape": "cosine", "warmup_epochs": 0}})
+BLOCKS = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def config_of(name):
+    stage = load(name).stage
+    assert name in BLOCKS[stage], f"params.yaml ships no block {stage}.{name}"
+    return configure(name, BLOCKS[stage][name], stage)
+
+
+def images() -> train.Images:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), COUNTS)
+    pixels = rng.integers(0, 256, (len(labels), 8, 8, 1), dtype=np.uint8)
+    return train.Images.place(pixels, labels, AUGMENTATION, torch.device("cpu"))
+
+
+def run(name, tmp_path, seed=0, epochs=3):
+    def make():
+        return build("resnet8", 1, 3), load(name)(config_of(name), torch.tensor(COUNTS))
+    replica = train.Replica(name, seed, make, tmp_path / name / f"seed{seed}.pt")
+    return train.train(replica, images(), RECIPE.model_copy(update={"epochs": epochs}), torch.device("cpu"), 0.0)
+
+
+@pytest.mark.parametrize("name", names())
+def test_it_trains_and_predicts(name, tmp_path):
+    network, history = run(name, tmp_path)
+    assert len(history) == (3 if load(name).trained else 0)
+    assert all(np.isfinite(row["loss"]) for row in history)
+    logits = train.predict(network, images())
+    assert logits.shape == (sum(COUNTS), 3)
+    assert logits.dtype == np.float32
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", names())
+def test_gradient_reaches_exactly_what_it_says_it_trains(name, tmp_path):
+    network = build("resnet8", 1, 3)
+    method = load(name)(config_of(name), torch.tensor(COUNTS))
+    groups = method.setup(network)
+    named = {id(p) for group in groups for p in group.parameters}
+    assert named == {id(p) for p in [*network.parameters(), *method.parameters()] if p.requires_grad} or not method.trained
+    if not method.trained:
+        assert not named
+        return
+    method.set_mode(network)
+    data, draws = images(), train.Draws(0, 0, torch.Generator())
+    batch = method.mix([data.batch(torch.arange(21), draws) for _ in method.streams], draws)
+    loss, logits = method.loss(network, batch, 0.0)
+    assert loss.shape == ()
+    assert logits.shape == (21, 3)
+    loss.backward()
+    reached = {id(p) for p in [*network.parameters(), *method.parameters()] if p.grad is not None and p.grad.abs().sum() > 0}
+    assert reached == named
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(name, tmp_path):
+    weights = [run(name, tmp_path / str(i), seed)[0].state_dict() for i, seed in enumerate((4, 4, 5))]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert any(not torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("name", [n for n in names() if load(n).trained])
+def test_an_interrupted_training_ends_with_the_same_bits(name, tmp_path):
+    class Stop(Exception):
+        pass
+
+    whole, history = run(name, tmp_path / "whole")
+    save, saves = train.checkpoint.save, []
+
+    def save_once(path, state):
+        save(path, state)
+        saves.append(state["epoch"])
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.checkpoint, "save", save_once)
+        for _ in range(2):
+            with pytest.raises(Stop):
+                run(name, tmp_path / "broken")
+    resumed, resumed_history = run(name, tmp_path / "broken")
+    assert saves == [1, 2]
+    assert resumed_history == history
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("name", names())
+def test_it_is_documented_and_typed(name):
+    cls = load(name)
+    module = inspect.getmodule(cls)
+    assert module.__doc__
+    assert any(source in module.__doc__ for source in ("20", "et al.")), "the docstring names its paper"
+    assert issubclass(cls.Config, params.Strict)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_method_imports_no_other_method(name):
+    source = inspect.getsource(inspect.getmodule(load(name)))
+    assert "tailcal.methods" not in source

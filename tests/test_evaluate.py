@@ -1,0 +1,227 @@
+"""The stage evaluate, end to end on made-up predictions: formats, rules without a hold-out, and one-line errors."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stages import evaluate, paths
+from tailcal.errors import UserError
+from tailcal.metrics.calibration import ece
+from tailcal.metrics.scores import softmax
+
+ROOT = Path(__file__).resolve().parent.parent
+CELL = {"dataset": "digits_lt", "representation": "ce", "classifier": "joint"}
+ARGUMENTS = [part for axis, name in CELL.items() for part in (f"--{axis}", name)]
+NAMES = ["zero", "one, a comma", "two", "three", "four", "five", "six"]
+COUNTS = [400, 150, 100, 60, 20, 19, 3]
+K = len(NAMES)
+
+
+def split(N: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Over-confident logits of N samples; the labels are the same for every seed."""
+    labels = np.arange(N) % K
+    logits = np.random.default_rng(seed).normal(size=(N, K)) * 3
+    logits[np.arange(N), labels] += 2
+    return logits.astype(np.float32), labels
+
+
+def save(seed: int, holdout: int = 70, **changed: np.ndarray) -> None:
+    test_logits, test_labels = split(350, seed)
+    holdout_logits, holdout_labels = split(holdout, 100 + seed)
+    arrays = {"test_logits": test_logits, "test_labels": test_labels,
+              "holdout_logits": holdout_logits, "holdout_labels": holdout_labels} | changed
+    np.savez(paths.predictions(**CELL) / f"seed{seed}.npz", **arrays)
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path, monkeypatch):
+    """A project folder in which one cell has been predicted with three seeds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    paths.longtail("digits_lt").mkdir(parents=True)
+    meta = {"class_names": NAMES, "train_counts": COUNTS, "source": "made up"}
+    (paths.longtail("digits_lt") / "meta.json").write_text(json.dumps(meta))
+    paths.predictions(**CELL).mkdir(parents=True)
+    (paths.predictions(**CELL) / "provenance.json").write_text('{"device": "none"}')
+    for seed in (0, 1, 2):
+        save(seed)
+
+
+def edit_params(old: str, new: str) -> None:
+    text = Path("params.yaml").read_text()
+    assert old in text
+    Path("params.yaml").write_text(text.replace(old, new))
+
+
+def one_seed() -> None:
+    edit_params("- 0\n- 1\n- 2\n", "- 0\n")
+
+
+def measured() -> dict:
+    evaluate.main(ARGUMENTS)
+    return json.loads(paths.metrics(**CELL).read_text(), parse_constant=pytest.fail)
+
+
+def table(name: str) -> pd.DataFrame:
+    return pd.read_csv(paths.cell_plots(**CELL) / name)
+
+
+def written() -> dict[str, bytes]:
+    """Every file under metrics/ and plots/, by name."""
+    found = [path for top in ("metrics", "plots") for path in Path(top).rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in found}
+
+
+def test_metrics_json():
+    numbers = measured()
+    assert (numbers["seeds"], numbers["provenance"], numbers["posthoc_absent"]) == (3, {"device": "none"}, {})
+    eces = [ece(softmax(split(350, seed)[0]), split(350, seed)[1]) for seed in (0, 1, 2)]
+    assert numbers["ece"] == round(np.mean(eces), 6)
+    assert numbers["ece_std"] == round(np.std(eces, ddof=1), 6)
+    metrics = ["top1", "top5", "ece", "mce", "ace", "classwise_ece", "nll", "brier"]
+    for group in ("many", "medium", "few"):
+        metrics += [group, f"ece_{group}", f"nll_{group}", f"brier_{group}"]
+    expected = {key for name in metrics for key in (name, f"{name}_std")}
+    assert set(numbers) == expected | {"seeds", "posthoc", "posthoc_absent", "provenance"}
+    assert set(numbers["posthoc"]) == {"temperature", "logit_adjustment"}
+    assert set(numbers["posthoc"]["logit_adjustment"]) == expected
+    assert set(numbers["posthoc"]["temperature"]) == expected | {"temperature", "temperature_std"}
+    assert numbers["posthoc"]["temperature"]["temperature"] > 1
+    assert numbers["posthoc"]["temperature"]["nll"] < numbers["nll"]
+    assert numbers["posthoc"]["temperature"]["top1"] == numbers["top1"]
+    assert numbers["posthoc"]["logit_adjustment"]["few"] > numbers["few"]
+
+
+def test_reliability_csv_is_what_the_ece_is_made_of():
+    numbers = measured()
+    bins = table("reliability.csv")
+    assert list(bins) == ["seed", "bin_lower", "bin_upper", "confidence", "accuracy", "count", "gap"]
+    assert bins.groupby("seed").size().to_dict() == {0: 15, 1: 15, 2: 15}
+    by_seed = (bins["count"] * bins["gap"].abs()).groupby(bins["seed"]).sum() / 350
+    assert by_seed.mean() == pytest.approx(numbers["ece"], abs=2e-6)
+    empty = bins["count"] == 0
+    assert empty.any()
+    np.testing.assert_array_equal(bins["confidence"].isna(), empty)
+    with (paths.cell_plots(**CELL) / "reliability.csv").open(newline="") as stream:
+        first = next(csv.DictReader(stream))
+    assert (first["bin_upper"], first["confidence"], first["accuracy"], first["count"], first["gap"]) == (
+        "0.066667", "", "", "0", "")
+    assert (paths.cell_plots(**CELL) / "reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_per_class_and_confusion_csv():
+    numbers = measured()
+    per_class = table("per_class.csv")
+    assert list(per_class) == ["class", "name", "train_count", "group", "accuracy", "accuracy_std", "test_count"]
+    assert per_class["name"].tolist() == NAMES
+    assert per_class["group"].tolist() == ["many"] * 2 + ["medium"] * 3 + ["few"] * 2
+    assert per_class["test_count"].tolist() == [50] * K
+    assert per_class.groupby("group")["accuracy"].mean()["few"] == pytest.approx(numbers["few"], abs=1e-6)
+    confusion = table("confusion.csv")
+    assert (len(confusion), confusion["count"].sum()) == (K * K, 3 * 350)
+    right = confusion[confusion["actual"] == confusion["predicted"]]
+    assert right["count"].sum() / (3 * 350) == pytest.approx(numbers["top1"], abs=1e-6)
+
+
+def test_two_runs_write_the_same_bytes():
+    measured()
+    first = written()
+    measured()
+    assert len(first) == 5
+    assert written() == first
+
+
+def test_one_seed_has_no_standard_deviation():
+    one_seed()
+    numbers = measured()
+    assert numbers["seeds"] == 1
+    assert numbers["top1_std"] is numbers["posthoc"]["temperature"]["temperature_std"] is None
+    assert table("per_class.csv")["accuracy_std"].isna().all()
+
+
+def test_without_a_holdout_fitted_rules_are_absent_and_say_why():
+    for seed in (0, 1, 2):
+        save(seed, holdout=0)
+    numbers = measured()
+    assert list(numbers["posthoc"]) == ["logit_adjustment"]
+    assert numbers["posthoc_absent"] == {
+        "temperature": "is fitted on held-out data, and this data set holds none out"}
+
+
+def test_an_empty_group_is_null():
+    meta = paths.longtail("digits_lt") / "meta.json"
+    meta.write_text(json.dumps({"class_names": NAMES, "train_counts": [500] * K}))
+    numbers = measured()
+    assert numbers["many"] is not None
+    for name in ("few", "few_std", "ece_few", "nll_few", "brier_few", "medium"):
+        assert numbers[name] is None
+
+
+def test_it_imports_no_torch():
+    code = f"import sys; from stages.evaluate import main; main({ARGUMENTS!r}); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def damage(content: bytes) -> None:
+    (paths.predictions(**CELL) / "seed1.npz").write_bytes(content)
+
+
+def nan_logits() -> np.ndarray:
+    logits, _ = split(350, 1)
+    logits[7, 3] = np.nan
+    return logits
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda: (paths.predictions(**CELL) / "seed1.npz").unlink(), "seed1.npz is missing"),
+    (lambda: damage((paths.predictions(**CELL) / "seed1.npz").read_bytes()[:3000]), "seed1.npz is damaged"),
+    (lambda: damage(b""), "seed1.npz is damaged"),
+    (lambda: damage(b"something else"), "seed1.npz is damaged"),
+    (lambda: np.save((paths.predictions(**CELL) / "seed1.npz").open("wb"), np.zeros(3)), "seed1.npz is damaged"),
+    (lambda: np.savez(paths.predictions(**CELL) / "seed1.npz", test_logits=np.zeros((2, K))),
+     "seed1.npz is damaged (test_labels is not a file in the archive)"),
+    (lambda: save(1, test_labels=np.array([{}] * 350)), "seed1.npz is damaged"),
+    (lambda: save(1, test_logits=np.zeros((350, 3), np.float32)),
+     "seed1.npz: test_logits has shape [350, 3]: the data set has 7 classes"),
+    (lambda: save(1, test_logits=nan_logits()), "seed1.npz: test: scores must be finite"),
+    (lambda: save(1, test_labels=np.full(350, 7)), "seed1.npz: test: labels must lie in 0..6"),
+    (lambda: save(1, holdout_labels=np.zeros(3, int)), "seed1.npz: holdout: labels must have shape [70]"),
+    (lambda: save(1, test_labels=np.zeros(350, int)), "seed1.npz: its test labels differ from seed 0's"),
+    (lambda: save(1, holdout=0), "seed1.npz: one of it and seed 0's has a hold-out"),
+    (lambda: (paths.predictions(**CELL) / "provenance.json").unlink(), "provenance.json is missing"),
+    (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{"), "provenance.json is damaged"),
+    (lambda: (paths.longtail("digits_lt") / "meta.json").unlink(), "meta.json is missing"),
+    (lambda: (paths.longtail("digits_lt") / "meta.json").write_text("{}"),
+     "meta.json: bad class_names or train_counts"),
+    (lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
+        json.dumps({"class_names": NAMES, "train_counts": COUNTS[1:]})), "meta.json: train_counts must be a count"),
+    (lambda: edit_params("    temperature: {}", "    platt: {}"), "evaluate.posthoc.platt: unknown rule"),
+])
+def test_bad_input_is_one_line_that_names_the_file_and_nothing_is_written(spoil, message):
+    spoil()
+    with pytest.raises(UserError) as error:
+        evaluate.main(ARGUMENTS)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert written() == {}
+
+
+def test_a_name_that_params_yaml_lacks_is_refused():
+    with pytest.raises(UserError, match=r"params.yaml: classifiers has no block nonsense: there are crt, joint"):
+        evaluate.main([*ARGUMENTS[:-1], "nonsense"])
+
+
+def test_from_the_command_line_an_error_is_one_line():
+    (paths.predictions(**CELL) / "seed2.npz").unlink()
+    command = [sys.executable, "-m", "stages.evaluate", *ARGUMENTS]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (1, "")
+    missing = "data/predictions/digits_lt/ce/joint/seed2.npz"
+    assert done.stderr == f"error: {missing} is missing: run `dvc repro` to make it\n"

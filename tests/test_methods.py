@@ -1,0 +1,169 @@
+"""Every equation against a naive loop, a number worked out by hand, or its limiting case."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tailcal.draws import Draws
+from tailcal.errors import UserError
+from tailcal.method import Batch, configure, load
+from tailcal.methods.balanced_softmax import balanced_softmax
+from tailcal.methods.mislas import label_aware_smoothing, smoothing_factors
+from tailcal.methods.tau_norm import normalise_weights
+from tailcal.mixing import mixup
+from tailcal.models import Network, build
+
+GENERATOR = torch.Generator().manual_seed(0)
+LOGITS = torch.randn(6, 4, generator=GENERATOR)
+LABELS = torch.tensor([0, 3, 1, 1, 2, 0])
+COUNTS = torch.tensor([500, 100, 20, 5])
+
+
+def test_mixup_is_the_weighted_sum_of_two_losses():
+    images = torch.randn(6, 1, 2, 2, generator=GENERATOR)
+    partner = torch.tensor([3, 0, 5, 1, 2, 4])
+    mixed, targets = mixup(images, LABELS, partner, 0.3, 4)
+    for i in range(6):
+        torch.testing.assert_close(mixed[i], 0.3 * images[i] + 0.7 * images[partner[i]])
+    two_losses = 0.3 * F.cross_entropy(LOGITS, LABELS) + 0.7 * F.cross_entropy(LOGITS, LABELS[partner])
+    torch.testing.assert_close(F.cross_entropy(LOGITS, targets), two_losses)
+
+
+def test_mixup_with_lambda_one_is_the_plain_batch():
+    images = torch.randn(6, 1, 2, 2, generator=GENERATOR)
+    mixed, targets = mixup(images, LABELS, torch.randperm(6), 1.0, 4)
+    assert torch.equal(mixed, images)
+    torch.testing.assert_close(F.cross_entropy(LOGITS, targets), F.cross_entropy(LOGITS, LABELS))
+
+
+def test_mixup_method_draws_one_lambda_a_batch_and_a_permutation():
+    method = load("mixup")(configure("mixup", {"alpha": 1.0}, "representations"), COUNTS)
+    images = torch.arange(6.0).reshape(6, 1, 1, 1)
+    batch = method.mix([Batch(images, LABELS, LABELS)], Draws(0, 3, torch.Generator()))
+    draws = Draws(0, 3, torch.Generator())
+    lam, partner = draws.beta(1.0), draws.permutation(6)
+    torch.testing.assert_close(batch.images.flatten(), lam * torch.arange(6.0) + (1 - lam) * partner.float())
+    torch.testing.assert_close(batch.targets.sum(1), torch.ones(6))
+    assert torch.equal(batch.labels, LABELS)
+
+
+def test_balanced_softmax_naive():
+    losses = []
+    for z, y in zip(LOGITS.tolist(), LABELS.tolist(), strict=True):
+        weighted = [n * math.exp(v) for n, v in zip(COUNTS.tolist(), z, strict=True)]
+        losses.append(-math.log(weighted[y] / sum(weighted)))
+    assert balanced_softmax(LOGITS, LABELS, COUNTS).item() == pytest.approx(sum(losses) / 6, rel=1e-5)
+
+
+def test_balanced_softmax_with_equal_counts_is_cross_entropy():
+    torch.testing.assert_close(balanced_softmax(LOGITS, LABELS, torch.full((4,), 37)), F.cross_entropy(LOGITS, LABELS))
+
+
+def test_smoothing_factors_by_hand():
+    counts = torch.tensor([100, 50, 0])  # u = 1, 1/2, 0
+    expected = {"concave": math.sin(math.pi / 4), "linear": 0.5, "convex": 1 - math.sin(math.pi / 4)}
+    for shape, middle in expected.items():
+        factors = smoothing_factors(counts, 0.4, 0.1, shape).tolist()
+        assert factors == pytest.approx([0.4, 0.1 + 0.3 * middle, 0.1])
+
+
+def test_smoothing_factors_of_equal_counts_are_the_heads():
+    assert smoothing_factors(torch.full((3,), 9), 0.4, 0.1).tolist() == pytest.approx([0.4] * 3)
+
+
+def test_label_aware_smoothing_naive():
+    factors = torch.tensor([0.3, 0.2, 0.1, 0.0])
+    losses = []
+    for z, y in zip(LOGITS.tolist(), LABELS.tolist(), strict=True):
+        total = sum(math.exp(v) for v in z)
+        minus_log_p = [-math.log(math.exp(v) / total) for v in z]
+        e = factors[y].item()
+        losses.append((1 - e) * minus_log_p[y] + e * sum(minus_log_p) / 4)
+    assert label_aware_smoothing(LOGITS, LABELS, factors).item() == pytest.approx(sum(losses) / 6, rel=1e-5)
+
+
+def test_label_aware_smoothing_limits():
+    torch.testing.assert_close(label_aware_smoothing(LOGITS, LABELS, torch.zeros(4)), F.cross_entropy(LOGITS, LABELS))
+    torch.testing.assert_close(label_aware_smoothing(LOGITS, LABELS, torch.full((4,), 0.1)),
+                               F.cross_entropy(LOGITS, LABELS, label_smoothing=0.1))
+
+
+def test_tau_norm_by_hand():
+    weight = torch.tensor([[3.0, 4.0], [0.0, 2.0]])  # norms 5 and 2
+    torch.testing.assert_close(normalise_weights(weight, 1.0), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+    torch.testing.assert_close(normalise_weights(weight, 0.5).norm(dim=1), torch.tensor([5.0, 2.0]).sqrt())
+    assert torch.equal(normalise_weights(weight, 0.0), weight)
+
+
+def calibrated(name: str, **settings) -> tuple[Network, Network, torch.nn.Module]:
+    """A network before and after the set-up of a classifier method, and the method."""
+    torch.manual_seed(0)
+    before = build("resnet8", 1, 4)
+    after = build("resnet8", 1, 4)
+    after.load_state_dict(before.state_dict())
+    method = load(name)(configure(name, settings, "classifiers"), COUNTS)
+    method.setup(after)
+    return before.eval(), after.eval(), method
+
+
+def test_joint_keeps_the_logits():
+    before, after, _ = calibrated("joint")
+    images = torch.randn(3, 1, 8, 8)
+    assert torch.equal(before(images), after(images))
+
+
+def test_tau_zero_is_joint_and_lws_starts_there():
+    images = torch.randn(3, 1, 8, 8)
+    for name, settings in [("tau_norm", {"tau": 0.0}), ("lws", {})]:
+        before, after, _ = calibrated(name, **settings)
+        torch.testing.assert_close(before(images), after(images))
+
+
+def test_crt_draws_a_fresh_classifier():
+    before, after, _ = calibrated("crt")
+    assert after.head.weight.shape == before.head.weight.shape
+    assert (after.head.weight - before.head.weight).abs().max() > 0.01
+
+
+MISLAS = {"smoothing": "concave", "smooth_head": 0.3, "smooth_tail": 0.0, "lr_factor": 0.2}
+
+
+def test_shifted_bn_moves_the_running_statistics_and_nothing_else_of_the_backbone():
+    images = torch.randn(8, 1, 8, 8) + 3
+    for shifted in (False, True):
+        before, after, method = calibrated("mislas", **MISLAS, shifted_bn=shifted)
+        method.set_mode(after)
+        batch = Batch(images, torch.arange(8) % 4, torch.arange(8) % 4)
+        loss, _ = method.loss(after, batch, 0.0)
+        loss.backward()
+        assert all(p.grad is None for p in after.backbone.parameters())
+        moved = (after.backbone.bn1.running_mean - before.backbone.bn1.running_mean).abs().max() > 0.01
+        assert moved == shifted
+        assert torch.equal(after.backbone.conv1.weight, before.backbone.conv1.weight)
+
+
+def test_mislas_learns_scales_at_the_full_rate_and_the_classifier_slower():
+    torch.manual_seed(0)
+    network = build("resnet8", 1, 4)
+    method = load("mislas")(configure("mislas", MISLAS | {"shifted_bn": False}, "classifiers"), COUNTS)
+    scales, classifier = method.setup(network)
+    assert (scales.lr_factor, classifier.lr_factor) == (1.0, 0.2)
+    assert [p.shape for p in scales.parameters] == [(4,)]
+    assert [p.shape for p in classifier.parameters] == [(4, 64), (4,)]
+
+
+@pytest.mark.parametrize(("name", "block", "stage", "says"), [
+    ("mixup", {}, "representations", "representations.mixup.alpha: this key is missing"),
+    ("mixup", {"alpha": 0.0}, "representations", "representations.mixup.alpha: input should be greater than 0, got 0.0"),
+    ("mixup", {"alpha": "1"}, "representations", "representations.mixup.alpha: input should be a valid number, got '1'"),
+    ("ce", {"alpha": 1.0}, "representations", "representations.ce.alpha: unknown key"),
+    ("joint", {}, "representations", "representations.joint: no such method: there are balanced_softmax, ce, mixup"),
+    ("mislas", MISLAS | {"shifted_bn": False, "smooth_tail": 0.9}, "classifiers", "must not be below smooth_tail"),
+])
+def test_a_wrong_block_is_one_line(name, block, stage, says):
+    with pytest.raises(UserError) as error:
+        configure(name, block, stage)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)

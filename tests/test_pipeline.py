@@ -1,0 +1,155 @@
+"""The pipeline run as a user runs it, in copies of the project with a tiny grid."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score
+
+pytestmark = pytest.mark.pipeline
+CELL = ("--dataset", "digits_lt", "--representation", "ce")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder and its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_repro_makes_everything_then_nothing_and_an_edit_reruns_only_its_own(project):
+    p = project()
+    p.run("dvc", "repro")
+    for name in ("joint", "mislas"):
+        cell = json.loads((p.root / f"metrics/cells/digits_lt/ce/{name}.json").read_text())
+        tops = []
+        for seed in (0, 1):
+            with np.load(p.root / f"data/predictions/digits_lt/ce/{name}/seed{seed}.npz") as z:
+                tops.append(accuracy_score(z["test_labels"], z["test_logits"].argmax(1)))
+        assert cell["top1"] == pytest.approx(np.mean(tops), abs=1e-6)
+        assert cell["top1_std"] == pytest.approx(np.std(tops, ddof=1), abs=1e-6)
+        assert cell["seeds"] == 2
+        assert cell["provenance"]["params"]["dataset"]["imbalance"]["factor"] == 20
+    assert (p.root / "plots/report.html").stat().st_size > 50_000
+
+    assert "up to date" in p.run("dvc", "repro")
+    p.run("git", "add", "-A")
+    p.run("git", "commit", "-qm", "results")
+
+    with (p.root / "src/tailcal/methods/mislas.py").open("a") as source:
+        source.write("# an edit\n")
+    changed = json.loads(p.run("dvc", "status", "--json").splitlines()[-1])
+    assert list(changed) == ["calibrate@digits_lt-ce-mislas"]
+    p.run("git", "checkout", "-q", ".")
+
+    assert "Reproducing" not in p.run("dvc", "exp", "run", "--temp", "-S", "evaluate.bins=15", "-n", "same")
+    p.run("dvc", "exp", "run", "-S", "classifiers.mislas.smooth_head=0.1", "-S", "grid.representations=[ce]")
+    difference = json.loads(p.run("dvc", "metrics", "diff", "--json"))
+    cells = difference["metrics/cells.json"]
+    assert cells
+    assert all(key.startswith("digits_lt.ce.mislas.") for key in cells)
+
+    # The same artefacts again, from nothing, in another folder.
+    again = project(name="again")
+    for folder in ("data", "metrics", "plots"):
+        shutil.rmtree(again.root / folder / "cells", ignore_errors=True)
+    again.run("dvc", "repro", "evaluate@digits_lt-ce-joint")
+    for folder in ("data/lt", "data/representations/digits_lt/ce", "data/predictions/digits_lt/ce/joint"):
+        assert snapshot(again.root / folder) == snapshot(p.root / folder)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_repro_resumes_and_ends_with_the_same_bits(project, how):
+    longer = [("epochs: 8\n", "epochs: 60\n"), ("checkpoint_seconds: 5", "checkpoint_seconds: 0")]
+    p = project(*longer)
+    p.run("dvc", "repro", "subsample@digits_lt")
+    undisturbed = project(*longer, name="undisturbed")
+    shutil.copytree(p.root / "data/lt", undisturbed.root / "data/lt")
+    undisturbed.stage("represent", *CELL)
+
+    process = p.start("dvc", "repro", "represent@digits_lt-ce")
+    deadline = time.monotonic() + 120
+    while not list(p.root.glob(".scratch/represent/*/*/seed1.pt")):  # in the midst of the second seed
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, how)
+    process.communicate()
+    assert not (p.root / "data/representations/digits_lt/ce/provenance.json").exists()
+
+    assert "goes on after epoch" in p.run("dvc", "repro", "represent@digits_lt-ce")
+    out = "data/representations/digits_lt/ce"
+    assert snapshot(p.root / out) == snapshot(undisturbed.root / out)
+
+
+@pytest.mark.parametrize(("change", "stage", "arguments", "says"), [
+    (("factor: 20", "factor: 9999"), "subsample", ("--dataset", "digits_lt"), "class"),
+    (("test_per_class: 50", "test_per_class: 5000"), "download", ("--dataset", "digits_lt"), "class"),
+    (("holdout_per_class: 20", "holdout_per_class: 124"), "subsample", ("--dataset", "digits_lt"), "class"),
+    (("alpha: 1.0", "alpha: -1.0"), "check", (), "representations.mixup.alpha"),
+    (("kind: digits", "kind: digit"), "check", (), "datasets.digits_lt.source.kind"),
+    (("backbone: resnet8", "backbone: resnet9"), "check", (), "datasets.digits_lt.backbone"),
+    (("tau: 1.0\n  mislas", "taw: 1.0\n  mislas"), "check", (), "classifiers.tau_norm.ta"),
+    (("    temperature: {}", "    temprature: {}"), "check", (), "temprature"),
+    (("device: auto", "device: cuda"), "represent", CELL, "runtime.device"),
+    (("threads: 2", "threads: 2"), "represent", ("--dataset", "digits_lt", "--representation", "nope"), "no block nope"),
+    (("threads: 2", "threads: 2"), "represent", CELL, "data/lt/digits_lt/meta.json is missing"),
+    (("threads: 2", "threads: 2"), "evaluate", (*CELL, "--classifier", "joint"), "missing"),
+    (("threads: 2", "threads: 2"), "report", (), "missing"),
+])
+def test_a_mistake_ends_with_one_line(project, change, stage, arguments, says):
+    import torch
+    if change[1] == "device: cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    p = project(change)
+    if stage == "subsample":
+        p.stage("download", "--dataset", "digits_lt")
+    if says in ("missing", "class") or "data/lt" not in says:
+        (p.root / "metrics/cells").exists() and shutil.rmtree(p.root / "metrics/cells")
+    before = set(p.root.rglob("*"))
+    output = p.stage(stage, *arguments, ok=False)
+    assert output.count("\n") == 1, output
+    assert output.startswith("error: ")
+    assert says in output
+    left = {path for path in set(p.root.rglob("*")) - before if path.is_file() and path.suffix != ".pyc"}
+    assert not left
+
+
+def test_damaged_artefacts_are_named_and_never_trained_on(project):
+    p = project()
+    p.stage("download", "--dataset", "digits_lt")
+    p.stage("subsample", "--dataset", "digits_lt")
+    labels = p.root / "data/lt/digits_lt/train_labels.npy"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[:-8] + bytes([1]) + whole[-7:])
+    assert "train_labels.npy is damaged" in p.stage("represent", *CELL, ok=False)
+    labels.write_bytes(whole)
+    p.stage("represent", *CELL)
+    weights = p.root / "data/representations/digits_lt/ce/seed1.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "seed1.safetensors is damaged" in p.stage("calibrate", *CELL, "--classifier", "crt", ok=False)
+
+
+def test_the_training_stage_never_opens_the_test_split(project):
+    p = project()
+    p.stage("download", "--dataset", "digits_lt")
+    p.stage("subsample", "--dataset", "digits_lt")
+    for file in (p.root / "data/lt/digits_lt").glob("*_*.npy"):
+        if not file.name.startswith("train"):
+            file.unlink()
+    p.stage("represent", *CELL)
+    assert "data/lt/digits_lt/holdout_images.npy is missing" in p.stage("calibrate", *CELL, "--classifier", "crt", ok=False)
+    assert (p.root / "data/classifiers/digits_lt/ce/crt/seed1.safetensors").exists()  # trained before it was looked for
+
+
+def test_an_unwritable_folder_and_a_full_disk_are_one_line(project):
+    p = project()
+    (p.root / "data/raw").mkdir(parents=True)
+    (p.root / "data/raw/digits_lt").write_text("a file where a folder should be")
+    output = p.stage("download", "--dataset", "digits_lt", ok=False)
+    assert output.startswith("error: ")
+    assert "data/raw/digits_lt" in output
+    assert output.count("\n") == 1

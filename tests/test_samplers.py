@@ -1,0 +1,45 @@
+"""Index streams: what they must contain, and that any window of them is the same however it is cut."""
+
+import numpy as np
+import pytest
+
+from tailcal.samplers import SAMPLERS, class_balanced, instance
+
+LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 4], [11, 5, 3, 1]))  # class 3 has no images
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_stream_is_a_function_of_seed_and_position(name):
+    sampler = SAMPLERS[name]
+    whole = sampler(LABELS, 7, 0, 400)
+    for start, stop in [(0, 1), (3, 50), (50, 51), (19, 21), (133, 400)]:
+        assert np.array_equal(sampler(LABELS, 7, start, stop), whole[start:stop])
+    assert not np.array_equal(sampler(LABELS, 8, 0, 400), whole)
+
+
+def test_instance_passes_are_permutations():
+    n = len(LABELS)
+    stream = instance(LABELS, 1, 0, 5 * n).reshape(5, n)
+    assert all(sorted(row) == list(range(n)) for row in stream.tolist())
+    assert not np.array_equal(stream[0], stream[1])
+
+
+def test_class_balanced_cycles_through_the_classes_and_through_each_class():
+    cycles = 60
+    stream = class_balanced(LABELS, 1, 0, 4 * cycles)
+    classes = LABELS[stream].reshape(cycles, 4)
+    assert all(sorted(row) == [0, 1, 2, 4] for row in classes.tolist())
+    assert len({tuple(row) for row in classes.tolist()}) > 5  # the order of the classes changes
+    for k in (0, 1, 2, 4):
+        members = np.flatnonzero(LABELS == k)
+        drawn = stream[LABELS[stream] == k]
+        passes = drawn[: cycles // len(members) * len(members)].reshape(-1, len(members))
+        assert all(sorted(row) == sorted(members) for row in passes.tolist())
+        if len(members) > 4:
+            assert len({tuple(row) for row in passes.tolist()}) == len(passes)  # reshuffled each time
+
+
+def test_within_class_order_is_uniform():
+    labels = np.zeros(3, dtype=np.int64)
+    firsts = class_balanced(labels, 5, 0, 3 * 6000).reshape(-1, 3)[:, 0]
+    assert np.abs(np.bincount(firsts, minlength=3) / 6000 - 1 / 3).max() < 0.03
