@@ -24,7 +24,9 @@ def main() -> None:
 
     p = params.load()
     dataset = params.chosen(p.datasets, args.dataset, "datasets")
-    config = method.configure(args.classifier, params.chosen(p.classifiers, args.classifier, "classifiers"), "classifiers")
+    config = method.configure(
+        args.classifier, params.chosen(p.classifiers, args.classifier, "classifiers"), "classifiers"
+    )
     device = train.prepare(p.runtime)
     longtail = paths.longtail(args.dataset)
     counts = torch.tensor(splits.read_meta(longtail)["train_counts"])
@@ -34,8 +36,11 @@ def main() -> None:
 
     record = {
         "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{args.classifier}.py"),
-        "params": {"dataset": dataset.model_dump(), "representation": upstream["params"]["representation"],
-                   "classifier": config.model_dump()},
+        "params": {
+            "dataset": dataset.model_dump(),
+            "representation": upstream["params"]["representation"],
+            "classifier": config.model_dump(),
+        },
         "data": upstream["data"],
         "device": device.type,
         "versions": provenance.versions(),
@@ -43,8 +48,12 @@ def main() -> None:
     }
     starts = {seed: stage1 / f"seed{seed}.safetensors" for seed in p.seeds}
     depends = {**record, "starts": {str(seed): weights.digest(path) for seed, path in starts.items()}}
-    scratch = (paths.SCRATCH / "calibrate" / f"{args.dataset}-{args.representation}-{args.classifier}"
-               / checkpoint.fingerprint(depends))
+    scratch = (
+        paths.SCRATCH
+        / "calibrate"
+        / f"{args.dataset}-{args.representation}-{args.classifier}"
+        / checkpoint.fingerprint(depends)
+    )
 
     def build() -> models.Network:
         return models.build(dataset.backbone, data.images.shape[1], len(counts), f"datasets.{args.dataset}.backbone")
@@ -52,20 +61,29 @@ def main() -> None:
     networks, histories = {}, []
     out = paths.classifier(args.dataset, args.representation, args.classifier)
     for seed, start in starts.items():
+
         def make(start: Path = start) -> tuple[models.Network, method.Method]:
             network = build()
             weights.load_weights(network, start)
             return network, method.load(args.classifier)(config, counts)
 
-        replica = train.Replica(f"calibrate {args.dataset}/{args.representation}/{args.classifier} seed {seed}", seed, make,
-                                scratch / f"seed{seed}.pt")
+        replica = train.Replica(
+            f"calibrate {args.dataset}/{args.representation}/{args.classifier} seed {seed}",
+            seed,
+            make,
+            scratch / f"seed{seed}.pt",
+        )
         networks[seed], history = train.train(replica, data, dataset.calibrate, device, p.runtime.checkpoint_seconds)
         weights.save_weights(networks[seed], out / f"seed{seed}.safetensors")
         histories += history
-    files.write_text(out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g"))
+    files.write_text(
+        out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g")
+    )
 
-    placed = {split: train.Images.place(*splits.read_split(longtail, split), dataset.augmentation, device)
-              for split in ("holdout", "test")}
+    placed = {
+        split: train.Images.place(*splits.read_split(longtail, split), dataset.augmentation, device)
+        for split in ("holdout", "test")
+    }
     predictions = paths.predictions(args.dataset, args.representation, args.classifier)
     for seed, network in networks.items():
         arrays = {}

@@ -10,8 +10,10 @@ def main() -> None:
     for name, dataset in p.datasets.items():
         sources.configure(dataset.source, f"datasets.{name}.source")
         if dataset.backbone not in BACKBONES:
-            raise errors.UserError(f"{params.PARAMS}: datasets.{name}.backbone: must be one of {', '.join(BACKBONES)}, "
-                                   f"got {dataset.backbone!r}")
+            raise errors.UserError(
+                f"{params.PARAMS}: datasets.{name}.backbone: must be one of {', '.join(BACKBONES)}, "
+                f"got {dataset.backbone!r}"
+            )
     for stage in ("representations", "classifiers"):
         for name, block in getattr(p, stage).items():
             method.configure(name, block, stage)

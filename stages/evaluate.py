@@ -78,11 +78,13 @@ def read_cell(folder: Path, seeds: list[int], K: int) -> list[Predictions]:
     cell = [read_predictions(folder / f"seed{seed}.npz", K) for seed in seeds]
     for seed, run in zip(seeds, cell, strict=True):
         if not np.array_equal(run.test_labels, cell[0].test_labels):
-            raise UserError(f"{folder}/seed{seed}.npz: its test labels differ from seed {seeds[0]}'s: delete both, "
-                            "run `dvc repro`")
+            raise UserError(
+                f"{folder}/seed{seed}.npz: its test labels differ from seed {seeds[0]}'s: delete both, run `dvc repro`"
+            )
         if bool(len(run.holdout_labels)) != bool(len(cell[0].holdout_labels)):
-            raise UserError(f"{folder}/seed{seed}.npz: one of it and seed {seeds[0]}'s has a hold-out: delete both, "
-                            "run `dvc repro`")
+            raise UserError(
+                f"{folder}/seed{seed}.npz: one of it and seed {seeds[0]}'s has a hold-out: delete both, run `dvc repro`"
+            )
     return cell
 
 
@@ -109,10 +111,19 @@ def reliability_table(cell: list[Predictions], seeds: list[int], bins: int) -> p
     blocks = []
     for seed, run in zip(seeds, cell, strict=True):
         diagram = reliability_bins(softmax(run.test_logits), run.test_labels, bins)
-        blocks.append(pd.DataFrame({
-            "seed": seed, "bin_lower": diagram.lower, "bin_upper": diagram.upper, "confidence": diagram.confidence,
-            "accuracy": diagram.accuracy, "count": diagram.count, "gap": diagram.gap,
-        }))
+        blocks.append(
+            pd.DataFrame(
+                {
+                    "seed": seed,
+                    "bin_lower": diagram.lower,
+                    "bin_upper": diagram.upper,
+                    "confidence": diagram.confidence,
+                    "accuracy": diagram.accuracy,
+                    "count": diagram.count,
+                    "gap": diagram.gap,
+                }
+            )
+        )
     return pd.concat(blocks, ignore_index=True)
 
 
@@ -120,22 +131,30 @@ def per_class_table(cell: list[Predictions], names: list[str], counts_K: np.ndar
     """One row a class: its accuracy over seeds, its shot group, and the images behind both."""
     accuracy_SK = np.stack([per_class_accuracy(run.test_logits, run.test_labels) for run in cell])
     groups = shot_groups(counts_K)
-    return pd.DataFrame({
-        "class": np.arange(len(names)), "name": names, "train_count": counts_K,
-        "group": np.select(list(groups.values()), list(groups), default=""),
-        "accuracy": accuracy_SK.mean(axis=0),
-        "accuracy_std": accuracy_SK.std(axis=0, ddof=1) if len(cell) > 1 else np.nan,
-        "test_count": np.bincount(cell[0].test_labels, minlength=len(names)),
-    })
+    return pd.DataFrame(
+        {
+            "class": np.arange(len(names)),
+            "name": names,
+            "train_count": counts_K,
+            "group": np.select(list(groups.values()), list(groups), default=""),
+            "accuracy": accuracy_SK.mean(axis=0),
+            "accuracy_std": accuracy_SK.std(axis=0, ddof=1) if len(cell) > 1 else np.nan,
+            "test_count": np.bincount(cell[0].test_labels, minlength=len(names)),
+        }
+    )
 
 
 def confusion_table(cell: list[Predictions], names: list[str]) -> pd.DataFrame:
     """One row for each pair of classes, K x K in all: how often, over all seeds, one was taken for the other."""
     counts_KK = sum(confusion(run.test_logits, run.test_labels) for run in cell)
     names_K = np.array(names, dtype=object)
-    return pd.DataFrame({
-        "actual": np.repeat(names_K, len(names)), "predicted": np.tile(names_K, len(names)), "count": counts_KK.ravel(),
-    })
+    return pd.DataFrame(
+        {
+            "actual": np.repeat(names_K, len(names)),
+            "predicted": np.tile(names_K, len(names)),
+            "count": counts_KK.ravel(),
+        }
+    )
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

@@ -20,17 +20,28 @@ HISTORY = ("epoch", "seed", "loss", "train_accuracy")
 def main() -> None:
     """Everything under metrics/ and plots/ that speaks of more than one cell."""
     grid = params.load().grid
-    cells = {dataset: [_cell(dataset, representation, classifier)
-                       for representation, classifier in product(grid.representations, grid.classifiers)]
-             for dataset in grid.datasets}
-    histories = {dataset: {representation: _history(dataset, representation) for representation in grid.representations}
-                 for dataset in grid.datasets}
-    epochs = {dataset: [int(history["epoch"].max()) for history in group.values()]
-              for dataset, group in histories.items()}
+    cells = {
+        dataset: [
+            _cell(dataset, representation, classifier)
+            for representation, classifier in product(grid.representations, grid.classifiers)
+        ]
+        for dataset in grid.datasets
+    }
+    histories = {
+        dataset: {representation: _history(dataset, representation) for representation in grid.representations}
+        for dataset in grid.datasets
+    }
+    epochs = {
+        dataset: [int(history["epoch"].max()) for history in group.values()] for dataset, group in histories.items()
+    }
     _write_numbers(cells, epochs)
     sections = [
-        page.section(cells[dataset], epochs[dataset], _draw(cells[dataset], histories[dataset]),
-                     [_diagram(cell) for cell in cells[dataset]])
+        page.section(
+            cells[dataset],
+            epochs[dataset],
+            _draw(cells[dataset], histories[dataset]),
+            [_diagram(cell) for cell in cells[dataset]],
+        )
         for dataset in grid.datasets
     ]
     write_text(paths.REPORT, page.render(grid, sections))
@@ -49,8 +60,12 @@ def _write_numbers(cells: dict[str, list[Cell]], epochs: dict[str, list[int]]) -
 
 def _records(cell: Cell) -> list[dict]:
     bins = figures.pool(cell.bins)[["confidence", "accuracy", "count"]].round(4)
-    names = {"dataset": cell.dataset, "cell": cell.name, "representation": cell.representation,
-             "classifier": cell.classifier}
+    names = {
+        "dataset": cell.dataset,
+        "cell": cell.name,
+        "representation": cell.representation,
+        "classifier": cell.classifier,
+    }
     return [names | record for record in bins.to_dict("records")]
 
 
@@ -59,14 +74,17 @@ def _draw(cells: list[Cell], histories: dict[str, pd.DataFrame]) -> dict[str, Pa
     dataset = cells[0].dataset
     drawn = {name: paths.FIGURES / dataset / f"{name}.png" for name in page.CAPTIONS}
     by_name = {(cell.representation, cell.classifier): cell for cell in cells}
-    figures.reliability_overview({key: cell.bins for key, cell in by_name.items()},
-                                 f"{dataset}: reliability of every cell", drawn["reliability"])
+    figures.reliability_overview(
+        {key: cell.bins for key, cell in by_name.items()}, f"{dataset}: reliability of every cell", drawn["reliability"]
+    )
     plain = [row for row in tables.rows(cells) if row["posthoc"] == "none"]
-    figures.accuracy_against_ece(pd.DataFrame(plain), f"{dataset}: accuracy against calibration error",
-                                 drawn["accuracy_ece"])
+    figures.accuracy_against_ece(
+        pd.DataFrame(plain), f"{dataset}: accuracy against calibration error", drawn["accuracy_ece"]
+    )
     figures.class_counts(cells[0].classes, f"{dataset}: training images a class", drawn["class_counts"])
-    figures.per_class_accuracy({key: cell.classes for key, cell in by_name.items()},
-                               f"{dataset}: accuracy of each class", drawn["per_class"])
+    figures.per_class_accuracy(
+        {key: cell.classes for key, cell in by_name.items()}, f"{dataset}: accuracy of each class", drawn["per_class"]
+    )
     figures.training_curves(histories, f"{dataset}: training of the representations", drawn["training"])
     return drawn
 
@@ -102,8 +120,10 @@ def _frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
     if frame.empty or not set(columns) <= set(frame.columns):
-        raise UserError(f"{path} is damaged (it must have rows, and the columns {', '.join(columns)}): "
-                        "delete it and run `dvc repro`")
+        raise UserError(
+            f"{path} is damaged (it must have rows, and the columns {', '.join(columns)}): "
+            "delete it and run `dvc repro`"
+        )
     return frame
 
 

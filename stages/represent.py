@@ -20,15 +20,18 @@ def main() -> None:
 
     p = params.load()
     dataset = params.chosen(p.datasets, args.dataset, "datasets")
-    config = method.configure(args.representation, params.chosen(p.representations, args.representation, "representations"),
-                              "representations")
+    config = method.configure(
+        args.representation, params.chosen(p.representations, args.representation, "representations"), "representations"
+    )
     device = train.prepare(p.runtime)
     meta = splits.read_meta(paths.longtail(args.dataset))
     counts = torch.tensor(meta["train_counts"])
     data = train.Images.place(*splits.read_split(paths.longtail(args.dataset), "train"), dataset.augmentation, device)
 
     record = {
-        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{args.representation}.py"),
+        "code": provenance.code_version(
+            Path(__file__), Path(method.__file__).parent / f"methods/{args.representation}.py"
+        ),
         "params": {"dataset": dataset.model_dump(exclude={"calibrate"}), "representation": config.model_dump()},
         "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")},
         "device": device.type,
@@ -43,12 +46,15 @@ def main() -> None:
 
     histories = []
     for seed in p.seeds:
-        replica = train.Replica(f"represent {args.dataset}/{args.representation} seed {seed}", seed, make,
-                                scratch / f"seed{seed}.pt")
+        replica = train.Replica(
+            f"represent {args.dataset}/{args.representation} seed {seed}", seed, make, scratch / f"seed{seed}.pt"
+        )
         network, history = train.train(replica, data, dataset.represent, device, p.runtime.checkpoint_seconds)
         weights.save_weights(network, out / f"seed{seed}.safetensors")
         histories += history
-    files.write_text(out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g"))
+    files.write_text(
+        out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g")
+    )
     files.write_json(out / "provenance.json", record)
     checkpoint.keep_only(scratch)
 

@@ -17,8 +17,10 @@ def read_raw(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """
     meta = files.read_json(folder / "meta.json")
     if not isinstance(meta, dict) or {"class_names", "source", "checksums"} - meta.keys():
-        raise UserError(f"{folder}/meta.json is damaged: must have class_names, source and checksums; "
-                        f"delete {folder} and run `dvc repro`")
+        raise UserError(
+            f"{folder}/meta.json is damaged: must have class_names, source and checksums; "
+            f"delete {folder} and run `dvc repro`"
+        )
     arrays = {}
     for part in ("train_images", "train_labels", "test_images", "test_labels"):
         path = folder / f"{part}.npy"
@@ -27,8 +29,9 @@ def read_raw(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
         # Before anything of the file is parsed: a flipped bit may sit in its header.
         found, expected = files.sha256(path), meta["checksums"].get(path.name)
         if found != expected:
-            raise UserError(f"{path} is damaged: its SHA-256 is {found}, expected {expected}; "
-                            f"delete {folder} and run `dvc repro`")
+            raise UserError(
+                f"{path} is damaged: its SHA-256 is {found}, expected {expected}; delete {folder} and run `dvc repro`"
+            )
         arrays[part] = files.read_array(path, mmap=True)
     for split in ("train", "test"):
         check_split(folder, split, arrays[f"{split}_images"], arrays[f"{split}_labels"], meta["class_names"])
@@ -38,19 +41,25 @@ def read_raw(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
 def check_split(folder: Path, split: str, images: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
     """Raise UserError unless images are uint8 [N, H, W, C], labels int64 [N] in 0..K-1, and no class is empty."""
     if images.ndim != 4 or images.dtype != np.uint8:
-        raise UserError(f"{folder}/{split}_images.npy holds {images.dtype} {list(images.shape)}: "
-                        "must be uint8 [N, H, W, C]")
+        raise UserError(
+            f"{folder}/{split}_images.npy holds {images.dtype} {list(images.shape)}: must be uint8 [N, H, W, C]"
+        )
     if labels.shape != images.shape[:1] or labels.dtype != np.int64:
-        raise UserError(f"{folder}/{split}_labels.npy holds {labels.dtype} {list(labels.shape)}: "
-                        f"must be int64 [{len(images)}], one label an image")
+        raise UserError(
+            f"{folder}/{split}_labels.npy holds {labels.dtype} {list(labels.shape)}: "
+            f"must be int64 [{len(images)}], one label an image"
+        )
     last = len(class_names) - 1
     if labels.size and not 0 <= labels.min() <= labels.max() <= last:
-        raise UserError(f"{folder}/{split}_labels.npy holds labels {labels.min()}..{labels.max()}: "
-                        f"must lie in 0..{last}")
+        raise UserError(
+            f"{folder}/{split}_labels.npy holds labels {labels.min()}..{labels.max()}: must lie in 0..{last}"
+        )
     counts = np.bincount(labels, minlength=len(class_names))
     if not counts.all():
-        raise UserError(f"{folder}/{split}_labels.npy: {longtail.class_title(int(counts.argmin()), class_names)} "
-                        f"has no images in the {split} split: every class needs at least one")
+        raise UserError(
+            f"{folder}/{split}_labels.npy: {longtail.class_title(int(counts.argmin()), class_names)} "
+            f"has no images in the {split} split: every class needs at least one"
+        )
 
 
 def train_counts(available: np.ndarray, dataset: params.Dataset, key: str, class_names: list[str]) -> np.ndarray:
@@ -61,9 +70,11 @@ def train_counts(available: np.ndarray, dataset: params.Dataset, key: str, class
     left = available - dataset.holdout_per_class
     if left.min() < 1:
         k = int(left.argmin())
-        raise UserError(f"{params.PARAMS}: {key}.holdout_per_class is {dataset.holdout_per_class}: "
-                        f"{longtail.class_title(k, class_names)} has {available[k]} images, "
-                        f"so must be at most {available[k] - 1}")
+        raise UserError(
+            f"{params.PARAMS}: {key}.holdout_per_class is {dataset.holdout_per_class}: "
+            f"{longtail.class_title(k, class_names)} has {available[k]} images, "
+            f"so must be at most {available[k] - 1}"
+        )
     imbalance = dataset.imbalance
     if imbalance.profile == "natural":
         return left
@@ -84,8 +95,10 @@ def main() -> None:
 
     channels, means = raw["train_images"].shape[3], len(dataset.augmentation.mean)
     if channels != means:
-        raise UserError(f"{params.PARAMS}: datasets.{name}.augmentation.mean has {means} values: the images have "
-                        f"{channels} channels, so mean and std must have {channels} each")
+        raise UserError(
+            f"{params.PARAMS}: datasets.{name}.augmentation.mean has {means} values: the images have "
+            f"{channels} channels, so mean and std must have {channels} each"
+        )
 
     available = np.bincount(raw["train_labels"], minlength=len(class_names))
     counts = train_counts(available, dataset, f"datasets.{name}", class_names)
@@ -103,16 +116,19 @@ def main() -> None:
     folder = paths.longtail(name)
     for part, array in arrays.items():
         files.write_array(folder / f"{part}.npy", array)
-    files.write_json(folder / "meta.json", {
-        "class_names": class_names,
-        "train_counts": counts.tolist(),
-        "holdout_counts": np.bincount(arrays["holdout_labels"], minlength=len(class_names)).tolist(),
-        "test_counts": np.bincount(arrays["test_labels"], minlength=len(class_names)).tolist(),
-        "n_max": int(counts.max()),
-        "imbalance": {**dataset.imbalance.model_dump(), "measured_factor": float(counts.max() / counts.min())},
-        "source": meta["source"],
-        "checksums": {f"{part}.npy": files.sha256(folder / f"{part}.npy") for part in arrays},
-    })
+    files.write_json(
+        folder / "meta.json",
+        {
+            "class_names": class_names,
+            "train_counts": counts.tolist(),
+            "holdout_counts": np.bincount(arrays["holdout_labels"], minlength=len(class_names)).tolist(),
+            "test_counts": np.bincount(arrays["test_labels"], minlength=len(class_names)).tolist(),
+            "n_max": int(counts.max()),
+            "imbalance": {**dataset.imbalance.model_dump(), "measured_factor": float(counts.max() / counts.min())},
+            "source": meta["source"],
+            "checksums": {f"{part}.npy": files.sha256(folder / f"{part}.npy") for part in arrays},
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests run side by side already
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `python` in dvc.yaml is this one
-    "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@localhost",
-    "GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@localhost",
+    "GIT_AUTHOR_NAME": "test",
+    "GIT_AUTHOR_EMAIL": "test@localhost",
+    "GIT_COMMITTER_NAME": "test",
+    "GIT_COMMITTER_EMAIL": "test@localhost",
     "DVC_NO_ANALYTICS": "1",
 }
 TINY = [  # digits_lt, two cells, two seeds, a few epochs
@@ -23,6 +28,7 @@ TINY = [  # digits_lt, two cells, two seeds, a few epochs
     ("epochs: 60\n", "epochs: 8\n"),
     ("- 48\n        - 54\n", "- 6\n"),
     ("epochs: 10\n", "epochs: 2\n"),
+    ("threads: 2", "threads: 1"),  # the tests run side by side already
 ]
 
 
@@ -40,8 +46,9 @@ class Project:
 
     def __init__(self, root: Path, changes: list[tuple[str, str]]):
         self.root = root
-        listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
-                                check=True).stdout.splitlines()
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         for name in listed:
             if (ROOT / name).exists():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +59,15 @@ class Project:
 
     def start(self, *command: str) -> subprocess.Popen:
         """Start a command in the project, in a process group of its own."""
-        return subprocess.Popen(command, cwd=self.root, env=ENVIRONMENT, text=True, start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=ENVIRONMENT,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def run(self, *command: str, ok: bool = True) -> str:
         """Run a command in the project; returns what it printed."""
@@ -70,6 +84,8 @@ class Project:
 @pytest.fixture
 def project(tmp_path: Path) -> Callable[..., Project]:
     """Make a copy of the project with a tiny grid; further changes to its params.yaml as (old, new) pairs."""
+
     def make(*changes: tuple[str, str], name: str = "project") -> Project:
         return Project(tmp_path / name, [*TINY, *changes])
+
     return make

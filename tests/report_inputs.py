@@ -14,8 +14,22 @@ from tailcal import figures
 ROOT = Path(__file__).resolve().parent.parent
 REPRESENTATIONS = ("ce", "mixup", "balanced_softmax")
 CLASSIFIERS = ("joint", "crt", "lws", "tau_norm", "mislas", "mislas_shifted_bn")
-NUMBERS = ("top1", "top5", "ece", "mce", "ace", "classwise_ece", "nll", "brier", "many", "medium", "few", "ece_many",
-           "ece_medium", "ece_few")
+NUMBERS = (
+    "top1",
+    "top5",
+    "ece",
+    "mce",
+    "ace",
+    "classwise_ece",
+    "nll",
+    "brier",
+    "many",
+    "medium",
+    "few",
+    "ece_many",
+    "ece_medium",
+    "ece_few",
+)
 
 
 def bins(generator: np.random.Generator, seeds: int = 3, number: int = 15, size: int = 500) -> pd.DataFrame:
@@ -23,13 +37,18 @@ def bins(generator: np.random.Generator, seeds: int = 3, number: int = 15, size:
     frames = []
     for seed in range(seeds):
         confidence = 0.2 + 0.8 * generator.beta(3, 0.8, size)
-        correct = generator.random(size) < confidence ** 1.5
+        correct = generator.random(size) < confidence**1.5
         inside = np.clip(np.ceil(confidence * number).astype(int) - 1, 0, number - 1)
         grouped = pd.DataFrame({"bin": inside, "confidence": confidence, "accuracy": correct}).groupby("bin")
         frame = grouped.mean().assign(count=grouped.size()).reindex(range(number))
         lower = np.arange(number) / number
-        frame = frame.assign(seed=seed, bin_lower=lower, bin_upper=lower + 1 / number,
-                             count=frame["count"].fillna(0).astype(int), gap=frame["accuracy"] - frame["confidence"])
+        frame = frame.assign(
+            seed=seed,
+            bin_lower=lower,
+            bin_upper=lower + 1 / number,
+            count=frame["count"].fillna(0).astype(int),
+            gap=frame["accuracy"] - frame["confidence"],
+        )
         frames.append(frame)
     return pd.concat(frames)[["seed", "bin_lower", "bin_upper", "confidence", "accuracy", "count", "gap"]].round(6)
 
@@ -38,21 +57,35 @@ def classes(generator: np.random.Generator, number: int = 10, largest: int = 150
     """A per_class.csv: an exponential profile, tail classes less accurate."""
     counts = np.floor(largest * factor ** -(np.arange(number) / (number - 1))).astype(int)
     accuracy = np.clip(0.95 - 0.6 * np.arange(number) / number + generator.normal(0, 0.08, number), 0, 1)
-    return pd.DataFrame({
-        "class": np.arange(number), "name": ["NA", "a rather $long$ name of a class, past any axis", "null"][:number]
-        + [f"class {k}" for k in range(3, number)], "train_count": counts,
-        "group": np.select([counts > 100, counts >= 20], ["many", "medium"], "few"), "accuracy": accuracy.round(4),
-        "accuracy_std": 0.01, "test_count": 50,
-    })
+    return pd.DataFrame(
+        {
+            "class": np.arange(number),
+            "name": ["NA", "a rather $long$ name of a class, past any axis", "null"][:number]
+            + [f"class {k}" for k in range(3, number)],
+            "train_count": counts,
+            "group": np.select([counts > 100, counts >= 20], ["many", "medium"], "few"),
+            "accuracy": accuracy.round(4),
+            "accuracy_std": 0.01,
+            "test_count": 50,
+        }
+    )
 
 
 def history(generator: np.random.Generator, epochs: int = 30, seeds: int = 3) -> pd.DataFrame:
     """A history.csv."""
-    return pd.DataFrame([
-        {"epoch": epoch, "seed": seed, "lr": 0.1, "loss": round(2.3 * np.exp(-epoch / 8) + 0.2 * generator.random(), 5),
-         "train_accuracy": round(1 - 0.9 * np.exp(-epoch / 6) - 0.05 * generator.random(), 5)}
-        for epoch in range(1, epochs + 1) for seed in range(seeds)
-    ])
+    return pd.DataFrame(
+        [
+            {
+                "epoch": epoch,
+                "seed": seed,
+                "lr": 0.1,
+                "loss": round(2.3 * np.exp(-epoch / 8) + 0.2 * generator.random(), 5),
+                "train_accuracy": round(1 - 0.9 * np.exp(-epoch / 6) - 0.05 * generator.random(), 5),
+            }
+            for epoch in range(1, epochs + 1)
+            for seed in range(seeds)
+        ]
+    )
 
 
 def numbers(generator: np.random.Generator, seeds: int = 3) -> dict:
@@ -60,17 +93,24 @@ def numbers(generator: np.random.Generator, seeds: int = 3) -> dict:
     values = {name: round(float(generator.uniform(0.05, 0.95)), 4) for name in NUMBERS}
     values["top1"] = round(float(generator.uniform(0.8, 0.9)), 4)
     values["ece"] = round(float(generator.uniform(0.03, 0.13)), 4)
-    return {key: value for name in NUMBERS
-            for key, value in ((name, values[name]), (f"{name}_std", 0.0123 if seeds > 1 else None))}
+    return {
+        key: value
+        for name in NUMBERS
+        for key, value in ((name, values[name]), (f"{name}_std", 0.0123 if seeds > 1 else None))
+    }
 
 
-def write(root: Path, datasets=("digits_lt",), representations=REPRESENTATIONS, classifiers=CLASSIFIERS, number=10,
-          seeds=3) -> None:
+def write(
+    root: Path, datasets=("digits_lt",), representations=REPRESENTATIONS, classifiers=CLASSIFIERS, number=10, seeds=3
+) -> None:
     """Write params.yaml and every input of the report below `root`, which must be the working directory."""
     generator = np.random.default_rng(0)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    params["grid"] = {"datasets": list(datasets), "representations": list(representations),
-                      "classifiers": list(classifiers)}
+    params["grid"] = {
+        "datasets": list(datasets),
+        "representations": list(representations),
+        "classifiers": list(classifiers),
+    }
     (root / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     for dataset, representation in product(datasets, representations):
         _csv(root / paths.representation(dataset, representation) / "history.csv", history(generator, seeds=seeds))
@@ -91,8 +131,12 @@ def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generato
         "posthoc_absent": {},
         "provenance": {
             "params": {"dataset": {"imbalance": {"profile": "exponential", "factor": 20.0}}, "classifier": {}},
-            "data": "sha256:0123456789abcdef", "code": "aa4ca0a", "device": "cpu", "versions": {"numpy": "2.4.6"},
-            "classifier": classifier, "seeds": list(range(seeds)),
+            "data": "sha256:0123456789abcdef",
+            "code": "aa4ca0a",
+            "device": "cpu",
+            "versions": {"numpy": "2.4.6"},
+            "classifier": classifier,
+            "seeds": list(range(seeds)),
         },
     }
     where = root / paths.metrics(*cell)

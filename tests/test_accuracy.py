@@ -50,7 +50,9 @@ def test_shot_groups_at_their_borders():
 
 def test_an_empty_group_is_none_and_an_unmeasured_class_is_left_out():
     assert group_accuracy(np.array([0.5, 1.0, np.nan]), np.array([200, 150, 110])) == {
-        "many": 0.75, "medium": None, "few": None,
+        "many": 0.75,
+        "medium": None,
+        "few": None,
     }
     assert group_accuracy(np.array([0.5, np.nan]), np.array([200, 5]))["few"] is None
 
@@ -61,13 +63,16 @@ def test_group_accuracy_refuses_other_counts():
 
 
 @pytest.mark.parametrize("metric", [top1, confusion, per_class_accuracy])
-@pytest.mark.parametrize(("scores", "labels", "message"), [
-    (SCORES[:0], LABELS[:0], "no samples"),
-    (SCORES[0], LABELS, "shape"),
-    (SCORES, LABELS[:2], r"labels must have shape \[5\]"),
-    (SCORES, LABELS + 3, r"labels must lie in 0\.\.3, got 3\.\.4"),
-    (SCORES * np.nan, LABELS, "finite"),
-])
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        (SCORES[:0], LABELS[:0], "no samples"),
+        (SCORES[0], LABELS, "shape"),
+        (SCORES, LABELS[:2], r"labels must have shape \[5\]"),
+        (SCORES, LABELS + 3, r"labels must lie in 0\.\.3, got 3\.\.4"),
+        (SCORES * np.nan, LABELS, "finite"),
+    ],
+)
 def test_bad_input_is_refused_with_its_reason(metric, scores, labels, message):
     with pytest.raises(ValueError, match=message):
         metric(scores, labels)

@@ -16,7 +16,7 @@ def test_crop_is_pad_and_slice():
     cropped = augment.crop(IMAGES, offsets, 2)
     for image, (down, right), result in zip(IMAGES.numpy(), offsets.tolist(), cropped.numpy(), strict=True):
         padded = np.pad(image, ((0, 0), (2, 2), (2, 2)))
-        assert np.array_equal(result, padded[:, down:down + 7, right:right + 5])
+        assert np.array_equal(result, padded[:, down : down + 7, right : right + 5])
     assert cropped.dtype == torch.uint8
 
 
@@ -42,7 +42,9 @@ def test_standard_uses_every_offset_and_flips_half():
     assert (share - 1 / 25).abs().max() < 0.02
     marker = torch.zeros(4000, 1, 1, 2, dtype=torch.uint8)
     marker[..., 0] = 1
-    flipped = augment.standard(marker, Augmentation(pad=0, flip=True, mean=[0.0], std=[1.0]), Draws(0, 0, torch.Generator()))
+    flipped = augment.standard(
+        marker, Augmentation(pad=0, flip=True, mean=[0.0], std=[1.0]), Draws(0, 0, torch.Generator())
+    )
     assert abs(flipped[..., 1].float().mean().item() - 0.5) < 0.03
 
 

@@ -139,17 +139,20 @@ def test_softmax_is_float64_shift_free_and_a_distribution():
 GOOD = np.array([[0.5, 0.5], [0.25, 0.75]])
 
 
-@pytest.mark.parametrize(("p", "labels", "message"), [
-    (GOOD[0], [0, 1], r"shape \[samples, classes\], got \[2\]"),
-    (GOOD[:0], np.zeros(0, int), "no samples"),
-    (GOOD, [0, 1, 1], r"labels must have shape \[2\] like the scores, got \[3\]"),
-    (GOOD, [0.0, 1.0], "labels must be integers, got float64"),
-    (GOOD, [0, 2], r"labels must lie in 0\.\.1, got 0\.\.2"),
-    (GOOD, [-1, 1], r"labels must lie in 0\.\.1, got -1\.\.1"),
-    (GOOD * np.nan, [0, 1], "finite"),
-    (GOOD * 2, [0, 1], "must sum to 1, got 2: are these logits"),
-    (np.array([[1.5, -0.5]]), [0], "must not be negative, got -0.5"),
-])
+@pytest.mark.parametrize(
+    ("p", "labels", "message"),
+    [
+        (GOOD[0], [0, 1], r"shape \[samples, classes\], got \[2\]"),
+        (GOOD[:0], np.zeros(0, int), "no samples"),
+        (GOOD, [0, 1, 1], r"labels must have shape \[2\] like the scores, got \[3\]"),
+        (GOOD, [0.0, 1.0], "labels must be integers, got float64"),
+        (GOOD, [0, 2], r"labels must lie in 0\.\.1, got 0\.\.2"),
+        (GOOD, [-1, 1], r"labels must lie in 0\.\.1, got -1\.\.1"),
+        (GOOD * np.nan, [0, 1], "finite"),
+        (GOOD * 2, [0, 1], "must sum to 1, got 2: are these logits"),
+        (np.array([[1.5, -0.5]]), [0], "must not be negative, got -0.5"),
+    ],
+)
 def test_bad_input_is_refused_with_its_reason(p, labels, message):
     for metric in (reliability_bins, ece, mce, adaptive_ece, classwise_ece, brier):
         with pytest.raises(ValueError, match=message):

@@ -15,8 +15,17 @@ from tests.test_dvc import ROOT
 
 COUNTS = [12, 6, 3]
 AUGMENTATION = Augmentation(pad=1, flip=False, mean=[0.5], std=[0.25])
-RECIPE = Recipe.model_validate({"epochs": 3, "batch_size": 8, "last_batch": "fill", "lr": 0.05, "momentum": 0.9,
-                                "weight_decay": 0.0, "schedule": {"shape": "cosine", "warmup_epochs": 0}})
+RECIPE = Recipe.model_validate(
+    {
+        "epochs": 3,
+        "batch_size": 8,
+        "last_batch": "fill",
+        "lr": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "schedule": {"shape": "cosine", "warmup_epochs": 0},
+    }
+)
 BLOCKS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
@@ -36,6 +45,7 @@ def images() -> train.Images:
 def run(name, tmp_path, seed=0, epochs=3):
     def make():
         return build("resnet8", 1, 3), load(name)(config_of(name), torch.tensor(COUNTS))
+
     replica = train.Replica(name, seed, make, tmp_path / name / f"seed{seed}.pt")
     return train.train(replica, images(), RECIPE.model_copy(update={"epochs": epochs}), torch.device("cpu"), 0.0)
 
@@ -52,15 +62,15 @@ def test_it_trains_and_predicts(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", names())
-def test_gradient_reaches_exactly_what_it_says_it_trains(name, tmp_path):
+def test_gradient_reaches_exactly_what_it_says_it_trains(name):
     network = build("resnet8", 1, 3)
     method = load(name)(config_of(name), torch.tensor(COUNTS))
     groups = method.setup(network)
     named = {id(p) for group in groups for p in group.parameters}
-    assert named == {id(p) for p in [*network.parameters(), *method.parameters()] if p.requires_grad} or not method.trained
     if not method.trained:
         assert not named
         return
+    assert named == {id(p) for p in [*network.parameters(), *method.parameters()] if p.requires_grad}
     method.set_mode(network)
     data, draws = images(), train.Draws(0, 0, torch.Generator())
     batch = method.mix([data.batch(torch.arange(21), draws) for _ in method.streams], draws)
@@ -68,7 +78,8 @@ def test_gradient_reaches_exactly_what_it_says_it_trains(name, tmp_path):
     assert loss.shape == ()
     assert logits.shape == (21, 3)
     loss.backward()
-    reached = {id(p) for p in [*network.parameters(), *method.parameters()] if p.grad is not None and p.grad.abs().sum() > 0}
+    parameters = [*network.parameters(), *method.parameters()]
+    reached = {id(p) for p in parameters if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == named
 
 
@@ -81,7 +92,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(name, tmp_pat
 
 @pytest.mark.parametrize("name", [n for n in names() if load(n).trained])
 def test_an_interrupted_training_ends_with_the_same_bits(name, tmp_path):
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     whole, history = run(name, tmp_path / "whole")
@@ -90,12 +101,12 @@ def test_an_interrupted_training_ends_with_the_same_bits(name, tmp_path):
     def save_once(path, state):
         save(path, state)
         saves.append(state["epoch"])
-        raise Stop
+        raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.checkpoint, "save", save_once)
         for _ in range(2):
-            with pytest.raises(Stop):
+            with pytest.raises(StoppedError):
                 run(name, tmp_path / "broken")
     resumed, resumed_history = run(name, tmp_path / "broken")
     assert saves == [1, 2]
@@ -116,3 +127,10 @@ def test_it_is_documented_and_typed(name):
 def test_a_method_imports_no_other_method(name):
     source = inspect.getsource(inspect.getmodule(load(name)))
     assert "tailcal.methods" not in source
+
+
+def test_training_accuracy_counts_a_mixed_label_with_its_share():
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]])
+    assert train.agreement(logits, torch.tensor([0, 1, 1])).item() == pytest.approx(2 / 3)
+    soft = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.6, 0.0], [0.5, 0.5, 0.0]])
+    assert train.agreement(logits, soft).item() == pytest.approx((0.7 + 0.6 + 0.0) / 3)

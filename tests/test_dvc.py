@@ -37,11 +37,13 @@ def declared(stage: str, item: dict[str, str]) -> set[str]:
 
 
 def imported(stage: str, modules: list[str]) -> set[str]:
-    """The project's files that a fresh interpreter loads for a stage, and those it names in imports inside functions."""
-    code = (f"import sys, importlib\n"
-            f"for name in ['stages.{stage}', *{modules!r}]: importlib.import_module(name)\n"
-            "print('\\n'.join(m.__file__ for n, m in sys.modules.items() "
-            "if n.split('.')[0] in ('stages', 'tailcal') and getattr(m, '__file__', None)))")
+    """The project's files that a fresh interpreter loads for a stage, and those that functions import."""
+    code = (
+        f"import sys, importlib\n"
+        f"for name in ['stages.{stage}', *{modules!r}]: importlib.import_module(name)\n"
+        "print('\\n'.join(m.__file__ for n, m in sys.modules.items() "
+        "if n.split('.')[0] in ('stages', 'tailcal') and getattr(m, '__file__', None)))"
+    )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     files = {Path(line) for line in ran.stdout.split()}
     files |= set(provenance.closure(*files))

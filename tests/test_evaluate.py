@@ -35,8 +35,12 @@ def split(N: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def save(seed: int, holdout: int = 70, **changed: np.ndarray) -> None:
     test_logits, test_labels = split(350, seed)
     holdout_logits, holdout_labels = split(holdout, 100 + seed)
-    arrays = {"test_logits": test_logits, "test_labels": test_labels,
-              "holdout_logits": holdout_logits, "holdout_labels": holdout_labels} | changed
+    arrays = {
+        "test_logits": test_logits,
+        "test_labels": test_labels,
+        "holdout_logits": holdout_logits,
+        "holdout_labels": holdout_labels,
+    } | changed
     np.savez(paths.predictions(**CELL) / f"seed{seed}.npz", **arrays)
 
 
@@ -112,7 +116,12 @@ def test_reliability_csv_is_what_the_ece_is_made_of():
     with (paths.cell_plots(**CELL) / "reliability.csv").open(newline="") as stream:
         first = next(csv.DictReader(stream))
     assert (first["bin_upper"], first["confidence"], first["accuracy"], first["count"], first["gap"]) == (
-        "0.066667", "", "", "0", "")
+        "0.066667",
+        "",
+        "",
+        "0",
+        "",
+    )
     assert (paths.cell_plots(**CELL) / "reliability.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -151,8 +160,7 @@ def test_without_a_holdout_fitted_rules_are_absent_and_say_why():
         save(seed, holdout=0)
     numbers = measured()
     assert list(numbers["posthoc"]) == ["logit_adjustment"]
-    assert numbers["posthoc_absent"] == {
-        "temperature": "is fitted on held-out data, and this data set holds none out"}
+    assert numbers["posthoc_absent"] == {"temperature": "is fitted on held-out data, and this data set holds none out"}
 
 
 def test_an_empty_group_is_null():
@@ -179,31 +187,44 @@ def nan_logits() -> np.ndarray:
     return logits
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda: (paths.predictions(**CELL) / "seed1.npz").unlink(), "seed1.npz is missing"),
-    (lambda: damage((paths.predictions(**CELL) / "seed1.npz").read_bytes()[:3000]), "seed1.npz is damaged"),
-    (lambda: damage(b""), "seed1.npz is damaged"),
-    (lambda: damage(b"something else"), "seed1.npz is damaged"),
-    (lambda: np.save((paths.predictions(**CELL) / "seed1.npz").open("wb"), np.zeros(3)), "seed1.npz is damaged"),
-    (lambda: np.savez(paths.predictions(**CELL) / "seed1.npz", test_logits=np.zeros((2, K))),
-     "seed1.npz is damaged (test_labels is not a file in the archive)"),
-    (lambda: save(1, test_labels=np.array([{}] * 350)), "seed1.npz is damaged"),
-    (lambda: save(1, test_logits=np.zeros((350, 3), np.float32)),
-     "seed1.npz: test_logits has shape [350, 3]: the data set has 7 classes"),
-    (lambda: save(1, test_logits=nan_logits()), "seed1.npz: test: scores must be finite"),
-    (lambda: save(1, test_labels=np.full(350, 7)), "seed1.npz: test: labels must lie in 0..6"),
-    (lambda: save(1, holdout_labels=np.zeros(3, int)), "seed1.npz: holdout: labels must have shape [70]"),
-    (lambda: save(1, test_labels=np.zeros(350, int)), "seed1.npz: its test labels differ from seed 0's"),
-    (lambda: save(1, holdout=0), "seed1.npz: one of it and seed 0's has a hold-out"),
-    (lambda: (paths.predictions(**CELL) / "provenance.json").unlink(), "provenance.json is missing"),
-    (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{"), "provenance.json is damaged"),
-    (lambda: (paths.longtail("digits_lt") / "meta.json").unlink(), "meta.json is missing"),
-    (lambda: (paths.longtail("digits_lt") / "meta.json").write_text("{}"),
-     "meta.json: bad class_names or train_counts"),
-    (lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
-        json.dumps({"class_names": NAMES, "train_counts": COUNTS[1:]})), "meta.json: train_counts must be a count"),
-    (lambda: edit_params("    temperature: {}", "    platt: {}"), "evaluate.posthoc.platt: unknown rule"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda: (paths.predictions(**CELL) / "seed1.npz").unlink(), "seed1.npz is missing"),
+        (lambda: damage((paths.predictions(**CELL) / "seed1.npz").read_bytes()[:3000]), "seed1.npz is damaged"),
+        (lambda: damage(b""), "seed1.npz is damaged"),
+        (lambda: damage(b"something else"), "seed1.npz is damaged"),
+        (lambda: np.save((paths.predictions(**CELL) / "seed1.npz").open("wb"), np.zeros(3)), "seed1.npz is damaged"),
+        (
+            lambda: np.savez(paths.predictions(**CELL) / "seed1.npz", test_logits=np.zeros((2, K))),
+            "seed1.npz is damaged (test_labels is not a file in the archive)",
+        ),
+        (lambda: save(1, test_labels=np.array([{}] * 350)), "seed1.npz is damaged"),
+        (
+            lambda: save(1, test_logits=np.zeros((350, 3), np.float32)),
+            "seed1.npz: test_logits has shape [350, 3]: the data set has 7 classes",
+        ),
+        (lambda: save(1, test_logits=nan_logits()), "seed1.npz: test: scores must be finite"),
+        (lambda: save(1, test_labels=np.full(350, 7)), "seed1.npz: test: labels must lie in 0..6"),
+        (lambda: save(1, holdout_labels=np.zeros(3, int)), "seed1.npz: holdout: labels must have shape [70]"),
+        (lambda: save(1, test_labels=np.zeros(350, int)), "seed1.npz: its test labels differ from seed 0's"),
+        (lambda: save(1, holdout=0), "seed1.npz: one of it and seed 0's has a hold-out"),
+        (lambda: (paths.predictions(**CELL) / "provenance.json").unlink(), "provenance.json is missing"),
+        (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{"), "provenance.json is damaged"),
+        (lambda: (paths.longtail("digits_lt") / "meta.json").unlink(), "meta.json is missing"),
+        (
+            lambda: (paths.longtail("digits_lt") / "meta.json").write_text("{}"),
+            "meta.json: bad class_names or train_counts",
+        ),
+        (
+            lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
+                json.dumps({"class_names": NAMES, "train_counts": COUNTS[1:]})
+            ),
+            "meta.json: train_counts must be a count",
+        ),
+        (lambda: edit_params("    temperature: {}", "    platt: {}"), "evaluate.posthoc.platt: unknown rule"),
+    ],
+)
 def test_bad_input_is_one_line_that_names_the_file_and_nothing_is_written(spoil, message):
     spoil()
     with pytest.raises(UserError) as error:

@@ -27,10 +27,13 @@ def labels():
     return np.random.default_rng(3).permutation(np.repeat(np.arange(6), [40, 60, 50, 45, 80, 41]))
 
 
-@pytest.mark.parametrize(("n_max", "classes", "totals"), [
-    (5000, 10, {1: 50000, 10: 20431, 50: 13996, 100: 12406, 200: 11203}),
-    (500, 100, {1: 50000, 10: 19573, 50: 12608, 100: 10847, 200: 9502}),
-])
+@pytest.mark.parametrize(
+    ("n_max", "classes", "totals"),
+    [
+        (5000, 10, {1: 50000, 10: 20431, 50: 13996, 100: 12406, 200: 11203}),
+        (500, 100, {1: 50000, 10: 19573, 50: 12608, 100: 10847, 200: 9502}),
+    ],
+)
 def test_published_totals(n_max, classes, totals):
     for factor, total in totals.items():
         counts = longtail.class_counts(n_max, classes, factor, "exponential")
@@ -72,13 +75,16 @@ def test_largest_factor_is_named_and_works(profile):
     assert ("class 2 (eel)" if profile == "exponential" else "class 1 (dog)") in str(caught.value)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((50, 5, 0.5, "exponential"), "factor is 0.5: must be at least 1"),
-    ((50, 5, float("nan"), "step"), "must be at least 1"),
-    ((50, 1, 10, "exponential"), "at least 2 classes, got 1"),
-    ((0, 5, 10, "exponential"), "class 0 keeps no image"),
-    ((50, 5, 10, "natural"), "'natural' has no counts"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((50, 5, 0.5, "exponential"), "factor is 0.5: must be at least 1"),
+        ((50, 5, float("nan"), "step"), "must be at least 1"),
+        ((50, 1, 10, "exponential"), "at least 2 classes, got 1"),
+        ((0, 5, 10, "exponential"), "class 0 keeps no image"),
+        ((50, 5, 10, "natural"), "'natural' has no counts"),
+    ],
+)
 def test_bad_profiles(arguments, message):
     with pytest.raises(UserError, match=message):
         longtail.class_counts(*arguments)

@@ -86,8 +86,10 @@ def test_label_aware_smoothing_naive():
 
 def test_label_aware_smoothing_limits():
     torch.testing.assert_close(label_aware_smoothing(LOGITS, LABELS, torch.zeros(4)), F.cross_entropy(LOGITS, LABELS))
-    torch.testing.assert_close(label_aware_smoothing(LOGITS, LABELS, torch.full((4,), 0.1)),
-                               F.cross_entropy(LOGITS, LABELS, label_smoothing=0.1))
+    torch.testing.assert_close(
+        label_aware_smoothing(LOGITS, LABELS, torch.full((4,), 0.1)),
+        F.cross_entropy(LOGITS, LABELS, label_smoothing=0.1),
+    )
 
 
 def test_tau_norm_by_hand():
@@ -154,14 +156,32 @@ def test_mislas_learns_scales_at_the_full_rate_and_the_classifier_slower():
     assert [p.shape for p in classifier.parameters] == [(4, 64), (4,)]
 
 
-@pytest.mark.parametrize(("name", "block", "stage", "says"), [
-    ("mixup", {}, "representations", "representations.mixup.alpha: this key is missing"),
-    ("mixup", {"alpha": 0.0}, "representations", "representations.mixup.alpha: input should be greater than 0, got 0.0"),
-    ("mixup", {"alpha": "1"}, "representations", "representations.mixup.alpha: input should be a valid number, got '1'"),
-    ("ce", {"alpha": 1.0}, "representations", "representations.ce.alpha: unknown key"),
-    ("joint", {}, "representations", "representations.joint: no such method: there are balanced_softmax, ce, mixup"),
-    ("mislas", MISLAS | {"shifted_bn": False, "smooth_tail": 0.9}, "classifiers", "must not be below smooth_tail"),
-])
+@pytest.mark.parametrize(
+    ("name", "block", "stage", "says"),
+    [
+        ("mixup", {}, "representations", "representations.mixup.alpha: this key is missing"),
+        (
+            "mixup",
+            {"alpha": 0.0},
+            "representations",
+            "representations.mixup.alpha: input should be greater than 0, got 0.0",
+        ),
+        (
+            "mixup",
+            {"alpha": "1"},
+            "representations",
+            "representations.mixup.alpha: input should be a valid number, got '1'",
+        ),
+        ("ce", {"alpha": 1.0}, "representations", "representations.ce.alpha: unknown key"),
+        (
+            "joint",
+            {},
+            "representations",
+            "representations.joint: no such method: there are balanced_softmax, ce, mixup",
+        ),
+        ("mislas", MISLAS | {"shifted_bn": False, "smooth_tail": 0.9}, "classifiers", "must not be below smooth_tail"),
+    ],
+)
 def test_a_wrong_block_is_one_line(name, block, stage, says):
     with pytest.raises(UserError) as error:
         configure(name, block, stage)

@@ -9,7 +9,9 @@ from tailcal.models.heads import ScaledLinear
 from tailcal.models.resnet import BasicBlock
 
 
-@pytest.mark.parametrize(("name", "millions"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85)]
+)
 def test_parameter_counts_of_he_et_al_table_6(name, millions):
     network = build(name, 3, 10)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == millions

@@ -11,8 +11,15 @@ from tailcal.params import Recipe
 
 
 def recipe(**changes) -> Recipe:
-    values = {"epochs": 200, "batch_size": 128, "last_batch": "fill", "lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4,
-              "schedule": {"shape": "multistep", "warmup_epochs": 5, "milestones": [160, 180], "gamma": 0.1}}
+    values = {
+        "epochs": 200,
+        "batch_size": 128,
+        "last_batch": "fill",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 2e-4,
+        "schedule": {"shape": "multistep", "warmup_epochs": 5, "milestones": [160, 180], "gamma": 0.1},
+    }
     return Recipe.model_validate(values | changes)
 
 
@@ -22,8 +29,9 @@ def test_sgd_is_torch_sgd():
     ours = [torch.nn.Parameter(t.clone()) for t in start]
     theirs = [torch.nn.Parameter(t.clone()) for t in start]
     sgd = SGD([ParameterGroup([ours[0]]), ParameterGroup([ours[1]], lr_factor=0.2)], 0.9, 0.01)
-    reference = torch.optim.SGD([{"params": [theirs[0]], "lr": 0.1}, {"params": [theirs[1]], "lr": 0.02}],
-                                momentum=0.9, weight_decay=0.01)
+    reference = torch.optim.SGD(
+        [{"params": [theirs[0]], "lr": 0.1}, {"params": [theirs[1]], "lr": 0.02}], momentum=0.9, weight_decay=0.01
+    )
     for step in range(5):
         for parameters in (ours, theirs):
             for p in parameters:

@@ -30,24 +30,35 @@ def test_the_shipped_file_loads_and_every_block_is_valid():
     posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
 
 
-@pytest.mark.parametrize(("old", "new", "says"), [
-    ("factor: 20", "factor: twenty", "datasets.digits_lt.imbalance.factor: input should be a valid number, got 'twenty'"),
-    ("factor: 20", "factor: 0.5", "datasets.digits_lt.imbalance.factor: input should be greater than or equal to 1, got 0.5"),
-    ("factor: 20", "factr: 20", "datasets.digits_lt.imbalance.factor: this key is missing (and 1 more)"),
-    ("  bins: 15", "  bins: 15\n  binz: 3", "evaluate.binz: unknown key"),
-    ("  - ce\n", "  - cee\n", "grid.representations names cee, which has no block"),
-    ("  - ce\n", "  - ce\n  - ce\n", "grid.representations: lists ce more than once"),
-    ("  - ce\n", "  - c-e\n", "must be letters, digits and _ only"),
-    ("threads: 2", "threads: 0", "runtime.threads"),
-    ("device: auto", "device: gpu", "runtime.device: input should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
-    ("shape: multistep", "shape: stairs", "datasets.digits_lt.represent.schedule"),
-    ("warmup_epochs: 5", "warmup_epochs: 500", "warmup_epochs is 500: must be below epochs"),
-    ("- 0.3052", "- 0.3052\n      - 0.1", "mean has 2 values and std 1"),
-    ("seeds: ", "seeds: []\nseedz: ", "seeds"),
-    ("bins: 15", "bins: 15\n  bins: 20", "the key bins appears twice"),
-    ("grid: ", "grid: [", "not valid YAML"),
-    ("lr: 0.1", "lr: .nan", "datasets.digits_lt.represent.lr"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (
+            "factor: 20",
+            "factor: twenty",
+            "datasets.digits_lt.imbalance.factor: input should be a valid number, got 'twenty'",
+        ),
+        (
+            "factor: 20",
+            "factor: 0.5",
+            "datasets.digits_lt.imbalance.factor: input should be greater than or equal to 1, got 0.5",
+        ),
+        ("factor: 20", "factr: 20", "datasets.digits_lt.imbalance.factor: this key is missing (and 1 more)"),
+        ("  bins: 15", "  bins: 15\n  binz: 3", "evaluate.binz: unknown key"),
+        ("  - ce\n", "  - cee\n", "grid.representations names cee, which has no block"),
+        ("  - ce\n", "  - ce\n  - ce\n", "grid.representations: lists ce more than once"),
+        ("  - ce\n", "  - c-e\n", "must be letters, digits and _ only"),
+        ("threads: 2", "threads: 0", "runtime.threads"),
+        ("device: auto", "device: gpu", "runtime.device: input should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+        ("shape: multistep", "shape: stairs", "datasets.digits_lt.represent.schedule"),
+        ("warmup_epochs: 5", "warmup_epochs: 500", "warmup_epochs is 500: must be below epochs"),
+        ("- 0.3052", "- 0.3052\n      - 0.1", "mean has 2 values and std 1"),
+        ("seeds: ", "seeds: []\nseedz: ", "seeds"),
+        ("bins: 15", "bins: 15\n  bins: 20", "the key bins appears twice"),
+        ("grid: ", "grid: [", "not valid YAML"),
+        ("lr: 0.1", "lr: .nan", "datasets.digits_lt.represent.lr"),
+    ],
+)
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path, old, new, says):
     with pytest.raises(UserError) as error:
         load_with(tmp_path, old, new)
@@ -94,9 +105,13 @@ def test_every_key_is_read_by_some_code():
     for kind in sources.kinds():
         models.add(__import__(f"tailcal.sources.{kind}", fromlist=["Config"]).Config)
     code = [path for folder in ("src", "stages") for path in (ROOT / folder).rglob("*.py")]
-    read = {node.attr for path in code for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    read = {
+        node.attr for path in code for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+    }
     text = "\n".join(path.read_text() for path in code)
     for model in models:
         for field in model.model_fields:
             # `shape` and the axes of the grid are read by name: pydantic's discriminator, getattr over the axes.
-            assert field in read or re.search(rf'["\']{field}["\']', text), f"{model.__name__}.{field} is read by nothing"
+            assert field in read or re.search(rf'["\']{field}["\']', text), (
+                f"{model.__name__}.{field} is read by nothing"
+            )

@@ -93,18 +93,24 @@ def test_no_rule_is_handed_the_test_split_to_fit_on(name):
 
 def test_configure_accepts_what_params_yaml_holds():
     assert configure({"temperature": {}, "logit_adjustment": {"tau": 1.0}}) == {
-        "temperature": Temperature(), "logit_adjustment": LogitAdjustment(tau=1.0),
+        "temperature": Temperature(),
+        "logit_adjustment": LogitAdjustment(tau=1.0),
     }
     assert configure({}) == {}
 
 
-@pytest.mark.parametrize(("blocks", "message"), [
-    ({"platt": {}}, "params.yaml: evaluate.posthoc.platt: unknown rule: there are logit_adjustment, temperature"),
-    ({"temperature": {"T": 1.0}}, "params.yaml: evaluate.posthoc.temperature.T: unknown key"),
-    ({"logit_adjustment": {}}, "params.yaml: evaluate.posthoc.logit_adjustment.tau: this key is missing"),
-    ({"logit_adjustment": {"tau": -1.0}},
-     "params.yaml: evaluate.posthoc.logit_adjustment.tau: input should be greater than or equal to 0, got -1.0"),
-])
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"platt": {}}, "params.yaml: evaluate.posthoc.platt: unknown rule: there are logit_adjustment, temperature"),
+        ({"temperature": {"T": 1.0}}, "params.yaml: evaluate.posthoc.temperature.T: unknown key"),
+        ({"logit_adjustment": {}}, "params.yaml: evaluate.posthoc.logit_adjustment.tau: this key is missing"),
+        (
+            {"logit_adjustment": {"tau": -1.0}},
+            "params.yaml: evaluate.posthoc.logit_adjustment.tau: input should be greater than or equal to 0, got -1.0",
+        ),
+    ],
+)
 def test_configure_refuses_in_one_line(blocks, message):
     with pytest.raises(UserError) as error:
         configure(blocks)

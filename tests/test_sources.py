@@ -24,15 +24,18 @@ def test_kinds_are_the_modules():
     assert sources.kinds() == ["cifar10", "cifar100", "digits"]
 
 
-@pytest.mark.parametrize(("block", "message"), [
-    ({}, "d.source.kind: must be one of cifar10, cifar100, digits, got None"),
-    ({"kind": "mnist"}, "got 'mnist'"),
-    ({"kind": "digits", "seed": 0}, "d.source.test_per_class: this key is missing"),
-    ({"kind": "digits", "seed": 0, "test_per_class": 0}, "greater than or equal to 1, got 0"),
-    ({"kind": "digits", "seed": -1, "test_per_class": 9}, "d.source.seed"),
-    ({"kind": "cifar10", "root": "x"}, "d.source.root: unknown key"),
-    ({"kind": "cifar100", "url": "ftp://host/file"}, "d.source.url"),
-])
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({}, "d.source.kind: must be one of cifar10, cifar100, digits, got None"),
+        ({"kind": "mnist"}, "got 'mnist'"),
+        ({"kind": "digits", "seed": 0}, "d.source.test_per_class: this key is missing"),
+        ({"kind": "digits", "seed": 0, "test_per_class": 0}, "greater than or equal to 1, got 0"),
+        ({"kind": "digits", "seed": -1, "test_per_class": 9}, "d.source.seed"),
+        ({"kind": "cifar10", "root": "x"}, "d.source.root: unknown key"),
+        ({"kind": "cifar100", "url": "ftp://host/file"}, "d.source.url"),
+    ],
+)
 def test_bad_blocks(block, message):
     with pytest.raises(UserError, match=message):
         sources.configure(block, "d.source")
@@ -60,12 +63,16 @@ def test_digits(configured_digits, tmp_path):
     levels = np.unique(np.concatenate([raw.train_images, raw.test_images]))
     assert len(levels) == 17
     assert (levels[0], levels[-1]) == (0, 255)
-    ours = [(image.tobytes(), int(label)) for images, labels in
-            ((raw.train_images, raw.train_labels), (raw.test_images, raw.test_labels))
-            for image, label in zip(images, labels, strict=True)]
+    ours = [
+        (image.tobytes(), int(label))
+        for images, labels in ((raw.train_images, raw.train_labels), (raw.test_images, raw.test_labels))
+        for image, label in zip(images, labels, strict=True)
+    ]
     official = load_digits()
-    theirs = [(bytes(int(level) * 255 // 16 for level in image.ravel()), int(label))
-              for image, label in zip(official.images, official.target, strict=True)]
+    theirs = [
+        (bytes(int(level) * 255 // 16 for level in image.ravel()), int(label))
+        for image, label in zip(official.images, official.target, strict=True)
+    ]
     assert sorted(ours) == sorted(theirs)
 
 
@@ -144,8 +151,13 @@ def cifar(request, monkeypatch, server, tmp_path):
     monkeypatch.setattr(module, "SHA256", hashlib.sha256(archive).hexdigest())
     server.answer = archive
     return SimpleNamespace(
-        config=module.Config(kind=request.param, url=server.url), module=module, dataset=dataset, splits=splits,
-        bytes=archive, downloads=tmp_path / "downloads", path=tmp_path / "downloads" / dataset.filename,
+        config=module.Config(kind=request.param, url=server.url),
+        module=module,
+        dataset=dataset,
+        splits=splits,
+        bytes=archive,
+        downloads=tmp_path / "downloads",
+        path=tmp_path / "downloads" / dataset.filename,
     )
 
 

@@ -51,15 +51,22 @@ class Project:
         train, test = np.arange(90) % 3, np.arange(12) % 3
         made = {
             "train_images": np.arange(90 * 4, dtype=np.int64).astype(np.uint8).reshape(90, 2, 2, 1),
-            "train_labels": train, "test_images": np.zeros((12, 2, 2, 1), np.uint8), "test_labels": test, **arrays,
+            "train_labels": train,
+            "test_images": np.zeros((12, 2, 2, 1), np.uint8),
+            "test_labels": test,
+            **arrays,
         }
         folder = paths.raw(NAME)
         for part, array in made.items():
             files.write_array(folder / f"{part}.npy", array)
-        files.write_json(folder / "meta.json", {
-            "class_names": list(names), "source": {"kind": "test"},
-            "checksums": {f"{part}.npy": files.sha256(folder / f"{part}.npy") for part in made},
-        })
+        files.write_json(
+            folder / "meta.json",
+            {
+                "class_names": list(names),
+                "source": {"kind": "test"},
+                "checksums": {f"{part}.npy": files.sha256(folder / f"{part}.npy") for part in made},
+            },
+        )
         return made
 
 
@@ -69,9 +76,12 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The numbers below belong to this block, whatever the project's own says today.
     project = Project(monkeypatch)
-    project.change(source={"kind": "digits", "test_per_class": 50, "seed": 0}, holdout_per_class=20,
-                   imbalance={"profile": "exponential", "factor": 20.0, "seed": 0},
-                   augmentation={"pad": 1, "flip": False, "mean": [0.3], "std": [0.4]})
+    project.change(
+        source={"kind": "digits", "test_per_class": 50, "seed": 0},
+        holdout_per_class=20,
+        imbalance={"profile": "exponential", "factor": 20.0, "seed": 0},
+        augmentation={"pad": 1, "flip": False, "mean": [0.3], "std": [0.4]},
+    )
     return project
 
 
@@ -124,8 +134,7 @@ def test_same_bytes_again(project):
 def test_images_keep_their_labels(project):
     generator = np.random.default_rng(0)
     made = project.put_raw(train_images=generator.integers(0, 256, (90, 8, 8, 1), dtype=np.uint8))
-    label_of = {image.tobytes(): label for image, label in
-                zip(made["train_images"], made["train_labels"], strict=True)}
+    label_of = {image.tobytes(): label for image, label in zip(made["train_images"], made["train_labels"], strict=True)}
     _, arrays = project.cut(holdout_per_class=5)
     seen = []
     for split in ("train", "holdout"):
@@ -213,31 +222,50 @@ def test_damaged_meta(project, text):
         project.cut()
 
 
-@pytest.mark.parametrize(("arrays", "message"), [
-    ({"train_images": np.zeros((90, 2, 2), np.uint8)}, r"train_images\.npy holds uint8 \[90, 2, 2\]: must be uint8"),
-    ({"test_images": np.zeros((12, 2, 2, 1))}, r"test_images\.npy holds float64"),
-    ({"train_labels": np.arange(89) % 3}, r"train_labels\.npy holds int64 \[89\]: must be int64 \[90\]"),
-    ({"train_labels": (np.arange(90) % 3).astype(np.int32)}, r"train_labels\.npy holds int32"),
-    ({"train_labels": np.arange(90) % 4}, r"labels 0\.\.3: must lie in 0\.\.2"),
-    ({"test_labels": np.arange(12) % 3 - 1}, r"labels -1\.\.1: must lie in 0\.\.2"),
-    ({"train_labels": np.arange(90) % 2}, r"class 2 \(cat\) has no images in the train split"),
-    ({"test_labels": np.arange(12) % 2 * 2}, r"class 1 \(bee\) has no images in the test split"),
-    ({"test_labels": np.zeros(0, np.int64), "test_images": np.zeros((0, 2, 2, 1), np.uint8)}, "no images in the test"),
-])
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"train_images": np.zeros((90, 2, 2), np.uint8)},
+            r"train_images\.npy holds uint8 \[90, 2, 2\]: must be uint8",
+        ),
+        ({"test_images": np.zeros((12, 2, 2, 1))}, r"test_images\.npy holds float64"),
+        ({"train_labels": np.arange(89) % 3}, r"train_labels\.npy holds int64 \[89\]: must be int64 \[90\]"),
+        ({"train_labels": (np.arange(90) % 3).astype(np.int32)}, r"train_labels\.npy holds int32"),
+        ({"train_labels": np.arange(90) % 4}, r"labels 0\.\.3: must lie in 0\.\.2"),
+        ({"test_labels": np.arange(12) % 3 - 1}, r"labels -1\.\.1: must lie in 0\.\.2"),
+        ({"train_labels": np.arange(90) % 2}, r"class 2 \(cat\) has no images in the train split"),
+        ({"test_labels": np.arange(12) % 2 * 2}, r"class 1 \(bee\) has no images in the test split"),
+        (
+            {"test_labels": np.zeros(0, np.int64), "test_images": np.zeros((0, 2, 2, 1), np.uint8)},
+            "no images in the test",
+        ),
+    ],
+)
 def test_arrays_that_are_not_a_data_set(project, arrays, message):
     project.put_raw(**arrays)
     with pytest.raises(UserError, match=message):
         project.cut(holdout_per_class=0)
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"holdout_per_class": 30}, r"datasets\.digits_lt\.holdout_per_class is 30: class 0 \(ant\) has 30 .* at most 29$"),
-    ({"imbalance__factor": 11.0, "holdout_per_class": 20},
-     r"datasets\.digits_lt\.imbalance: class 2 \(cat\) keeps no image.*largest factor that works is 10$"),
-    ({"imbalance__factor": 0.5}, r"datasets\.digits_lt\.imbalance\.factor"),
-    ({"augmentation__mean": [0.5] * 3, "augmentation__std": [0.5] * 3},
-     r"datasets\.digits_lt\.augmentation\.mean has 3 values: the images have 1 channels"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"holdout_per_class": 30},
+            r"datasets\.digits_lt\.holdout_per_class is 30: class 0 \(ant\) has 30 .* at most 29$",
+        ),
+        (
+            {"imbalance__factor": 11.0, "holdout_per_class": 20},
+            r"datasets\.digits_lt\.imbalance: class 2 \(cat\) keeps no image.*largest factor that works is 10$",
+        ),
+        ({"imbalance__factor": 0.5}, r"datasets\.digits_lt\.imbalance\.factor"),
+        (
+            {"augmentation__mean": [0.5] * 3, "augmentation__std": [0.5] * 3},
+            r"datasets\.digits_lt\.augmentation\.mean has 3 values: the images have 1 channels",
+        ),
+    ],
+)
 def test_settings_that_do_not_fit_the_data(project, keys, message):
     project.put_raw()
     with pytest.raises(UserError, match=message) as caught:
@@ -255,9 +283,15 @@ def test_unknown_data_set_lists_those_there_are(project, stage):
 @pytest.mark.usefixtures("project")
 def test_command_line(tmp_path):
     """A script of its own process: it works from the project's root, and an error is one line and exit code 1."""
+
     def stage(name):
-        return subprocess.run([sys.executable, "-m", f"stages.{name}", "--dataset", NAME], cwd=tmp_path,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", f"stages.{name}", "--dataset", NAME],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
 
     before = stage("subsample")
     assert before.returncode == 1

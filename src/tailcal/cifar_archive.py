@@ -50,8 +50,10 @@ def load(dataset: type, sha256: str, config: ArchiveConfig, downloads: Path) -> 
         try:
             train, test = dataset(folder, train=True), dataset(folder, train=False)
         except RuntimeError as error:
-            raise UserError(f"{archive}: the batches inside do not have the official MD5 checksums "
-                            "although the archive is right: check the disk and run again") from error
+            raise UserError(
+                f"{archive}: the batches inside do not have the official MD5 checksums "
+                "although the archive is right: check the disk and run again"
+            ) from error
     train_labels, test_labels = (np.array(split.targets, np.int64) for split in (train, test))
     return Raw(train.data, train_labels, test.data, test_labels, train.classes)
 

@@ -19,8 +19,8 @@ def derive(*parts: int | str) -> int:
 class Draws:
     """The random numbers of one training step.
 
-    `device` is a torch.Generator on the device, for draws as large as the batch. `host` is a NumPy generator, for the few
-    scalars a step needs (mixup's lambda); it never waits for the device.
+    `device` is a torch.Generator on the device, for draws as large as the batch. `host` is a NumPy generator, for the
+    few scalars a step needs (mixup's lambda); it never waits for the device.
     """
 
     def __init__(self, seed: int, step: int, generator: torch.Generator):

@@ -34,7 +34,8 @@ CLASSIFIER_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 GROUP_COLOURS = {"many": "#004488", "medium": "#DDAA33", "few": "#BB5566"}
 GROUP_TITLES = {"many": "many (over 100 images)", "medium": "medium (20 to 100)", "few": "few (below 20)"}
 ACCURACY, INK = "#A9C4DE", "#333333"
-OVER, UNDER = ("#C1272D", "////"), ("#5B2A86", "\\\\\\\\")  # colour and hatch of a gap; no other picture has these colours
+# The colour and the hatch of a gap, unlike any colour of the other pictures.
+OVER, UNDER = ("#C1272D", "////"), ("#5B2A86", "\\\\\\\\")
 
 NAMED_CLASSES = 30  # with more classes than this, names no longer fit beside the bars
 RANKED_CLASSES = 20  # with more classes than this, accuracies are averaged over neighbouring frequency ranks
@@ -42,10 +43,22 @@ RANK_GROUPS = 10
 
 # Every setting that a user's own matplotlibrc might change, and text taken literally: class names may hold a $.
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "text.parse_math": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.axisbelow": True,
-    "grid.color": "#DDDDDD", "grid.linewidth": 0.7, "legend.frameon": False, "legend.fontsize": 10,
-    "hatch.linewidth": 0.8, "figure.dpi": 110, "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "hatch.linewidth": 0.8,
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
 }
 
 
@@ -104,8 +117,16 @@ def reliability_overview(cells: Mapping[Cell, pd.DataFrame], title: str, path: P
             axes.tick_params(labelsize=9)
         panels[i, 0].set_ylabel(f"{_fold(row)}\naccuracy", fontsize=10)
     for axes, column in zip(panels[0], columns, strict=True):
-        axes.annotate(_fold(column), (0.5, 1), (0, 22), "axes fraction", "offset points", ha="center", fontsize=10,
-                      fontweight="bold")
+        axes.annotate(
+            _fold(column),
+            (0.5, 1),
+            (0, 22),
+            "axes fraction",
+            "offset points",
+            ha="center",
+            fontsize=10,
+            fontweight="bold",
+        )
     for axes in panels[-1]:
         axes.set_xlabel("confidence", fontsize=10)
     figure.legend(handles=_reliability_legend(), loc="outside lower center", ncols=4 if len(columns) > 3 else 2)
@@ -124,16 +145,28 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
     axes.set_title(title, fontweight="bold")
     axes.grid(True)
     for cell in cells.astype({"top1_std": float, "ece_std": float}).fillna({"top1_std": 0, "ece_std": 0}).itertuples():
-        axes.errorbar(cell.top1, cell.ece, cell.ece_std, cell.top1_std, color=colours[cell.representation],
-                      marker=markers[cell.classifier], markersize=9, markeredgecolor="white", elinewidth=1)
+        axes.errorbar(
+            cell.top1,
+            cell.ece,
+            cell.ece_std,
+            cell.top1_std,
+            color=colours[cell.representation],
+            marker=markers[cell.classifier],
+            markersize=9,
+            markeredgecolor="white",
+            elinewidth=1,
+        )
     axes.set(xlabel="top-1 accuracy (right is better)", ylabel="ECE (down is better)")
     axes.set_ylim(bottom=0)
     _percent(axes.xaxis, axes.yaxis)
     points = [Line2D([], [], color=colour, marker="o", linestyle="", markersize=9) for colour in colours.values()]
     shapes = [Line2D([], [], color="#666666", marker=marker, linestyle="", markersize=9) for marker in markers.values()]
     blank = Line2D([], [], linestyle="")
-    legend = figure.legend([blank, *points, blank, blank, *shapes],
-                           ["representation", *colours, "", "classifier", *markers], loc="outside right upper")
+    legend = figure.legend(
+        [blank, *points, blank, blank, *shapes],
+        ["representation", *colours, "", "classifier", *markers],
+        loc="outside right upper",
+    )
     for heading in (0, len(points) + 2):
         legend.get_texts()[heading].set_fontweight("bold")
     _save(figure, path)
@@ -158,8 +191,11 @@ def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
         axes.bar(ranked.index + 1, ranked["train_count"], width=1, color=colours)
         axes.set(xlim=(0.5, len(ranked) + 0.5), xlabel="class, by frequency", ylabel="training images")
     present = [group for group in GROUP_COLOURS if (ranked["group"] == group).any()]
-    figure.legend(handles=[Patch(color=GROUP_COLOURS[group], label=GROUP_TITLES[group]) for group in present],
-                  loc="outside lower center", ncols=3)
+    figure.legend(
+        handles=[Patch(color=GROUP_COLOURS[group], label=GROUP_TITLES[group]) for group in present],
+        loc="outside lower center",
+        ncols=3,
+    )
     _save(figure, path)
 
 
@@ -175,13 +211,24 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
     for axes, row in zip(panels, rows, strict=True):
         for column in columns:
             rank, accuracy = _by_rank(cells[row, column])
-            axes.plot(rank, accuracy, color=colours[column], marker=markers[column], markersize=6, linewidth=1.5,
-                      alpha=0.85, label=column, clip_on=False)
-        axes.set_title(row)
-        axes.set(ylim=(0, 1), xlabel=_rank_label(len(rank), len(cells[row, columns[0]])))
+            axes.plot(
+                rank,
+                accuracy,
+                color=colours[column],
+                marker=markers[column],
+                markersize=6,
+                linewidth=1.5,
+                alpha=0.85,
+                label=column,
+                clip_on=False,
+            )
+        axes.set_title(row, pad=10)
+        axes.set_xlabel(_rank_label(len(rank), len(cells[row, columns[0]])))
         axes.grid(True)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _percent(axes.yaxis)
+    # After the last line: a limit that is set stops the shared axis from growing.
+    panels[0].set_ylim(top=1)
     panels[0].set_ylabel("test accuracy")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(columns), 6))
     _save(figure, path)
@@ -217,8 +264,15 @@ def _reliability_panel(axes: Axes, pooled: pd.DataFrame) -> None:
     axes.bar(pooled["bin_lower"], pooled["accuracy"], width, align="edge", color=ACCURACY, edgecolor="white")
     gap = pooled["confidence"] - pooled["accuracy"]
     for look, side in ((OVER, gap > 0), (UNDER, gap < 0)):
-        axes.bar(pooled["bin_lower"][side], gap[side], width[side], pooled["accuracy"][side], align="edge",
-                 linewidth=0.8, **_gap_style(*look))
+        axes.bar(
+            pooled["bin_lower"][side],
+            gap[side],
+            width[side],
+            pooled["accuracy"][side],
+            align="edge",
+            linewidth=0.8,
+            **_gap_style(*look),
+        )
     axes.plot((0, 1), (0, 1), color=INK, linestyle="--", linewidth=1)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     _percent(axes.xaxis, axes.yaxis)

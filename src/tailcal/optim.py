@@ -16,7 +16,7 @@ from tailcal.params import MultiStep, Recipe
 class SGD:
     """SGD with momentum and coupled weight decay (PyTorch's convention):
 
-        g <- grad + weight_decay w;  v <- momentum v + g;  w <- w - lr v
+    g <- grad + weight_decay w;  v <- momentum v + g;  w <- w - lr v
     """
 
     def __init__(self, groups: list[ParameterGroup], momentum: float, weight_decay: float):

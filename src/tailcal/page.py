@@ -11,12 +11,12 @@ from tailcal.tables import Cell
 
 CAPTIONS = {
     "reliability": "Accuracy against confidence, all seeds pooled: hatched in red where a cell is overconfident, "
-                   "in purple where it is underconfident.",
+    "in purple where it is underconfident.",
     "accuracy_ece": "Top-1 accuracy against ECE: the lower right is best; bars are one standard deviation over seeds.",
     "class_counts": "Training images a class, coloured by shot group.",
     "per_class": "Test accuracy from the most to the least frequent class, mean over seeds.",
     "training": "Stage 1: mean over seeds, and the range over seeds as a band. Losses of different representations "
-                "are different functions, so compare shapes, not heights.",
+    "are different functions, so compare shapes, not heights.",
 }
 
 
@@ -39,7 +39,9 @@ def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diag
         "representations": list(dict.fromkeys(cell.representation for cell in cells)),
         "cells": [
             {
-                "representation": cell.representation, "name": cell.name, "image": _encoded(diagram),
+                "representation": cell.representation,
+                "name": cell.name,
+                "image": _encoded(diagram),
                 "own": {key: value for key, value in facts.items() if key not in shared},
             }
             for cell, diagram, facts in zip(cells, diagrams, provenance, strict=True)
@@ -50,8 +52,11 @@ def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diag
 def render(grid: Any, sections: list[dict[str, Any]]) -> str:
     """The page. `grid` has the lists datasets, representations and classifiers."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("report.html").render(grid=grid, sections=sections) + "\n"
 

@@ -150,8 +150,10 @@ class Params(Strict):
             blocks = getattr(self, axis)
             for name in getattr(self.grid, axis):
                 if name not in blocks:
-                    raise ValueError(f"grid.{axis} names {name}, which has no block: add {axis}.{name}, "
-                                     f"or use one of {', '.join(sorted(blocks))}")
+                    raise ValueError(
+                        f"grid.{axis} names {name}, which has no block: add {axis}.{name}, "
+                        f"or use one of {', '.join(sorted(blocks))}"
+                    )
         return self
 
 
@@ -162,7 +164,9 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         for key, _ in node.value:
             if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} appears twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} appears twice", key.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -172,7 +176,9 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 _Loader.add_implicit_resolver(
@@ -211,7 +217,7 @@ def validate(model: type[Strict], block: Any, where: str) -> Any:
 def load(path: Path = PARAMS) -> Params:
     """Read and check params.yaml. Raises UserError (one line) when anything in it is wrong."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run this from the project's root") from None
     except UnicodeDecodeError:

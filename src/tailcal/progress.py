@@ -38,5 +38,8 @@ class Progress:
             self.printed = now
             left = per_epoch * (self.epochs - done)
             remaining = f", {left:.0f} s left" if done < self.epochs else f", {now - self.started:.1f} s"
-            print(f"{self.title}: epoch {done}/{self.epochs}, loss {loss:.4f}, {rate:,.0f} images/s{remaining}",
-                  file=sys.stderr, flush=True)
+            print(
+                f"{self.title}: epoch {done}/{self.epochs}, loss {loss:.4f}, {rate:,.0f} images/s{remaining}",
+                file=sys.stderr,
+                flush=True,
+            )

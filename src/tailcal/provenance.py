@@ -30,8 +30,12 @@ def _imports(path: Path) -> tuple[Path, ...]:
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    with_parents = {".".join(m.split(".")[: i + 1]) for m in modules if m.split(".")[0] == "tailcal"
-                    for i in range(len(m.split(".")))}
+    with_parents = {
+        ".".join(m.split(".")[: i + 1])
+        for m in modules
+        if m.split(".")[0] == "tailcal"
+        for i in range(len(m.split(".")))
+    }
     return tuple(sorted(found for m in with_parents if (found := _file_of(m))))
 
 

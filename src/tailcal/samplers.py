@@ -27,7 +27,8 @@ def instance(labels: np.ndarray, seed: int, start: int, stop: int) -> np.ndarray
 
 def _keys(seed: int, images: np.ndarray, passes: np.ndarray) -> np.ndarray:
     """One pseudo-random uint64 per (image, pass): SplitMix64's finaliser on a counter."""
-    z = images.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + passes.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+    image, lap = images.astype(np.uint64), passes.astype(np.uint64)
+    z = image * np.uint64(0x9E3779B97F4A7C15) + lap * np.uint64(0xD1B54A32D192ED03)
     z ^= np.uint64(derive(seed, "within class"))
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -35,8 +36,8 @@ def _keys(seed: int, images: np.ndarray, passes: np.ndarray) -> np.ndarray:
 
 
 def class_balanced(labels: np.ndarray, seed: int, start: int, stop: int) -> np.ndarray:
-    """Uniform over classes: cycle through a random permutation of the classes; each gives the next image of its own list,
-    which is reshuffled when it has been used up (Kang et al. 2020; MiSLAS, Zhong et al. 2021).
+    """Uniform over classes: cycle through a random permutation of the classes; each gives the next image of its own
+    list, which is reshuffled when it has been used up (Kang et al. 2020; MiSLAS, Zhong et al. 2021).
 
     Classes without images take no part. Returns indices at positions `start` to `stop` of the stream, int64.
     """

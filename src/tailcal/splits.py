@@ -1,6 +1,7 @@
 """Reading one split of a long-tailed data set, verified against the checksums beside it.
 
-A training stage asks for the split `train` and never names another: the test split is opened where predictions are made.
+A training stage asks for the split `train` and never names another: the test split is opened where predictions are
+made.
 """
 
 from pathlib import Path

@@ -7,8 +7,22 @@ from typing import Any
 import pandas as pd
 
 DASH = "—"
-NUMBERS = ("top1", "top5", "many", "medium", "few", "ece", "ece_many", "ece_medium", "ece_few", "mce", "ace",
-           "classwise_ece", "nll", "brier")
+NUMBERS = (
+    "top1",
+    "top5",
+    "many",
+    "medium",
+    "few",
+    "ece",
+    "ece_many",
+    "ece_medium",
+    "ece_few",
+    "mce",
+    "ace",
+    "classwise_ece",
+    "nll",
+    "brier",
+)
 HEADLINE = ("top1", "ece", "nll", "few")
 
 
@@ -106,8 +120,11 @@ def posthoc_table(cells: list[Cell]) -> Table | None:
     if len(rules) == 1:
         return None
     numbers = (("top-1", "top1", max), ("few", "few", max), ("ECE", "ece", min))
-    columns = [Column(f"{title}, {rule.replace('_', ' ')}", number, rule, best, spread=False)
-               for title, number, best in numbers for rule in rules]
+    columns = [
+        Column(f"{title}, {rule.replace('_', ' ')}", number, rule, best, spread=False)
+        for title, number, best in numbers
+        for rule in rules
+    ]
     return table(cells, columns)
 
 
@@ -120,11 +137,15 @@ def rows(cells: list[Cell]) -> list[dict[str, Any]]:
     """metrics/table.csv: a row a cell and post-hoc rule, the plain predictions first."""
     return [
         {
-            "dataset": cell.dataset, "representation": cell.representation, "classifier": cell.classifier,
-            "posthoc": rule, "seeds": cell.metrics.get("seeds"),
+            "dataset": cell.dataset,
+            "representation": cell.representation,
+            "classifier": cell.classifier,
+            "posthoc": rule,
+            "seeds": cell.metrics.get("seeds"),
             **{key: numbers.get(key) for name in NUMBERS for key in (name, f"{name}_std")},
         }
-        for cell in cells for rule, numbers in cell.variants()
+        for cell in cells
+        for rule, numbers in cell.variants()
     ]
 
 
@@ -137,15 +158,13 @@ def headlines(cells: list[Cell]) -> dict[str, dict]:
     return nested
 
 
-def summary(cells: list[Cell]) -> dict[str, float]:
-    """metrics/summary.json, one data set: mean and best over its cells, without post-hoc rules."""
-    top1, ece = ([cell.metrics[name] for cell in cells] for name in ("top1", "ece"))
-    return {
-        "top1_mean": _rounded(sum(top1) / len(top1)),
-        "top1_best": _rounded(max(top1)),
-        "ece_mean": _rounded(sum(ece) / len(ece)),
-        "ece_best": _rounded(min(ece)),
-    }
+def summary(cells: list[Cell]) -> dict[str, float | None]:
+    """metrics/summary.json, one data set: means over its cells, without post-hoc rules.
+
+    A best cell is not named here: choosing one by these numbers would be choosing on the test split.
+    """
+    values = {name: [cell.metrics[name] for cell in cells] for name in ("top1", "few", "ece", "nll")}
+    return {f"mean_{name}": None if None in each else _rounded(sum(each) / len(each)) for name, each in values.items()}
 
 
 def caption(cells: list[Cell], epochs: Iterable[int]) -> str:
@@ -156,8 +175,10 @@ def caption(cells: list[Cell], epochs: Iterable[int]) -> str:
     counts, bins = cells[0].classes["train_count"], cells[0].bins
     tests = bins.loc[bins["seed"] == bins["seed"].iloc[0], "count"].sum()
     facts = flat(cells[0].metrics["provenance"])
-    profile, factor = (next((text for key, text in facts.items() if key.endswith(f"imbalance.{name}")), None)
-                       for name in ("profile", "factor"))
+    profile, factor = (
+        next((text for key, text in facts.items() if key.endswith(f"imbalance.{name}")), None)
+        for name in ("profile", "factor")
+    )
     # A natural tail is not drawn to a factor; floors make a drawn one differ a little from what it was drawn to.
     if profile in (None, "natural"):
         factor = counts.max() / counts.min()
@@ -185,8 +206,11 @@ def markdown(cells: list[Cell], epochs: Iterable[int]) -> str:
 def flat(tree: Any, prefix: str = "") -> dict[str, str]:
     """A nested value as {dotted key: text}; lists are joined."""
     if isinstance(tree, dict):
-        return {name: text for key, value in tree.items()
-                for name, text in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+        return {
+            name: text
+            for key, value in tree.items()
+            for name, text in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
     return {prefix: ", ".join(map(str, tree)) if isinstance(tree, list) else str(tree)}
 
 

@@ -51,11 +51,18 @@ class Images:
     std: Tensor
 
     @classmethod
-    def place(cls, images: np.ndarray, labels: np.ndarray, augmentation: Augmentation, device: torch.device) -> "Images":
+    def place(
+        cls, images: np.ndarray, labels: np.ndarray, augmentation: Augmentation, device: torch.device
+    ) -> "Images":
         """Move uint8 [N, H, W, C] images and their labels to the device."""
         channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        return cls(torch.from_numpy(channels_first).to(device), torch.from_numpy(np.array(labels)).to(device), augmentation,
-                   torch.tensor(augmentation.mean, device=device), torch.tensor(augmentation.std, device=device))
+        return cls(
+            torch.from_numpy(channels_first).to(device),
+            torch.from_numpy(np.array(labels)).to(device),
+            augmentation,
+            torch.tensor(augmentation.mean, device=device),
+            torch.tensor(augmentation.std, device=device),
+        )
 
     def batch(self, indices: Tensor, draws: Draws) -> Batch:
         """The images at `indices`, augmented and normalised."""
@@ -79,8 +86,21 @@ def steps_per_epoch(n: int, recipe: Recipe) -> int:
     return max(1, n // recipe.batch_size) if recipe.last_batch == "drop" else math.ceil(n / recipe.batch_size)
 
 
-def train(replica: Replica, data: Images, recipe: Recipe, device: torch.device,
-          checkpoint_seconds: float) -> tuple[Network, list[dict[str, Any]]]:
+def agreement(logits: Tensor, targets: Tensor) -> Tensor:
+    """Training accuracy of a batch: the mean share of the target that the predicted class has.
+
+    logits [B, K]; targets int64 [B], or soft [B, K], where a prediction that hits one of two mixed labels counts with
+    that label's lambda (as in the released mixup code).
+    """
+    predicted = logits.argmax(1)
+    if targets.ndim == 1:
+        return (predicted == targets).float().mean()
+    return targets.gather(1, predicted[:, None]).mean()
+
+
+def train(
+    replica: Replica, data: Images, recipe: Recipe, device: torch.device, checkpoint_seconds: float
+) -> tuple[Network, list[dict[str, Any]]]:
     """Train one network, going on from its checkpoint if there is one.
 
     Returns the network after the last epoch, and the history: a dict(epoch, seed, lr, loss, train_accuracy) an epoch.
@@ -112,8 +132,11 @@ def train(replica: Replica, data: Images, recipe: Recipe, device: torch.device,
         method.set_mode(network)
         lr = learning_rate(recipe, epoch)
         first = epoch * steps
-        streams = [torch.from_numpy(SAMPLERS[name](labels, derive(replica.seed, i, name), first * size, (first + steps) * size))
-                   .view(steps, size).to(device) for i, name in enumerate(method.streams)]
+        window = first * size, (first + steps) * size
+        drawn = [
+            SAMPLERS[name](labels, derive(replica.seed, i, name), *window) for i, name in enumerate(method.streams)
+        ]
+        streams = [torch.from_numpy(indices).view(steps, size).to(device) for indices in drawn]
         total = torch.zeros(2, device=device)  # sum of losses, number of right answers
         for step in range(steps):
             draws = Draws(replica.seed, first + step, generator)
@@ -122,15 +145,25 @@ def train(replica: Replica, data: Images, recipe: Recipe, device: torch.device,
             loss, logits = method.loss(network, batch, epoch / recipe.epochs)
             loss.backward()
             optimiser.step(lr)
-            total += torch.stack([loss.detach(), (logits.detach().argmax(1) == batch.labels).float().mean()])
+            total += torch.stack([loss.detach(), agreement(logits.detach(), batch.targets)])
 
         mean_loss, accuracy = (total / steps).tolist()
         checkpoint.require_finite(mean_loss, replica.title, epoch, replica.scratch)
-        history.append({"epoch": epoch + 1, "seed": replica.seed, "lr": lr, "loss": mean_loss, "train_accuracy": accuracy})
+        history.append(
+            {"epoch": epoch + 1, "seed": replica.seed, "lr": lr, "loss": mean_loss, "train_accuracy": accuracy}
+        )
         progress.epoch(epoch + 1, mean_loss)
         if epoch + 1 == recipe.epochs or time.monotonic() - last_saved >= checkpoint_seconds:
-            checkpoint.save(replica.scratch, {"network": network.state_dict(), "method": method.state_dict(),
-                                              "optimiser": optimiser.state(), "epoch": epoch + 1, "history": history})
+            checkpoint.save(
+                replica.scratch,
+                {
+                    "network": network.state_dict(),
+                    "method": method.state_dict(),
+                    "optimiser": optimiser.state(),
+                    "epoch": epoch + 1,
+                    "history": history,
+                },
+            )
             last_saved = time.monotonic()
     return network, history
 

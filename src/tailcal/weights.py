@@ -33,4 +33,6 @@ def load_weights(network: nn.Module, path: Path) -> None:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} holds the weights of another network ({reason}): delete it and run `dvc repro`") from None
+        raise UserError(
+            f"{path} holds the weights of another network ({reason}): delete it and run `dvc repro`"
+        ) from None

@@ -1,6 +1,6 @@
 """Balanced Softmax (Ren et al. 2020, equation 3): train on logits shifted by the log of the class counts.
 
-    L = CE(z + log n, y);  at test: z
+L = CE(z + log n, y);  at test: z
 """
 
 import torch

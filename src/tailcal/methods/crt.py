@@ -1,6 +1,6 @@
 """cRT, classifier re-training (Kang et al. 2020, section 4.1): a fresh linear classifier, class-balanced sampling.
 
-    L = CE(W' f + b', y), f from the frozen backbone, W' and b' drawn anew
+L = CE(W' f + b', y), f from the frozen backbone, W' and b' drawn anew
 """
 
 from tailcal.method import Classifier, ParameterGroup

@@ -1,6 +1,6 @@
 """LWS, learnable weight scaling (Kang et al. 2020, section 4.3): one scale a logit, class-balanced sampling.
 
-    z_k = s_k (W f + b)_k, s = 1 at the start; only s learns
+z_k = s_k (W f + b)_k, s = 1 at the start; only s learns
 """
 
 from tailcal.method import Classifier, ParameterGroup

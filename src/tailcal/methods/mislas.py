@@ -75,8 +75,10 @@ class Method(Classifier):
 
     def setup_head(self, network: Network) -> list[ParameterGroup]:
         network.head = ScaledLinear(network.head)
-        return [ParameterGroup([network.head.scale]),
-                ParameterGroup(list(network.head.linear.parameters()), self.config.lr_factor)]
+        return [
+            ParameterGroup([network.head.scale]),
+            ParameterGroup(list(network.head.linear.parameters()), self.config.lr_factor),
+        ]
 
     def set_mode(self, network: Network) -> None:
         network.train(self.config.shifted_bn)

@@ -1,8 +1,8 @@
 """mixup (Zhang et al. 2018), the stage 1 of MiSLAS (Zhong et al. 2021, section 3.2).
 
-    lambda ~ Beta(alpha, alpha), one a batch;  r a random permutation of the batch
-    x' = lambda x + (1 - lambda) x_r
-    L  = lambda CE(z, y) + (1 - lambda) CE(z, y_r)
+lambda ~ Beta(alpha, alpha), one a batch;  r a random permutation of the batch
+x' = lambda x + (1 - lambda) x_r
+L  = lambda CE(z, y) + (1 - lambda) CE(z, y_r)
 """
 
 from typing import Annotated

@@ -1,6 +1,6 @@
 """tau-norm (Kang et al. 2020, section 4.2): divide each classifier by a power of its norm. No training.
 
-    W_k <- W_k / ||W_k||^tau.  The bias stays as it is, so tau = 0 is joint.
+W_k <- W_k / ||W_k||^tau.  The bias stays as it is, so tau = 0 is joint.
 """
 
 from typing import Annotated

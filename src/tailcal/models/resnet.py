@@ -53,10 +53,12 @@ class CifarResNet(nn.Module):
         self.conv1, self.bn1 = _conv3x3(channels, 16), nn.BatchNorm2d(16)
         widths = [16] * blocks + [32] * blocks + [64] * blocks
         inputs = [16, *widths[:-1]]
-        self.stages = nn.Sequential(*[
-            BasicBlock(before, after, 1 if before == after else 2)
-            for before, after in zip(inputs, widths, strict=True)
-        ])
+        self.stages = nn.Sequential(
+            *[
+                BasicBlock(before, after, 1 if before == after else 2)
+                for before, after in zip(inputs, widths, strict=True)
+            ]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stages(F.relu(self.bn1(self.conv1(x)))).mean(dim=(2, 3))

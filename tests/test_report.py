@@ -1,0 +1,243 @@
+"""The report says the numbers of the grid's cells, and nothing else."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import product
+
+import pandas as pd
+import pytest
+
+from stages import paths, readme, report
+from tailcal import figures, tables
+from tailcal.errors import UserError
+from tests import report_inputs
+
+SMALL = {"representations": ("ce", "mixup"), "classifiers": ("joint", "mislas")}
+OUTPUTS = (paths.TABLE, paths.TABLE_TEXT, paths.CELLS, paths.SUMMARY, paths.RELIABILITY, paths.REPORT)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    report_inputs.write(root, **SMALL)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def project(inputs, tmp_path, monkeypatch):
+    """A fresh copy of a small project, as the working directory."""
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+def _lines():
+    """The table's rows: {(representation, classifier): {title: text}}."""
+    rows = [
+        [text.strip() for text in line.strip("|\n ").split("|")]
+        for line in paths.TABLE_TEXT.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    return {(row[0], row[1]): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+def test_numbers_are_those_of_the_cells():
+    report.main()
+    table = pd.read_csv(paths.TABLE, keep_default_na=False)
+    assert len(table) == 4 * 3
+    assert table["posthoc"].tolist() == ["none", "temperature", "logit_adjustment"] * 4
+    for row in table.to_dict("records"):
+        metrics = json.loads(paths.metrics(row["dataset"], row["representation"], row["classifier"]).read_text())
+        numbers = metrics if row["posthoc"] == "none" else metrics["posthoc"][row["posthoc"]]
+        for name in report_inputs.NUMBERS:
+            assert row[name] == numbers[name]
+            assert row[f"{name}_std"] == numbers[f"{name}_std"]
+        assert row["seeds"] == 3
+    plain = table[table["posthoc"] == "none"]
+    summary = json.loads(paths.SUMMARY.read_text())["digits_lt"]
+    assert summary == {
+        f"mean_{name}": pytest.approx(plain[name].mean(), abs=1e-4) for name in ("top1", "few", "ece", "nll")
+    }
+    cells = json.loads(paths.CELLS.read_text())["digits_lt"]
+    last = plain.iloc[-1]
+    assert cells["mixup"]["mislas"] == {name: last[name] for name in tables.HEADLINE}
+
+
+def test_table_in_percent_with_the_best_in_bold():
+    for k, cell in enumerate(product(("digits_lt",), *SMALL.values())):
+        report_inputs.change(paths.metrics(*cell), top1=0.8 + k / 100, ece=0.02 + k / 100, many=0.5, top1_std=0.005)
+    report.main()
+    lines = _lines()
+    assert lines["mixup", "mislas"]["top-1"] == "**83.00 ± 0.50**"
+    assert lines["mixup", "joint"]["top-1"] == "82.00 ± 0.50"
+    assert lines["ce", "joint"]["ECE"] == "**2.00 ± 1.23**"
+    assert lines["mixup", "mislas"]["ECE"] == "5.00 ± 1.23"
+    assert all(line["many"] == "**50.00 ± 1.23**" for line in lines.values()), "equal is equally good"
+
+
+def test_empty_group_is_a_dash_and_never_the_best():
+    for cell in product(("digits_lt",), *SMALL.values()):
+        report_inputs.change(paths.metrics(*cell), few=None, few_std=None)
+    report.main()
+    assert {line["few"] for line in _lines().values()} == {"—"}
+    assert set(pd.read_csv(paths.TABLE, keep_default_na=False).query("posthoc == 'none'")["few"]) == {""}
+
+
+def test_absent_temperature_is_a_dash_with_its_reason():
+    for cell in product(("digits_lt",), *SMALL.values()):
+        report_inputs.change(paths.metrics(*cell), posthoc={}, posthoc_absent={"temperature": "nothing is held out"})
+    report.main()
+    assert {line["ECE after temperature"] for line in _lines().values()} == {"—"}
+    assert "No temperature: nothing is held out." in paths.TABLE_TEXT.read_text()
+    assert "Post-hoc rules" not in paths.REPORT.read_text()
+
+
+def test_one_seed_has_no_deviation(tmp_path):
+    report_inputs.write(tmp_path, representations=("ce",), classifiers=("joint",), seeds=1)
+    report.main()
+    assert "±" not in paths.TABLE_TEXT.read_text()
+    assert "**" not in paths.TABLE_TEXT.read_text(), "one cell is no contest"
+    assert "one seed" in paths.TABLE_TEXT.read_text()
+
+
+def test_caption_is_counted_in_the_files():
+    report.main()
+    caption = paths.TABLE_TEXT.read_text().splitlines()[0]
+    classes = pd.read_csv(paths.cell_plots("digits_lt", "ce", "joint") / "per_class.csv")["train_count"]
+    for fact in (
+        "digits_lt: exponential profile, imbalance factor 20 ",
+        f"{classes.sum()} in all",
+        "500 test images",
+        "over 3 seeds",
+        "last epoch (30)",
+        "15 bins",
+    ):
+        assert fact in caption
+
+
+def test_only_the_cells_of_the_grid_are_read():
+    stale = paths.metrics("digits_lt", "ce", "of_another_grid")
+    stale.write_text("not JSON")
+    report.main()
+    assert not any("of_another_grid" in path.read_text() for path in OUTPUTS)
+
+
+def test_two_data_sets_of_many_classes(tmp_path):
+    report_inputs.write(
+        tmp_path,
+        datasets=("digits_lt", "cifar100_lt"),
+        representations=("ce",),
+        classifiers=("joint", "crt"),
+        number=100,
+    )
+    report.main()
+    assert set(json.loads(paths.SUMMARY.read_text())) == {"digits_lt", "cifar100_lt"}
+    assert paths.TABLE_TEXT.read_text().count("| representation |") == 2
+    assert len(list(paths.FIGURES.glob("*/*.png"))) == 10
+
+
+def test_same_bytes_at_every_run():
+    written = []
+    for _ in range(2):
+        report.main()
+        written.append({path: path.read_bytes() for path in [*OUTPUTS, *sorted(paths.FIGURES.rglob("*.png"))]})
+    assert written[0] == written[1]
+
+
+def test_reliability_records_are_numbers_pooled_over_seeds():
+    report.main()
+    records = pd.DataFrame(json.loads(paths.RELIABILITY.read_text()))
+    bins = pd.read_csv(paths.cell_plots("digits_lt", "mixup", "joint") / "reliability.csv")
+    own = records[records["cell"] == "mixup/joint"]
+    assert own["count"].sum() == bins["count"].sum() == 1500
+    assert (records["count"] > 0).all()
+    assert own["accuracy"].tolist() == figures.pool(bins)["accuracy"].round(4).tolist()
+
+
+def test_page_is_self_contained():
+    report.main()
+    html = paths.REPORT.read_text()
+    assert not re.search(r"""(src|href)\s*=(?!"data:)|url\(|@import|<script|<link""", html)
+    images = [base64.b64decode(image) for image in re.findall(r"data:image/png;base64,([^\"]+)", html)]
+    assert len(images) == 5 + 4
+    assert all(image.startswith(b"\x89PNG") for image in images)
+    assert (paths.cell_plots("digits_lt", "ce", "mislas") / "reliability.png").read_bytes() in images
+    for fact in ("sha256:0123456789abcdef", "aa4ca0a", "2.4.6"):
+        assert html.count(fact) == 1, "what all cells share is said once"
+
+
+def test_page_escapes_what_it_is_given():
+    where = paths.metrics("digits_lt", "ce", "joint")
+    report_inputs.change(where, provenance={"device": "<script>alert(1)</script>"})
+    report.main()
+    assert "<script>" not in paths.REPORT.read_text()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        paths.metrics("digits_lt", "mixup", "joint"),
+        paths.cell_plots("digits_lt", "mixup", "joint") / "reliability.csv",
+        paths.cell_plots("digits_lt", "mixup", "joint") / "reliability.png",
+        paths.cell_plots("digits_lt", "mixup", "joint") / "per_class.csv",
+        paths.representation("digits_lt", "mixup") / "history.csv",
+    ],
+    ids=lambda path: path.name,
+)
+def test_missing_file_is_one_clear_line(path):
+    path.unlink()
+    with pytest.raises(UserError, match=re.escape(f"{path} is missing: run `dvc repro` to make it")) as error:
+        report.main()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", '"a'], ids=["empty", "other columns", "cut"])
+def test_damaged_table_is_one_clear_line(content):
+    path = paths.cell_plots("digits_lt", "mixup", "joint") / "reliability.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
+        report.main()
+
+
+def test_metrics_without_a_number_are_damaged():
+    path = paths.metrics("digits_lt", "mixup", "joint")
+    path.write_text("{}")
+    with pytest.raises(UserError, match="it has no top1"):
+        report.main()
+
+
+def test_report_imports_no_torch():
+    code = "import sys; import stages.report, stages.readme; stages.report.main(); sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(report_inputs.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_readme_block_is_replaced_and_stays():
+    report.main()
+    text = f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n"
+    readme.README.write_text(text)
+    readme.main()
+    once = readme.README.read_text()
+    assert once == f"# Title\n\n{readme.BEGIN}\n\n{paths.TABLE_TEXT.read_text().strip()}\n\n{readme.END}\n\nafter\n"
+    readme.main()
+    assert readme.README.read_text() == once
+
+
+@pytest.mark.parametrize("text", [None, "no markers", f"{readme.END}\n{readme.BEGIN}"])
+def test_readme_without_markers(text):
+    report.main()
+    if text is not None:
+        readme.README.write_text(text)
+    with pytest.raises(UserError, match=r"README\.md"):
+        readme.main()
+    assert text is None or readme.README.read_text() == text
