@@ -89,3 +89,8 @@ def test_every_output_that_git_keeps_is_not_ignored_and_every_cached_one_is():
                 path = path.replace("${item.", "").replace("}", "")
                 ignored = subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False).returncode == 0
                 assert ignored == options.get("cache", True), path
+
+
+def test_the_readme_shows_the_committed_table():
+    table = (ROOT / "metrics/table.md").read_text()
+    assert table.strip() in (ROOT / "README.md").read_text(), "run `python -m stages.readme`"
