@@ -21,6 +21,7 @@ from tailcal.metrics.accuracy import confusion, per_class_accuracy
 from tailcal.metrics.calibration import reliability_bins
 from tailcal.metrics.cell import measure, over_seeds
 from tailcal.metrics.scores import check, softmax
+from tailcal.tables import HEADLINE
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_table(plots / "confusion.csv", confusion_table(cell, names))
     numbers = metrics(cell, counts_K, rules, p.evaluate.bins)
     files.write_json(paths.metrics(**where), numbers | {"provenance": provenance})
+    files.write_json(paths.headline(**where), {name: numbers[name] for name in HEADLINE})
 
     from tailcal import figures  # matplotlib: a bad input is reported before it is loaded
 

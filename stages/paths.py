@@ -6,7 +6,6 @@ CHECKED = Path("data/params_checked")
 DOWNLOADS = Path("data/downloads")
 SCRATCH = Path(".scratch")
 SUMMARY = Path("metrics/summary.json")
-CELLS = Path("metrics/cells.json")
 TABLE = Path("metrics/table.csv")
 TABLE_TEXT = Path("metrics/table.md")
 FIGURES = Path("plots/figures")
@@ -42,6 +41,11 @@ def predictions(dataset: str, representation: str, classifier: str) -> Path:
 def metrics(dataset: str, representation: str, classifier: str) -> Path:
     """The cell's metrics."""
     return Path("metrics/cells") / dataset / representation / f"{classifier}.json"
+
+
+def headline(dataset: str, representation: str, classifier: str) -> Path:
+    """The cell's few numbers that `dvc metrics` and `dvc exp show` list."""
+    return Path("metrics/headline") / dataset / representation / f"{classifier}.json"
 
 
 def cell_plots(dataset: str, representation: str, classifier: str) -> Path:

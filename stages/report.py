@@ -51,7 +51,6 @@ def _write_numbers(cells: dict[str, list[Cell]], epochs: dict[str, list[int]]) -
     every = [cell for group in cells.values() for cell in group]
     write_text(paths.TABLE, pd.DataFrame(tables.rows(every)).to_csv(index=False, lineterminator="\n"))
     write_text(paths.TABLE_TEXT, "\n".join(tables.markdown(group, epochs[dataset]) for dataset, group in cells.items()))
-    write_json(paths.CELLS, tables.headlines(every))
     write_json(paths.SUMMARY, {dataset: tables.summary(group) for dataset, group in cells.items()})
     # JSON, since `dvc plots` takes the numbers of a CSV for texts; a line a record, so that git shows what moved.
     records = [json.dumps(record) for cell in every for record in _records(cell)]

@@ -99,6 +99,8 @@ def test_metrics_json():
     assert set(numbers["posthoc"]["temperature"]) == expected | {"temperature", "temperature_std"}
     assert numbers["posthoc"]["temperature"]["temperature"] > 1
     assert numbers["posthoc"]["temperature"]["nll"] < numbers["nll"]
+    headline = json.loads(paths.headline(**CELL).read_text())
+    assert headline == {name: numbers[name] for name in ("top1", "few", "ece", "nll")}
     assert numbers["posthoc"]["temperature"]["top1"] == numbers["top1"]
     assert numbers["posthoc"]["logit_adjustment"]["few"] > numbers["few"]
 

@@ -18,7 +18,7 @@ from tailcal.errors import UserError
 from tests import report_inputs
 
 SMALL = {"representations": ("ce", "mixup"), "classifiers": ("joint", "mislas")}
-OUTPUTS = (paths.TABLE, paths.TABLE_TEXT, paths.CELLS, paths.SUMMARY, paths.RELIABILITY, paths.REPORT)
+OUTPUTS = (paths.TABLE, paths.TABLE_TEXT, paths.SUMMARY, paths.RELIABILITY, paths.REPORT)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,6 @@ def test_numbers_are_those_of_the_cells():
     assert summary == {
         f"mean_{name}": pytest.approx(plain[name].mean(), abs=1e-4) for name in ("top1", "few", "ece", "nll")
     }
-    cells = json.loads(paths.CELLS.read_text())["digits_lt"]
-    last = plain.iloc[-1]
-    assert cells["mixup"]["mislas"] == {name: last[name] for name in tables.HEADLINE}
 
 
 def test_table_in_percent_with_the_best_in_bold():

@@ -23,7 +23,7 @@ NUMBERS = (
     "nll",
     "brier",
 )
-HEADLINE = ("top1", "ece", "nll", "few")
+HEADLINE = ("top1", "few", "ece", "nll")
 
 
 @dataclass(frozen=True)
@@ -149,21 +149,12 @@ def rows(cells: list[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def headlines(cells: list[Cell]) -> dict[str, dict]:
-    """metrics/cells.json: {dataset: {representation: {classifier: a few numbers}}}."""
-    nested: dict[str, dict] = {}
-    for cell in cells:
-        classifiers = nested.setdefault(cell.dataset, {}).setdefault(cell.representation, {})
-        classifiers[cell.classifier] = {name: _rounded(cell.metrics.get(name)) for name in HEADLINE}
-    return nested
-
-
 def summary(cells: list[Cell]) -> dict[str, float | None]:
     """metrics/summary.json, one data set: means over its cells, without post-hoc rules.
 
     A best cell is not named here: choosing one by these numbers would be choosing on the test split.
     """
-    values = {name: [cell.metrics[name] for cell in cells] for name in ("top1", "few", "ece", "nll")}
+    values = {name: [cell.metrics[name] for cell in cells] for name in HEADLINE}
     return {f"mean_{name}": None if None in each else _rounded(sum(each) / len(each)) for name, each in values.items()}
 
 
