@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from stages import paths, readme, report
-from tailcal import figures, tables
+from tailcal import figures
 from tailcal.errors import UserError
 from tests import report_inputs
 
