@@ -145,7 +145,7 @@ def test_two_runs_write_the_same_bytes():
     measured()
     first = written()
     measured()
-    assert len(first) == 5
+    assert len(first) == 6
     assert written() == first
 
 
