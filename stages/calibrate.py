@@ -64,7 +64,7 @@ def main() -> None:
 
         def make(start: Path = start) -> tuple[models.Network, method.Method]:
             network = build()
-            weights.load_weights(network, start)
+            weights.load_weights(network, start, upstream["weights"][start.stem])
             return network, method.load(args.classifier)(config, counts)
 
         replica = train.Replica(

@@ -44,18 +44,19 @@ def main() -> None:
         network = models.build(dataset.backbone, data.images.shape[1], len(counts), f"datasets.{args.dataset}.backbone")
         return network, method.load(args.representation)(config, counts)
 
-    histories = []
+    histories, written = [], {}
     for seed in p.seeds:
         replica = train.Replica(
             f"represent {args.dataset}/{args.representation} seed {seed}", seed, make, scratch / f"seed{seed}.pt"
         )
         network, history = train.train(replica, data, dataset.represent, device, p.runtime.checkpoint_seconds)
         weights.save_weights(network, out / f"seed{seed}.safetensors")
+        written[f"seed{seed}"] = weights.digest(out / f"seed{seed}.safetensors")
         histories += history
     files.write_text(
         out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g")
     )
-    files.write_json(out / "provenance.json", record)
+    files.write_json(out / "provenance.json", record | {"weights": written})
     checkpoint.keep_only(scratch)
 
 

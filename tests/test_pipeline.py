@@ -93,6 +93,12 @@ def test_a_killed_repro_resumes_and_ends_with_the_same_bits(project, how):
         (("factor: 20", "factor: 9999"), "subsample", ("--dataset", "digits_lt"), "class"),
         (("test_per_class: 50", "test_per_class: 5000"), "download", ("--dataset", "digits_lt"), "class"),
         (("holdout_per_class: 20", "holdout_per_class: 124"), "subsample", ("--dataset", "digits_lt"), "class"),
+        (
+            ("batch_size: 64", "batch_size: 100000"),
+            "represent",
+            CELL,
+            "batch_size is 100000, but the training split",
+        ),
         (("alpha: 1.0", "alpha: -1.0"), "check", (), "representations.mixup.alpha"),
         (("kind: digits", "kind: digit"), "check", (), "datasets.digits_lt.source.kind"),
         (("backbone: resnet8", "backbone: resnet9"), "check", (), "datasets.digits_lt.backbone"),
@@ -110,8 +116,10 @@ def test_a_mistake_ends_with_one_line(project, change, stage, arguments, says):
         pytest.skip("this machine has a CUDA device, so asking for one is no mistake")
     p = project(*[change] if change else [])
     shutil.rmtree(p.root / "metrics/cells", ignore_errors=True)
-    if stage == "subsample":
+    if stage == "subsample" or "batch_size" in says:
         p.stage("download", "--dataset", "digits_lt")
+    if "batch_size" in says:
+        p.stage("subsample", "--dataset", "digits_lt")
     before = set(p.root.rglob("*"))
     output = p.stage(stage, *arguments, ok=False)
     assert output.count("\n") == 1, output
@@ -132,7 +140,10 @@ def test_damaged_artefacts_are_named_and_never_trained_on(project):
     labels.write_bytes(whole)
     p.stage("represent", *CELL)
     weights = p.root / "data/representations/digits_lt/ce/seed1.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-5] + bytes([whole[-5] ^ 255]) + whole[-4:])
+    assert "seed1.safetensors is damaged" in p.stage("calibrate", *CELL, "--classifier", "tau_norm", ok=False)
+    weights.write_bytes(whole[:1000])
     assert "seed1.safetensors is damaged" in p.stage("calibrate", *CELL, "--classifier", "crt", ok=False)
 
 
@@ -150,7 +161,7 @@ def test_the_training_stage_never_opens_the_test_split(project):
     assert (p.root / "data/classifiers/digits_lt/ce/crt/seed1.safetensors").exists()  # trained before it was looked for
 
 
-def test_an_unwritable_folder_and_a_full_disk_are_one_line(project):
+def test_a_file_where_a_folder_should_be_is_one_line(project):
     p = project()
     (p.root / "data/raw").mkdir(parents=True)
     (p.root / "data/raw/digits_lt").write_text("a file where a folder should be")

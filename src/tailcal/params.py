@@ -53,7 +53,7 @@ class Runtime(Strict):
     """Where and how it runs. No stage tracks this block: changing it reruns nothing."""
 
     device: Literal["auto", "cpu", "cuda"]
-    threads: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=1, le=1024)]
     checkpoint_seconds: Annotated[float, Field(ge=0)]
 
 
@@ -68,7 +68,7 @@ class Imbalance(Strict):
 class Augmentation(Strict):
     """Standard augmentation: zero-pad, random crop, horizontal flip; then normalise per channel (pixels in [0, 1])."""
 
-    pad: Annotated[int, Field(ge=0)]
+    pad: Annotated[int, Field(ge=0, le=64)]
     flip: bool
     mean: Annotated[list[float], Field(min_length=1)]
     std: Annotated[list[Positive], Field(min_length=1)]
@@ -95,6 +95,12 @@ class MultiStep(Strict):
     milestones: list[Annotated[int, Field(ge=1)]]
     gamma: Positive
 
+    @model_validator(mode="after")
+    def _ascending(self) -> "MultiStep":
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must rise, each above the one before; got {self.milestones}")
+        return self
+
 
 class Recipe(Strict):
     """The budget and optimiser of one training: SGD with momentum."""
@@ -108,9 +114,14 @@ class Recipe(Strict):
     schedule: Annotated[Cosine | MultiStep, Field(discriminator="shape")]
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> "Recipe":
+    def _schedule_fits(self) -> "Recipe":
+        if isinstance(self.schedule, MultiStep) and max(self.schedule.milestones, default=0) > self.epochs:
+            last = self.schedule.milestones[-1]
+            raise ValueError(f"schedule.milestones names epoch {last}: must not be above epochs ({self.epochs})")
         if self.schedule.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs is {self.schedule.warmup_epochs}: must be below epochs ({self.epochs})")
+            raise ValueError(
+                f"schedule.warmup_epochs is {self.schedule.warmup_epochs}: must be below epochs ({self.epochs})"
+            )
         return self
 
 
@@ -129,7 +140,7 @@ class Dataset(Strict):
 class Evaluate(Strict):
     """How predictions are measured: bins of the ECE, and the post-hoc rules with their own settings."""
 
-    bins: Annotated[int, Field(ge=1)]
+    bins: Annotated[int, Field(ge=1, le=1000)]
     posthoc: dict[Word, dict[str, Any]]
 
 
@@ -161,12 +172,13 @@ class _Loader(yaml.SafeLoader):
     """PyYAML reads YAML 1.1, in which 1e-05 and `on` are a text and a bool; DVC writes and reads YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
+        seen = set()
         for key, _ in node.value:
-            if keys.count(key.value) > 1:
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value} appears twice", key.start_mark
                 )
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -191,10 +203,11 @@ def describe(error: ValidationError, where: str) -> str:
 
     `where` is the dotted name of the block that was validated, or "" for the whole file.
     """
-    first = error.errors(include_url=False)[0]
+    # An unknown key first: where one is misspelt, the right one is missing too, and the typo is what the user needs.
+    first = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")[0]
     # A discriminated union adds the chosen tag to the location; no key of ours is called that.
     path = [str(part) for part in first["loc"] if part not in ("cosine", "multistep")]
-    key = ".".join([part for part in [where, *path] if part]) or "the file"
+    key = ".".join([part for part in [where, *path] if part])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     kind = first["type"]
     if kind == "extra_forbidden":
@@ -203,7 +216,7 @@ def describe(error: ValidationError, where: str) -> str:
         return f"{key}: this key is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(first["input"], dict | list | BaseModel) else f", got {first['input']!r}"
-    return f"{key}: {message[0].lower() + message[1:]}{shown}{more}"
+    return f"{key + ': ' if key else ''}{message[0].lower() + message[1:]}{shown}{more}"
 
 
 def validate(model: type[Strict], block: Any, where: str) -> Any:

@@ -117,6 +117,11 @@ def train(
     generator = torch.Generator(device)
     labels = data.labels.cpu().numpy()
     steps, size = steps_per_epoch(len(labels), recipe), recipe.batch_size
+    if size > len(labels):
+        raise UserError(
+            f"{PARAMS}: batch_size is {size}, but the training split has {len(labels)} images ({replica.title}): "
+            f"use {len(labels)} or fewer"
+        )
     start, history = 0, []
     if saved := checkpoint.load(replica.scratch, device):
         network.load_state_dict(saved["network"])

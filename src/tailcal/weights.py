@@ -23,8 +23,13 @@ def digest(path: Path) -> str:
     return sha256(path)
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Load weights in place. Raises UserError naming the file when it is missing, damaged or of another network."""
+def load_weights(network: nn.Module, path: Path, expected: str) -> None:
+    """Load weights in place, from a file whose SHA-256 must be `expected`.
+
+    Raises UserError naming the file when it is missing, damaged or of another network.
+    """
+    if digest(path) != expected:
+        raise UserError(f"{path} is damaged (its checksum differs from provenance.json): delete it and run `dvc repro`")
     try:
         state: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -1,0 +1,66 @@
+"""Atomic writes: whole or absent, also when the disk is full; and weights that are what they were when written."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from tailcal import errors, files, weights
+from tailcal.errors import UserError
+
+
+def full_disk(_descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    files.write_json(path, {"a": 1})
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="cannot write: No space left on device"):
+        files.write_json(path, {"a": 2})
+    assert files.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_ends_a_stage_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda: files.write_text(tmp_path / "x.txt", "text"))
+    assert ended.value.code == f"error: {tmp_path / 'x.txt'}: cannot write: No space left on device"
+
+
+def test_a_failing_block_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.atomic(tmp_path / "x") as stream:
+        stream.write(b"half")
+        stream.write(bytes([1 // 0]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_round_trip_and_objects_are_refused(tmp_path):
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    files.write_array(tmp_path / "a.npy", array)
+    assert np.array_equal(files.read_array(tmp_path / "a.npy"), array)
+    np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"o\.npy is damaged"):
+        files.read_array(tmp_path / "o.npy")
+
+
+def test_nan_is_no_json(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "x.json", {"a": float("nan")})
+
+
+def test_weights_round_trip_and_refuse_other_bytes_and_other_networks(tmp_path):
+    path, network, other = tmp_path / "seed0.safetensors", torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    weights.save_weights(network, path)
+    weights.load_weights(other, path, weights.digest(path))
+    assert torch.equal(network.weight, other.weight)
+    with pytest.raises(UserError, match="is damaged"):
+        weights.load_weights(other, path, "0" * 64)
+    with pytest.raises(UserError, match="holds the weights of another network"):
+        weights.load_weights(torch.nn.Linear(4, 2), path, weights.digest(path))
+    with pytest.raises(UserError, match="is missing"):
+        weights.load_weights(other, tmp_path / "none", "")
