@@ -47,7 +47,7 @@ def main() -> None:
         "stage1": {key: upstream[key] for key in ("code", "device", "versions")},
     }
     starts = {seed: stage1 / f"seed{seed}.safetensors" for seed in p.seeds}
-    depends = {**record, "starts": {str(seed): weights.digest(path) for seed, path in starts.items()}}
+    depends = {**record, "starts": upstream["weights"]}
     scratch = (
         paths.SCRATCH
         / "calibrate"
@@ -64,7 +64,7 @@ def main() -> None:
 
         def make(start: Path = start) -> tuple[models.Network, method.Method]:
             network = build()
-            weights.load_weights(network, start, upstream["weights"][start.stem])
+            weights.load_weights(network, start, upstream["weights"].get(start.stem))
             return network, method.load(args.classifier)(config, counts)
 
         replica = train.Replica(

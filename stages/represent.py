@@ -51,7 +51,7 @@ def main() -> None:
         )
         network, history = train.train(replica, data, dataset.represent, device, p.runtime.checkpoint_seconds)
         weights.save_weights(network, out / f"seed{seed}.safetensors")
-        written[f"seed{seed}"] = weights.digest(out / f"seed{seed}.safetensors")
+        written[f"seed{seed}"] = files.sha256(out / f"seed{seed}.safetensors")
         histories += history
     files.write_text(
         out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g")

@@ -24,14 +24,7 @@ def read_raw(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     arrays = {}
     for part in ("train_images", "train_labels", "test_images", "test_labels"):
         path = folder / f"{part}.npy"
-        if not path.is_file():
-            raise UserError(f"{path} is missing: run `dvc repro` to make it")
-        # Before anything of the file is parsed: a flipped bit may sit in its header.
-        found, expected = files.sha256(path), meta["checksums"].get(path.name)
-        if found != expected:
-            raise UserError(
-                f"{path} is damaged: its SHA-256 is {found}, expected {expected}; delete {folder} and run `dvc repro`"
-            )
+        files.verify(path, meta["checksums"].get(path.name), remove=folder)
         arrays[part] = files.read_array(path, mmap=True)
     for split in ("train", "test"):
         check_split(folder, split, arrays[f"{split}_images"], arrays[f"{split}_labels"], meta["class_names"])

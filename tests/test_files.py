@@ -56,11 +56,11 @@ def test_nan_is_no_json(tmp_path):
 def test_weights_round_trip_and_refuse_other_bytes_and_other_networks(tmp_path):
     path, network, other = tmp_path / "seed0.safetensors", torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     weights.save_weights(network, path)
-    weights.load_weights(other, path, weights.digest(path))
+    weights.load_weights(other, path, files.sha256(path))
     assert torch.equal(network.weight, other.weight)
     with pytest.raises(UserError, match="is damaged"):
         weights.load_weights(other, path, "0" * 64)
     with pytest.raises(UserError, match="holds the weights of another network"):
-        weights.load_weights(torch.nn.Linear(4, 2), path, weights.digest(path))
+        weights.load_weights(torch.nn.Linear(4, 2), path, files.sha256(path))
     with pytest.raises(UserError, match="is missing"):
         weights.load_weights(other, tmp_path / "none", "")

@@ -87,3 +87,18 @@ def sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
         return digest.hexdigest()
+
+
+def verify(path: Path, expected: str | None, remove: Path | None = None) -> None:
+    """Check a file's SHA-256, before anything in it is parsed: a flipped bit may sit in its header.
+
+    Raises UserError naming the file when it is missing or other than `expected`; `remove` is what to delete then (by
+    default the file itself).
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `dvc repro` to make it")
+    if (found := sha256(path)) != expected:
+        raise UserError(
+            f"{path} is damaged: its SHA-256 is {found}, expected {expected}; "
+            f"delete {remove or 'it'} and run `dvc repro`"
+        )

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tailcal.errors import UserError
-from tailcal.files import read_array, read_json, sha256
+from tailcal.files import read_array, read_json, verify
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -25,9 +24,5 @@ def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tupl
     """
     checksums = read_meta(folder)["checksums"]
     for name in (f"{split}_images.npy", f"{split}_labels.npy"):
-        path = folder / name
-        if not path.exists():
-            raise UserError(f"{path} is missing: run `dvc repro` to make it")
-        if sha256(path) != checksums[name]:
-            raise UserError(f"{path} is damaged (its checksum differs from meta.json): delete it and run `dvc repro`")
+        verify(folder / name, checksums.get(name))
     return read_array(folder / f"{split}_images.npy"), read_array(folder / f"{split}_labels.npy")

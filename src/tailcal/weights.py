@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from tailcal.errors import UserError
-from tailcal.files import sha256, write_bytes
+from tailcal.files import verify, write_bytes
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
@@ -16,20 +16,12 @@ def save_weights(network: nn.Module, path: Path) -> None:
     write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}))
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file of weights. Raises UserError naming the file when it is missing."""
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `dvc repro` to make it")
-    return sha256(path)
-
-
 def load_weights(network: nn.Module, path: Path, expected: str) -> None:
     """Load weights in place, from a file whose SHA-256 must be `expected`.
 
     Raises UserError naming the file when it is missing, damaged or of another network.
     """
-    if digest(path) != expected:
-        raise UserError(f"{path} is damaged (its checksum differs from provenance.json): delete it and run `dvc repro`")
+    verify(path, expected)
     try:
         state: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
