@@ -12,7 +12,7 @@ import torch
 
 from stages import paths
 from stages.represent import HISTORY
-from tailcal import checkpoint, errors, files, method, models, params, provenance, splits, train, weights
+from tailcal import checkpoint, errors, files, method, models, params, provenance, settings, splits, train, weights
 
 
 def main() -> None:
@@ -23,10 +23,8 @@ def main() -> None:
     args = parser.parse_args()
 
     p = params.load()
-    dataset = params.chosen(p.datasets, args.dataset, "datasets")
-    config = method.configure(
-        args.classifier, params.chosen(p.classifiers, args.classifier, "classifiers"), "classifiers"
-    )
+    dataset = params.dataset(p, args.dataset)
+    training = settings.training(p, args.dataset, args.classifier, "classifiers")
     device = train.prepare(p.runtime)
     longtail = paths.longtail(args.dataset)
     counts = torch.tensor(splits.read_meta(longtail)["train_counts"])
@@ -37,9 +35,9 @@ def main() -> None:
     record = {
         "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{args.classifier}.py"),
         "params": {
-            "dataset": dataset.model_dump(),
+            "dataset": dataset.model_dump(include={"source", "imbalance", "holdout_per_class"}),
             "representation": upstream["params"]["representation"],
-            "classifier": config.model_dump(),
+            "classifier": training.record(),
         },
         "data": upstream["data"],
         "device": device.type,
@@ -55,17 +53,14 @@ def main() -> None:
         / checkpoint.fingerprint(depends)
     )
 
-    def build() -> models.Network:
-        return models.build(dataset.backbone, data.images.shape[1], len(counts), f"datasets.{args.dataset}.backbone")
-
     networks, histories = {}, []
     out = paths.classifier(args.dataset, args.representation, args.classifier)
     for seed, start in starts.items():
 
         def make(start: Path = start) -> tuple[models.Network, method.Method]:
-            network = build()
+            network = models.build(**upstream["network"])
             weights.load_weights(network, start, upstream["weights"].get(start.stem))
-            return network, method.load(args.classifier)(config, counts)
+            return network, method.load(args.classifier)(training.settings, counts)
 
         replica = train.Replica(
             f"calibrate {args.dataset}/{args.representation}/{args.classifier} seed {seed}",
@@ -73,7 +68,7 @@ def main() -> None:
             make,
             scratch / f"seed{seed}.pt",
         )
-        networks[seed], history = train.train(replica, data, dataset.calibrate, device, p.runtime.checkpoint_seconds)
+        networks[seed], history = train.train(replica, data, training.recipe, device, p.runtime.checkpoint_seconds)
         weights.save_weights(networks[seed], out / f"seed{seed}.safetensors")
         histories += history
     files.write_text(

@@ -1,24 +1,40 @@
-"""Check all of params.yaml before anything is trained. The output never changes, so nothing reruns because of it."""
+"""Check params.yaml and the presets on its grid before anything is trained, and write what each stage goes by.
+
+Every other stage depends on its own file of these, so that a change reruns what it concerns and nothing else.
+"""
+
+import shutil
 
 from stages import paths
-from tailcal import errors, files, method, params, posthoc, sources
-from tailcal.models import BACKBONES
+from tailcal import errors, files, method, params, posthoc, settings, sources
 
 
 def main() -> None:
+    """Write data/settings/<stage>/<cell>.json. Raises UserError for the first thing that is wrong."""
     p = params.load()
-    for name, dataset in p.datasets.items():
-        sources.configure(dataset.source, f"datasets.{name}.source")
-        if dataset.backbone not in BACKBONES:
-            raise errors.UserError(
-                f"{params.PARAMS}: datasets.{name}.backbone: must be one of {', '.join(BACKBONES)}, "
-                f"got {dataset.backbone!r}"
-            )
     for stage in ("representations", "classifiers"):
         for name, block in getattr(p, stage).items():
             method.configure(name, block, stage)
     posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
-    files.write_text(paths.CHECKED, "params.yaml is valid\n")
+
+    resolved = {}
+    for name in dict.fromkeys([*p.grid.datasets, *p.datasets]):
+        dataset = params.dataset(p, name)
+        resolved["download", name] = sources.configure(dataset).model_dump()
+        resolved["subsample", name] = {
+            "imbalance": dataset.imbalance.model_dump(),
+            "holdout_per_class": dataset.holdout_per_class,
+            "channels": len(dataset.augmentation.mean),
+        }
+        for representation in p.representations:
+            training = settings.training(p, name, representation, "representations")
+            resolved["represent", name, representation] = training.record()
+        for classifier in p.classifiers:
+            resolved["calibrate", name, classifier] = settings.training(p, name, classifier, "classifiers").record()
+
+    shutil.rmtree(paths.SETTINGS, ignore_errors=True)
+    for (stage, *cell), values in resolved.items():
+        files.write_json(paths.settings(stage, *cell), values)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     name = parser.parse_args().dataset
-    dataset = params.chosen(params.load().datasets, name, "datasets")
-    config = sources.configure(dataset.source, f"datasets.{name}.source")
+    config = sources.configure(params.dataset(params.load(), name))
     raw = sources.load(config, paths.DOWNLOADS)
     folder = paths.raw(name)
     checksums = {}

@@ -90,19 +90,19 @@ def read_cell(folder: Path, seeds: list[int], K: int) -> list[Predictions]:
 
 
 def metrics(cell: list[Predictions], counts_K: np.ndarray, rules: dict[str, Any], bins: int) -> dict[str, Any]:
-    """The cell's numbers over seeds, as trained and after each post-hoc rule."""
+    """The cell's numbers over seeds, as trained and after each post-hoc rule; `transductive` is said of a rule."""
     has_holdout = len(cell[0].holdout_labels) > 0
     after, absent = {}, {}
     for name, config in rules.items():
         rule = posthoc.RULES[name]
-        if rule.needs_holdout and not has_holdout:
-            absent[name] = "is fitted on held-out data, and this data set holds none out"
+        if rule.needs_holdout(config) and not has_holdout:
+            absent[name] = "fitted on held-out data, and this data set holds none out"
             continue
         runs = []
         for run in cell:
             fitted = rule.fit(config, counts_K, run.holdout_logits, run.holdout_labels)
             runs.append(measure(fitted(run.test_logits), run.test_labels, counts_K, bins) | fitted.numbers)
-        after[name] = over_seeds(runs)
+        after[name] = over_seeds(runs) | {"transductive": rule.transductive}
     as_trained = over_seeds([measure(run.test_logits, run.test_labels, counts_K, bins) for run in cell])
     return as_trained | {"seeds": len(cell), "posthoc": after, "posthoc_absent": absent}
 
@@ -169,8 +169,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{axis}", required=True, help="a name on the grid of params.yaml")
     where = vars(parser.parse_args(arguments))
     p = params.load()
-    for axis, name in where.items():
-        params.chosen(getattr(p, f"{axis}s"), name, f"{axis}s")
+    params.dataset(p, where["dataset"])
+    for axis in ("representation", "classifier"):
+        params.chosen(getattr(p, f"{axis}s"), where[axis], f"{axis}s")
     rules = posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
 
     names, counts_K = read_classes(paths.longtail(where["dataset"]))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-CHECKED = Path("data/params_checked")
+SETTINGS = Path("data/settings")
 DOWNLOADS = Path("data/downloads")
 SCRATCH = Path(".scratch")
 SUMMARY = Path("metrics/summary.json")
@@ -11,6 +11,11 @@ TABLE_TEXT = Path("metrics/table.md")
 FIGURES = Path("plots/figures")
 RELIABILITY = Path("plots/reliability.json")
 REPORT = Path("plots/report.html")
+
+
+def settings(stage: str, *cell: str) -> Path:
+    """What one stage of a cell goes by, as `check` resolved it: the file that DVC compares."""
+    return SETTINGS / stage / f"{'-'.join(cell)}.json"
 
 
 def raw(dataset: str) -> Path:

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from stages import paths
-from tailcal import checkpoint, errors, files, method, models, params, provenance, splits, train, weights
+from tailcal import checkpoint, errors, files, method, models, params, provenance, settings, splits, train, weights
 
 HISTORY = ["epoch", "seed", "lr", "loss", "train_accuracy"]
 
@@ -19,10 +19,8 @@ def main() -> None:
     args = parser.parse_args()
 
     p = params.load()
-    dataset = params.chosen(p.datasets, args.dataset, "datasets")
-    config = method.configure(
-        args.representation, params.chosen(p.representations, args.representation, "representations"), "representations"
-    )
+    dataset = params.dataset(p, args.dataset)
+    training = settings.training(p, args.dataset, args.representation, "representations")
     device = train.prepare(p.runtime)
     meta = splits.read_meta(paths.longtail(args.dataset))
     counts = torch.tensor(meta["train_counts"])
@@ -32,7 +30,10 @@ def main() -> None:
         "code": provenance.code_version(
             Path(__file__), Path(method.__file__).parent / f"methods/{args.representation}.py"
         ),
-        "params": {"dataset": dataset.model_dump(exclude={"calibrate"}), "representation": config.model_dump()},
+        "params": {
+            "dataset": dataset.model_dump(include={"source", "imbalance", "holdout_per_class"}),
+            "representation": training.record(),
+        },
         "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")},
         "device": device.type,
         "versions": provenance.versions(),
@@ -40,23 +41,27 @@ def main() -> None:
     out = paths.representation(args.dataset, args.representation)
     scratch = paths.SCRATCH / "represent" / f"{args.dataset}-{args.representation}" / checkpoint.fingerprint(record)
 
+    Method = method.load(args.representation)
+    network_record = {"backbone": training.backbone, "channels": data.images.shape[1], "num_classes": len(counts)}
+
     def make() -> tuple[models.Network, method.Method]:
-        network = models.build(dataset.backbone, data.images.shape[1], len(counts), f"datasets.{args.dataset}.backbone")
-        return network, method.load(args.representation)(config, counts)
+        return models.build(**network_record, head="linear"), Method(training.settings, counts)
 
     histories, written = [], {}
     for seed in p.seeds:
         replica = train.Replica(
             f"represent {args.dataset}/{args.representation} seed {seed}", seed, make, scratch / f"seed{seed}.pt"
         )
-        network, history = train.train(replica, data, dataset.represent, device, p.runtime.checkpoint_seconds)
+        network, history = train.train(replica, data, training.recipe, device, p.runtime.checkpoint_seconds)
         weights.save_weights(network, out / f"seed{seed}.safetensors")
         written[f"seed{seed}"] = files.sha256(out / f"seed{seed}.safetensors")
         histories += history
     files.write_text(
         out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g")
     )
-    files.write_json(out / "provenance.json", record | {"weights": written})
+    files.write_json(
+        out / "provenance.json", record | {"network": network_record | {"head": Method.head}, "weights": written}
+    )
     checkpoint.keep_only(scratch)
 
 

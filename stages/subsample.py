@@ -55,16 +55,16 @@ def check_split(folder: Path, split: str, images: np.ndarray, labels: np.ndarray
         )
 
 
-def train_counts(available: np.ndarray, dataset: params.Dataset, key: str, class_names: list[str]) -> np.ndarray:
+def train_counts(available: np.ndarray, dataset: params.Dataset, class_names: list[str]) -> np.ndarray:
     """Training images to keep of each class, int64 [K]; `available` (int [K]) counts those of the source.
 
-    Raises UserError naming the key of params.yaml under `key` that asks for more than there is.
+    Raises UserError naming the key of `dataset` that asks for more than there is.
     """
     left = available - dataset.holdout_per_class
     if left.min() < 1:
         k = int(left.argmin())
         raise UserError(
-            f"{params.PARAMS}: {key}.holdout_per_class is {dataset.holdout_per_class}: "
+            f"{dataset.key('holdout_per_class')} is {dataset.holdout_per_class}: "
             f"{longtail.class_title(k, class_names)} has {available[k]} images, "
             f"so must be at most {available[k] - 1}"
         )
@@ -74,7 +74,7 @@ def train_counts(available: np.ndarray, dataset: params.Dataset, key: str, class
     try:
         return longtail.class_counts(int(left.min()), len(left), imbalance.factor, imbalance.profile, class_names)
     except UserError as error:
-        raise UserError(f"{params.PARAMS}: {key}.imbalance: {error}") from None
+        raise UserError(f"{dataset.key('imbalance')}: {error}") from None
 
 
 def main() -> None:
@@ -82,19 +82,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     name = parser.parse_args().dataset
-    dataset = params.chosen(params.load().datasets, name, "datasets")
+    dataset = params.dataset(params.load(), name)
     meta, raw = read_raw(paths.raw(name))
     class_names = meta["class_names"]
 
     channels, means = raw["train_images"].shape[3], len(dataset.augmentation.mean)
     if channels != means:
         raise UserError(
-            f"{params.PARAMS}: datasets.{name}.augmentation.mean has {means} values: the images have "
+            f"{dataset.key('augmentation.mean')} has {means} values: the images have "
             f"{channels} channels, so mean and std must have {channels} each"
         )
 
     available = np.bincount(raw["train_labels"], minlength=len(class_names))
-    counts = train_counts(available, dataset, f"datasets.{name}", class_names)
+    counts = train_counts(available, dataset, class_names)
     train, holdout = longtail.subset_indices(
         raw["train_labels"], counts, dataset.imbalance.seed, dataset.holdout_per_class, class_names
     )

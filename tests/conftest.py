@@ -22,11 +22,11 @@ ENVIRONMENT = os.environ | {
     "DVC_NO_ANALYTICS": "1",
 }
 TINY = [  # digits_lt, two cells, two seeds, a few epochs
-    ("  - mixup\n  - balanced_softmax\n", ""),
-    ("  - crt\n  - lws\n  - tau_norm\n  - mislas\n  - mislas_shifted_bn\n", "  - mislas\n"),
+    ("  - mixup\n  - balanced_softmax\n  - bagmar\n  - fsgl\n", ""),
+    ("  - crt\n  - mislas\n  - marc\n", "  - mislas\n"),
     ("- 1\n- 2\n", "- 1\n"),
     ("epochs: 60\n", "epochs: 8\n"),
-    ("- 48\n        - 54\n", "- 6\n"),
+    ("- 48\n      - 54\n", "- 6\n"),
     ("epochs: 10\n", "epochs: 2\n"),
     ("threads: 2", "threads: 1"),  # the tests run side by side already
 ]

@@ -14,6 +14,15 @@ from tailcal import figures
 ROOT = Path(__file__).resolve().parent.parent
 REPRESENTATIONS = ("ce", "mixup", "balanced_softmax")
 CLASSIFIERS = ("joint", "crt", "lws", "tau_norm", "mislas", "mislas_shifted_bn")
+RULES = (
+    "temperature",
+    "vector_scaling",
+    "class_temperature",
+    "logit_adjustment",
+    "pn_inductive",
+    "pn_transductive",
+)
+TRANSDUCTIVE = ("pn_transductive",)
 NUMBERS = (
     "top1",
     "top5",
@@ -111,6 +120,7 @@ def write(
         "representations": list(representations),
         "classifiers": list(classifiers),
     }
+    params["datasets"] = dict.fromkeys(datasets, params["datasets"]["digits_lt"])
     (root / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     for dataset, representation in product(datasets, representations):
         _csv(root / paths.representation(dataset, representation) / "history.csv", history(generator, seeds=seeds))
@@ -127,7 +137,7 @@ def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generato
     dataset, representation, classifier = cell
     metrics = numbers(generator, seeds) | {
         "seeds": seeds,
-        "posthoc": {"temperature": numbers(generator, seeds), "logit_adjustment": numbers(generator, seeds)},
+        "posthoc": {rule: numbers(generator, seeds) | {"transductive": rule in TRANSDUCTIVE} for rule in RULES},
         "posthoc_absent": {},
         "provenance": {
             "params": {"dataset": {"imbalance": {"profile": "exponential", "factor": 20.0}}, "classifier": {}},

@@ -8,13 +8,15 @@ import torch
 import yaml
 
 from tailcal import params, train
-from tailcal.method import configure, load, names
+from tailcal.method import Trained, configure, load, names
 from tailcal.models import build
+from tailcal.models.heads import HEADS
+from tailcal.optim import learning_rate
 from tailcal.params import Augmentation, Recipe
 from tests.test_dvc import ROOT
 
 COUNTS = [12, 6, 3]
-AUGMENTATION = Augmentation(pad=1, flip=False, mean=[0.5], std=[0.25])
+AUGMENTATION = Augmentation(pad=1, flip=False, cutout=3, mean=[0.5], std=[0.25])
 RECIPE = Recipe.model_validate(
     {
         "epochs": 3,
@@ -23,7 +25,8 @@ RECIPE = Recipe.model_validate(
         "lr": 0.05,
         "momentum": 0.9,
         "weight_decay": 0.0,
-        "schedule": {"shape": "cosine", "warmup_epochs": 0},
+        "sam_rho": 0.0,
+        "schedule": {"shape": "cosine", "warmup": 0, "warmup_lr": 0.0},
     }
 )
 BLOCKS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -42,12 +45,13 @@ def images() -> train.Images:
     return train.Images.place(pixels, labels, AUGMENTATION, torch.device("cpu"))
 
 
-def run(name, tmp_path, seed=0, epochs=3):
+def run(name, tmp_path, seed=0, epochs=3, sam_rho=0.0):
     def make():
-        return build("resnet8", 1, 3), load(name)(config_of(name), torch.tensor(COUNTS))
+        return build("resnet8", "linear", 1, 3), load(name)(config_of(name), torch.tensor(COUNTS))
 
     replica = train.Replica(name, seed, make, tmp_path / name / f"seed{seed}.pt")
-    return train.train(replica, images(), RECIPE.model_copy(update={"epochs": epochs}), torch.device("cpu"), 0.0)
+    recipe = RECIPE.model_copy(update={"epochs": epochs, "sam_rho": sam_rho})
+    return train.train(replica, images(), recipe, torch.device("cpu"), 0.0)
 
 
 @pytest.mark.parametrize("name", names())
@@ -63,7 +67,7 @@ def test_it_trains_and_predicts(name, tmp_path):
 
 @pytest.mark.parametrize("name", names())
 def test_gradient_reaches_exactly_what_it_says_it_trains(name):
-    network = build("resnet8", 1, 3)
+    network = build("resnet8", "linear", 1, 3)
     method = load(name)(config_of(name), torch.tensor(COUNTS))
     groups = method.setup(network)
     named = {id(p) for group in groups for p in group.parameters}
@@ -73,13 +77,20 @@ def test_gradient_reaches_exactly_what_it_says_it_trains(name):
     assert named == {id(p) for p in [*network.parameters(), *method.parameters()] if p.requires_grad}
     method.set_mode(network)
     data, draws = images(), train.Draws(0, 0, torch.Generator())
-    batch = method.mix([data.batch(torch.arange(21), draws) for _ in method.streams], draws)
-    loss, logits = method.loss(network, batch, 0.0)
-    assert loss.shape == ()
-    assert logits.shape == (21, 3)
-    loss.backward()
-    parameters = [*network.parameters(), *method.parameters()]
-    reached = {id(p) for p in parameters if p.grad is not None and p.grad.abs().sum() > 0}
+    drawn = [data.batch(torch.arange(21), method.config.augmentation, draws)] * len(method.samplers()) * method.views
+    batch = method.mix(drawn, draws)
+    reached = set()
+    for _ in range(2):  # a gate between two equal things takes no gradient at the very start
+        loss, logits = method.loss(network, batch, 0.5)
+        assert loss.shape == ()
+        assert logits.shape == (21, 3)
+        network.zero_grad()
+        loss.backward()
+        learning = [p for p in [*network.parameters(), *method.parameters()] if p.grad is not None]
+        reached |= {id(p) for p in learning if p.grad.abs().sum() > 0}
+        with torch.no_grad():
+            for parameter in learning:
+                parameter -= 0.05 * parameter.grad
     assert reached == named
 
 
@@ -114,6 +125,41 @@ def test_an_interrupted_training_ends_with_the_same_bits(name, tmp_path):
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
+@pytest.mark.parametrize("name", names("representations"))
+def test_it_finishes_with_the_head_that_it_names(name, tmp_path):
+    network, _ = run(name, tmp_path, epochs=1)
+    fresh = build("resnet8", load(name).head, 1, 3)
+    fresh.load_state_dict(network.state_dict())
+    assert np.array_equal(train.predict(fresh, images()), train.predict(network, images()))
+
+
+@pytest.mark.parametrize("classifier", names("classifiers"))
+@pytest.mark.parametrize("head", HEADS)
+def test_every_classifier_goes_on_every_head(classifier, head, tmp_path):
+    def make():
+        return build("resnet8", head, 1, 3), load(classifier)(config_of(classifier), torch.tensor(COUNTS))
+
+    replica = train.Replica(classifier, 0, make, tmp_path / "seed0.pt")
+    network, _ = train.train(replica, images(), RECIPE, torch.device("cpu"), 0.0)
+    assert np.isfinite(train.predict(network, images())).all()
+
+
+@pytest.mark.parametrize("name", [n for n in names() if load(n).trained])
+def test_sam_trains_it_too(name, tmp_path):
+    plain, _ = run(name, tmp_path / "plain", epochs=1)
+    network, history = run(name, tmp_path / "sam", epochs=1, sam_rho=0.05)
+    assert np.isfinite(history[0]["loss"])
+    other = plain.state_dict()
+    assert any(not torch.equal(value, other[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_takes_steps_has_an_augmentation_and_nothing_else_has(name):
+    cls = load(name)
+    assert issubclass(cls.Config, Trained) == cls.trained
+    assert not (cls.trained and cls.fitted)
+
+
 @pytest.mark.parametrize("name", names())
 def test_it_is_documented_and_typed(name):
     cls = load(name)
@@ -134,3 +180,43 @@ def test_training_accuracy_counts_a_mixed_label_with_its_share():
     assert train.agreement(logits, torch.tensor([0, 1, 1])).item() == pytest.approx(2 / 3)
     soft = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.6, 0.0], [0.5, 0.5, 0.0]])
     assert train.agreement(logits, soft).item() == pytest.approx((0.7 + 0.6 + 0.0) / 3)
+
+
+def test_a_budget_of_iterations_ends_within_an_epoch(tmp_path):
+    steps = []
+
+    class Counting(load("ce")):
+        def observe(self, logits, batch):
+            assert not logits.requires_grad
+            steps.append(len(batch.labels))
+
+    def make():
+        return build("resnet8", "linear", 1, 3), Counting(config_of("ce"), torch.tensor(COUNTS))
+
+    values = RECIPE.model_dump(exclude_none=True) | {"iterations": 7}
+    values.pop("epochs")
+    recipe = Recipe.model_validate(values)
+    replica = train.Replica("counting", 0, make, tmp_path / "seed0.pt")
+    _, history = train.train(replica, images(), recipe, torch.device("cpu"), 0.0)
+    assert steps == [8] * 7  # 3 + 3 + 1 full batches of the 21 images
+    assert [row["lr"] for row in history] == pytest.approx([learning_rate(recipe, spent) for spent in (0, 3, 6)])
+
+
+def test_each_view_and_each_sampler_gets_its_own_draws(tmp_path):
+    seen = []
+
+    class Watching(load("fsgl")):
+        def mix(self, batches, draws):
+            seen.append(batches)
+            return super().mix(batches, draws)
+
+    def make():
+        return build("resnet8", "linear", 1, 3), Watching(config_of("fsgl"), torch.tensor(COUNTS))
+
+    recipe = RECIPE.model_copy(update={"epochs": 1})
+    train.train(train.Replica("watching", 0, make, tmp_path / "seed0.pt"), images(), recipe, torch.device("cpu"), 0.0)
+    one, two, other_one, other_two = seen[0]
+    assert torch.equal(one.labels, two.labels)
+    assert torch.equal(other_one.labels, other_two.labels)
+    assert not torch.equal(one.labels, other_one.labels)
+    assert not torch.equal(one.images, two.images)

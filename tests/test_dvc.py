@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages import paths
 from tailcal import method, provenance, sources
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,15 @@ def variants(stage: str) -> list[tuple[dict[str, str], list[str]]]:
     if stage == "calibrate":
         return [({"classifier": name}, [f"tailcal.methods.{name}"]) for name in method.names("classifiers")]
     return [({}, SOURCES if stage in ("check", "download") else [])]
+
+
+def test_the_settings_that_dvc_compares_are_written_for_every_stage():
+    """A dep below data/settings that check does not write would never be found; a wrong name would never change."""
+    for stage in ("download", "subsample", "represent", "calibrate"):
+        (dep,) = [d for d in STAGES[stage]["deps"] if d.startswith("data/settings")]
+        axes = [f"${{item.{axis}}}" for axis in STAGES[stage]["matrix"] if f"${{item.{axis}}}" in dep]
+        assert dep == str(paths.settings(stage, *axes))
+        assert "${item.dataset}" in axes
 
 
 def declared(stage: str, item: dict[str, str]) -> set[str]:
@@ -71,7 +81,7 @@ def test_the_page_template_is_a_dep_of_the_report():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_stage_tracks_runtime(stage):
-    assert not [p for p in STAGES[stage]["params"] if p.startswith("runtime")]
+    assert not [p for p in STAGES[stage].get("params", []) if p.startswith("runtime")]
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "report"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from stages import evaluate, paths
 from tailcal.errors import UserError
@@ -22,6 +23,22 @@ ARGUMENTS = [part for axis, name in CELL.items() for part in (f"--{axis}", name)
 NAMES = ["zero", "one, a comma", "two", "three", "four", "five", "six"]
 COUNTS = [400, 150, 100, 60, 20, 19, 3]
 K = len(NAMES)
+RULES = {
+    "temperature": {},
+    "vector_scaling": {},
+    "class_temperature": {},
+    "logit_adjustment": {"tau": 1.0},
+    "pn_inductive": {"tau": 1.0},
+    "pn_transductive": {"tau": "tuned"},
+}
+FITTED = {
+    "temperature": {"temperature"},
+    "vector_scaling": set(),
+    "class_temperature": {"temperature_head", "temperature_tail"},
+    "logit_adjustment": set(),
+    "pn_inductive": set(),
+    "pn_transductive": {"tau"},
+}
 
 
 def split(N: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +66,7 @@ def _project(tmp_path, monkeypatch):
     """A project folder in which one cell has been predicted with three seeds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    posthoc(RULES)
     paths.longtail("digits_lt").mkdir(parents=True)
     meta = {"class_names": NAMES, "train_counts": COUNTS, "source": "made up"}
     (paths.longtail("digits_lt") / "meta.json").write_text(json.dumps(meta))
@@ -62,6 +80,13 @@ def edit_params(old: str, new: str) -> None:
     text = Path("params.yaml").read_text()
     assert old in text
     Path("params.yaml").write_text(text.replace(old, new))
+
+
+def posthoc(rules: dict) -> None:
+    """Put other post-hoc rules into params.yaml."""
+    content = yaml.safe_load(Path("params.yaml").read_text())
+    content["evaluate"]["posthoc"] = rules
+    Path("params.yaml").write_text(yaml.safe_dump(content))
 
 
 def one_seed() -> None:
@@ -94,9 +119,11 @@ def test_metrics_json():
         metrics += [group, f"ece_{group}", f"nll_{group}", f"brier_{group}"]
     expected = {key for name in metrics for key in (name, f"{name}_std")}
     assert set(numbers) == expected | {"seeds", "posthoc", "posthoc_absent", "provenance"}
-    assert set(numbers["posthoc"]) == {"temperature", "logit_adjustment"}
-    assert set(numbers["posthoc"]["logit_adjustment"]) == expected
-    assert set(numbers["posthoc"]["temperature"]) == expected | {"temperature", "temperature_std"}
+    assert set(numbers["posthoc"]) == set(FITTED)
+    for rule, names in FITTED.items():
+        fitted = {key for name in names for key in (name, f"{name}_std")}
+        assert set(numbers["posthoc"][rule]) == expected | fitted | {"transductive"}
+        assert numbers["posthoc"][rule]["transductive"] is (rule == "pn_transductive")
     assert numbers["posthoc"]["temperature"]["temperature"] > 1
     assert numbers["posthoc"]["temperature"]["nll"] < numbers["nll"]
     headline = json.loads(paths.headline(**CELL).read_text())
@@ -157,12 +184,39 @@ def test_one_seed_has_no_standard_deviation():
     assert table("per_class.csv")["accuracy_std"].isna().all()
 
 
-def test_without_a_holdout_fitted_rules_are_absent_and_say_why():
+def test_a_rule_may_be_tuned_or_not():
+    posthoc({"logit_adjustment": {"tau": "tuned"}})
+    tuned = measured()["posthoc"]["logit_adjustment"]
+    posthoc({"logit_adjustment": {"tau": 1.0}})
+    assert set(tuned) - set(measured()["posthoc"]["logit_adjustment"]) == {"tau", "tau_std"}
+
+
+@pytest.mark.parametrize(
+    ("tau", "applied"),
+    [
+        ({}, ["logit_adjustment"]),
+        ({"logit_adjustment": {"tau": "tuned"}}, []),
+        ({"pn_transductive": {"tau": 1.0}}, ["logit_adjustment", "pn_transductive"]),
+    ],
+)
+def test_without_a_holdout_fitted_rules_are_absent_and_say_why(tau, applied):
+    posthoc(RULES | tau)
     for seed in (0, 1, 2):
         save(seed, holdout=0)
     numbers = measured()
-    assert list(numbers["posthoc"]) == ["logit_adjustment"]
-    assert numbers["posthoc_absent"] == {"temperature": "is fitted on held-out data, and this data set holds none out"}
+    assert list(numbers["posthoc"]) == applied
+    reason = "fitted on held-out data, and this data set holds none out"
+    assert numbers["posthoc_absent"] == {rule: reason for rule in RULES if rule not in applied}
+
+
+def test_a_rule_is_fitted_without_the_test_labels():
+    numbers = measured()["posthoc"]
+    for seed in (0, 1, 2):
+        save(seed, test_labels=np.roll(split(350, seed)[1], 1))
+    shuffled = measured()["posthoc"]
+    for rule, names in FITTED.items():
+        assert numbers[rule]["nll"] != shuffled[rule]["nll"]
+        assert all(numbers[rule][name] == shuffled[rule][name] for name in names)
 
 
 def test_an_empty_group_is_null():
@@ -224,7 +278,11 @@ def nan_logits() -> np.ndarray:
             ),
             "meta.json: train_counts must be a count",
         ),
-        (lambda: edit_params("    temperature: {}", "    platt: {}"), "evaluate.posthoc.platt: unknown rule"),
+        (lambda: posthoc({"platt": {}}), "evaluate.posthoc.platt: unknown rule"),
+        (
+            lambda: posthoc({"pn_transductive": {"tau": "best"}}),
+            "params.yaml: evaluate.posthoc.pn_transductive.tau: must be a number, 0 or more, or the word tuned",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_file_and_nothing_is_written(spoil, message):
@@ -236,9 +294,17 @@ def test_bad_input_is_one_line_that_names_the_file_and_nothing_is_written(spoil,
     assert written() == {}
 
 
-def test_a_name_that_params_yaml_lacks_is_refused():
-    with pytest.raises(UserError, match=r"params.yaml: classifiers has no block nonsense: there are crt, joint"):
-        evaluate.main([*ARGUMENTS[:-1], "nonsense"])
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [
+        ("dataset", "params.yaml: there is no data set nonsense: "),
+        ("representation", "params.yaml: representations has no block nonsense: there are "),
+        ("classifier", "params.yaml: classifiers has no block nonsense: there are "),
+    ],
+)
+def test_a_name_that_params_yaml_lacks_is_refused(axis, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main([*ARGUMENTS, f"--{axis}", "nonsense"])
 
 
 def test_from_the_command_line_an_error_is_one_line():

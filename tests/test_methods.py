@@ -11,14 +11,15 @@ from tailcal.errors import UserError
 from tailcal.method import Batch, configure, load
 from tailcal.methods.balanced_softmax import balanced_softmax
 from tailcal.methods.mislas import label_aware_smoothing, smoothing_factors
-from tailcal.methods.tau_norm import normalise_weights
 from tailcal.mixing import mixup
 from tailcal.models import Network, build
+from tailcal.models.heads import Linear
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(6, 4, generator=GENERATOR)
 LABELS = torch.tensor([0, 3, 1, 1, 2, 0])
 COUNTS = torch.tensor([500, 100, 20, 5])
+STANDARD = {"augmentation": "standard"}
 
 
 def test_mixup_is_the_weighted_sum_of_two_losses():
@@ -39,7 +40,7 @@ def test_mixup_with_lambda_one_is_the_plain_batch():
 
 
 def test_mixup_method_draws_one_lambda_a_batch_and_a_permutation():
-    method = load("mixup")(configure("mixup", {"alpha": 1.0}, "representations"), COUNTS)
+    method = load("mixup")(configure("mixup", STANDARD | {"alpha": 1.0}, "representations"), COUNTS)
     images = torch.arange(6.0).reshape(6, 1, 1, 1)
     batch = method.mix([Batch(images, LABELS, LABELS)], Draws(0, 3, torch.Generator()))
     draws = Draws(0, 3, torch.Generator())
@@ -63,10 +64,38 @@ def test_balanced_softmax_with_equal_counts_is_cross_entropy():
 
 def test_smoothing_factors_by_hand():
     counts = torch.tensor([100, 50, 0])  # u = 1, 1/2, 0
-    expected = {"concave": math.sin(math.pi / 4), "linear": 0.5, "convex": 1 - math.sin(math.pi / 4)}
-    for shape, middle in expected.items():
-        factors = smoothing_factors(counts, 0.4, 0.1, shape).tolist()
+    expected = {
+        ("concave", None): math.sin(math.pi / 4),
+        ("linear", None): 0.5,
+        ("convex", None): 1 - math.sin(math.pi / 4),
+        ("exponential", 3.0): 0.125,
+        ("exponential", 1.0): 0.5,
+    }
+    for (shape, power), middle in expected.items():
+        factors = smoothing_factors(counts, 0.4, 0.1, shape, power).tolist()
         assert factors == pytest.approx([0.4, 0.1 + 0.3 * middle, 0.1])
+
+
+@pytest.mark.parametrize("shape", ["concave", "linear", "convex"])
+def test_smoothing_factors_as_the_formula_is_written(shape):
+    """methods.md's form of each shape, class by class; every one falls from head to tail."""
+    n_max, n_min, head, tail = 500, 5, 0.4, 0.1
+    counts = [500, 360, 40, 6, 5]
+    formula = {
+        "concave": lambda u: tail + (head - tail) * math.sin(math.pi / 2 * u),
+        "linear": lambda u: tail + (head - tail) * u,
+        "convex": lambda u: head + (head - tail) * math.sin(3 * math.pi / 2 + math.pi / 2 * u),
+    }[shape]
+    expected = [formula((n - n_min) / (n_max - n_min)) for n in counts]
+    factors = smoothing_factors(torch.tensor(counts), head, tail, shape).tolist()
+    assert factors == pytest.approx(expected)
+    assert factors == sorted(factors, reverse=True)
+
+
+@pytest.mark.parametrize(("shape", "power"), [("concave", 2.0), ("exponential", None), ("stairs", None)])
+def test_smoothing_factors_refuse_what_has_no_meaning(shape, power):
+    with pytest.raises(ValueError, match="smoothing"):
+        smoothing_factors(COUNTS, 0.4, 0.1, shape, power)
 
 
 def test_smoothing_factors_of_equal_counts_are_the_heads():
@@ -92,18 +121,24 @@ def test_label_aware_smoothing_limits():
     )
 
 
-def test_tau_norm_by_hand():
-    weight = torch.tensor([[3.0, 4.0], [0.0, 2.0]])  # norms 5 and 2
-    torch.testing.assert_close(normalise_weights(weight, 1.0), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
-    torch.testing.assert_close(normalise_weights(weight, 0.5).norm(dim=1), torch.tensor([5.0, 2.0]).sqrt())
-    assert torch.equal(normalise_weights(weight, 0.0), weight)
+@pytest.mark.parametrize(
+    ("tau", "expected"),
+    [(1.0, [[0.6, 0.8], [0.0, 1.0]]), (2.0, [[0.12, 0.16], [0.0, 0.5]]), (0.0, [[3.0, 4.0], [0.0, 2.0]])],
+)
+def test_tau_norm_by_hand(tau, expected):
+    network = Network(torch.nn.Identity(), Linear(2, 2))
+    network.head.weight.data = torch.tensor([[3.0, 4.0], [0.0, 2.0]])  # norms 5 and 2
+    bias = network.head.bias.clone()
+    load("tau_norm")(configure("tau_norm", {"tau": tau}, "classifiers"), COUNTS[:2]).setup(network)
+    torch.testing.assert_close(network.head.weight.data, torch.tensor(expected))
+    assert torch.equal(network.head.bias, bias)
 
 
 def calibrated(name: str, **settings) -> tuple[Network, Network, torch.nn.Module]:
     """A network before and after the set-up of a classifier method, and the method."""
     torch.manual_seed(0)
-    before = build("resnet8", 1, 4)
-    after = build("resnet8", 1, 4)
+    before = build("resnet8", "linear", 1, 4)
+    after = build("resnet8", "linear", 1, 4)
     after.load_state_dict(before.state_dict())
     method = load(name)(configure(name, settings, "classifiers"), COUNTS)
     method.setup(after)
@@ -118,18 +153,18 @@ def test_joint_keeps_the_logits():
 
 def test_tau_zero_is_joint_and_lws_starts_there():
     images = torch.randn(3, 1, 8, 8)
-    for name, settings in [("tau_norm", {"tau": 0.0}), ("lws", {})]:
+    for name, settings in [("tau_norm", {"tau": 0.0}), ("lws", STANDARD)]:
         before, after, _ = calibrated(name, **settings)
         torch.testing.assert_close(before(images), after(images))
 
 
 def test_crt_draws_a_fresh_classifier():
-    before, after, _ = calibrated("crt")
+    before, after, _ = calibrated("crt", **STANDARD)
     assert after.head.weight.shape == before.head.weight.shape
     assert (after.head.weight - before.head.weight).abs().max() > 0.01
 
 
-MISLAS = {"smoothing": "concave", "smooth_head": 0.3, "smooth_tail": 0.0, "lr_factor": 0.2}
+MISLAS = {**STANDARD, "smoothing": "concave", "smooth_head": 0.3, "smooth_tail": 0.0, "lr_factor": 0.2}
 
 
 def test_shifted_bn_moves_the_running_statistics_and_nothing_else_of_the_backbone():
@@ -148,7 +183,7 @@ def test_shifted_bn_moves_the_running_statistics_and_nothing_else_of_the_backbon
 
 def test_mislas_learns_scales_at_the_full_rate_and_the_classifier_slower():
     torch.manual_seed(0)
-    network = build("resnet8", 1, 4)
+    network = build("resnet8", "linear", 1, 4)
     method = load("mislas")(configure("mislas", MISLAS | {"shifted_bn": False}, "classifiers"), COUNTS)
     scales, classifier = method.setup(network)
     assert (scales.lr_factor, classifier.lr_factor) == (1.0, 0.2)
@@ -159,27 +194,41 @@ def test_mislas_learns_scales_at_the_full_rate_and_the_classifier_slower():
 @pytest.mark.parametrize(
     ("name", "block", "stage", "says"),
     [
-        ("mixup", {}, "representations", "representations.mixup.alpha: this key is missing"),
+        ("mixup", STANDARD, "representations", "representations.mixup.alpha: this key is missing"),
+        ("mixup", {"alpha": 1.0}, "representations", "representations.mixup.augmentation: this key is missing"),
+        (
+            "ce",
+            {"augmentation": "weak"},
+            "representations",
+            "augmentation: input should be 'standard' or 'strong', got",
+        ),
         (
             "mixup",
-            {"alpha": 0.0},
+            STANDARD | {"alpha": 0.0},
             "representations",
             "representations.mixup.alpha: input should be greater than 0, got 0.0",
         ),
         (
             "mixup",
-            {"alpha": "1"},
+            STANDARD | {"alpha": "1"},
             "representations",
             "representations.mixup.alpha: input should be a valid number, got '1'",
         ),
-        ("ce", {"alpha": 1.0}, "representations", "representations.ce.alpha: unknown key"),
+        ("ce", STANDARD | {"alpha": 1.0}, "representations", "representations.ce.alpha: unknown key"),
         (
             "joint",
             {},
             "representations",
-            "representations.joint: no such method: there are balanced_softmax, ce, mixup",
+            "representations.joint: no such method: there are bagmar, balanced_softmax, ce, ce_strong,",
         ),
         ("mislas", MISLAS | {"shifted_bn": False, "smooth_tail": 0.9}, "classifiers", "must not be below smooth_tail"),
+        (
+            "mislas",
+            MISLAS | {"shifted_bn": False, "smoothing": "exponential"},
+            "classifiers",
+            "smoothing exponential needs a power",
+        ),
+        ("mislas", MISLAS | {"shifted_bn": False, "power": 2.0}, "classifiers", "smoothing concave takes no power"),
     ],
 )
 def test_a_wrong_block_is_one_line(name, block, stage, says):

@@ -2,24 +2,41 @@
 
 import pytest
 import torch
+import torchvision
 
-from tailcal.errors import UserError
 from tailcal.models import BACKBONES, build
-from tailcal.models.heads import ScaledLinear
-from tailcal.models.resnet import BasicBlock
+from tailcal.models.heads import HEADS, Cosine, Linear, Scaled
+from tailcal.models.resnet import BasicBlock, ConvShortcut, PadShortcut
 
 
 @pytest.mark.parametrize(
     ("name", "millions"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85)]
 )
 def test_parameter_counts_of_he_et_al_table_6(name, millions):
-    network = build(name, 3, 10)
-    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == millions
+    assert round(size(build(name, "linear", 3, 10)) / 1e6, 2) == millions
+
+
+def size(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_173_962), ("resnet34", 21_282_122)])
+def test_parameter_counts_of_the_ones_with_four_stages(name, parameters):
+    """Torchvision's network of that name with a 3x3 stem of 3 * 64 * 9 weights for its 7x7 one, and 10 classes."""
+    reference = size(getattr(torchvision.models, name)(num_classes=10)) - 64 * 3 * (49 - 9)
+    assert size(build(name, "linear", 3, 10)) == reference == parameters
+
+
+def test_the_wide_one_is_four_times_as_wide():
+    narrow, wide = build("resnet32", "linear", 3, 10), build("resnet32_x4", "linear", 3, 10)
+    assert wide.backbone.features == 4 * narrow.backbone.features == 256
+    convolutions = [[m.weight for m in n.modules() if isinstance(m, torch.nn.Conv2d)] for n in (narrow, wide)]
+    assert all(w.numel() == 16 * n.numel() for n, w in list(zip(*convolutions, strict=True))[1:])
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_shapes(name):
-    network = build(name, 1, 7).eval()
+    network = build(name, "linear", 1, 7).eval()
     images = torch.zeros(2, 1, 8, 8)
     assert network.backbone(images).shape == (2, network.backbone.features)
     assert network(images).shape == (2, 7)
@@ -28,21 +45,40 @@ def test_shapes(name):
 
 def test_option_a_shortcut_subsamples_and_pads_evenly():
     x = torch.arange(2 * 4 * 4.0).reshape(1, 2, 4, 4)
-    shortcut = BasicBlock(2, 6, stride=2).shortcut(x)
+    shortcut = BasicBlock(2, 6, 2, PadShortcut).shortcut(x)
     assert shortcut.shape == (1, 6, 2, 2)
     assert torch.equal(shortcut[:, 2:4], x[:, :, ::2, ::2])
     assert shortcut[:, :2].abs().sum() == 0
     assert shortcut[:, 4:].abs().sum() == 0
 
 
-def test_scaled_linear_starts_as_the_linear_head():
-    linear = torch.nn.Linear(4, 3)
-    head, features = ScaledLinear(linear), torch.randn(5, 4)
+def test_a_shortcut_is_the_identity_where_the_shape_stays():
+    x = torch.randn(2, 4, 3, 3)
+    for kind in (PadShortcut, ConvShortcut):
+        assert torch.equal(BasicBlock(4, 4, 1, kind).shortcut(x), x)
+        assert BasicBlock(4, 8, 2, kind).shortcut(x).shape == (2, 8, 2, 2)
+
+
+def test_cosine_head_by_hand():
+    head = Cosine(2, 2)
+    head.direction.data = torch.tensor([[3.0, 0.0], [0.0, 0.1]])
+    torch.testing.assert_close(head(torch.tensor([[0.6, 0.8]])), torch.tensor([[0.6, 0.8]]))
+    head.rescale(torch.tensor([30.0, 10.0]))
+    torch.testing.assert_close(head(torch.tensor([[1.2, 1.6]])), torch.tensor([[18.0, 8.0]]))
+    assert head.norms().tolist() == [30.0, 10.0]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_rescaling_a_head_scales_its_norms(name):
+    head = HEADS[name](5, 3)
+    before, factors = head.norms(), torch.tensor([2.0, 0.5, 1.0])
+    head.rescale(factors)
+    torch.testing.assert_close(head.norms(), before * factors)
+
+
+def test_scaled_starts_as_the_head_within():
+    linear = Linear(4, 3)
+    head, features = Scaled(linear), torch.randn(5, 4)
     assert torch.equal(head(features), linear(features))
     head.scale.data[1] = 2
     torch.testing.assert_close(head(features)[:, 1], 2 * linear(features)[:, 1])
-
-
-def test_an_unknown_backbone_is_named():
-    with pytest.raises(UserError, match=r"datasets\.x\.backbone: must be one of resnet8, .*got 'resnet33'"):
-        build("resnet33", 3, 10, "datasets.x.backbone")

@@ -6,11 +6,12 @@ import re
 import pytest
 from pydantic import BaseModel
 
-from tailcal import method, params, posthoc, sources
+from tailcal import method, params, posthoc, settings, sources
 from tailcal.errors import UserError
 from tests.test_dvc import ROOT
 
 TEXT = (ROOT / "params.yaml").read_text()
+PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
 
 
 def load_with(tmp_path, old: str, new: str, count: int = 1):
@@ -23,11 +24,22 @@ def load_with(tmp_path, old: str, new: str, count: int = 1):
 def test_the_shipped_file_loads_and_every_block_is_valid():
     p = params.load(ROOT / "params.yaml")
     for stage in ("representations", "classifiers"):
-        for name, block in getattr(p, stage).items():
-            method.configure(name, block, stage)
-    for name, dataset in p.datasets.items():
-        sources.configure(dataset.source, f"datasets.{name}.source")
+        assert list(getattr(p, stage)) == [name for name in getattr(p, stage) if name in method.names(stage)]
+        assert set(getattr(p, stage)) == set(method.names(stage)), (
+            "a method without a block, or a block without a method"
+        )
     posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
+
+
+@pytest.mark.parametrize("name", ["digits_lt", *PRESETS])
+@pytest.mark.parametrize("stage", ["representations", "classifiers"])
+def test_every_method_has_settings_on_every_data_set(name, stage):
+    p = params.load(ROOT / "params.yaml")
+    sources.configure(params.dataset(p, name, ROOT))
+    for each in method.names(stage):
+        training = settings.training(p, name, each, stage, ROOT)
+        assert (training.recipe is not None) == method.load(each).trained
+        assert (training.backbone is not None) == (stage == "representations")
 
 
 @pytest.mark.parametrize(
@@ -44,21 +56,35 @@ def test_the_shipped_file_loads_and_every_block_is_valid():
             "datasets.digits_lt.imbalance.factor: input should be greater than or equal to 1, got 0.5",
         ),
         ("factor: 20", "factr: 20", "datasets.digits_lt.imbalance.factr: unknown key (and 1 more)"),
+        (
+            "- digits_lt",
+            "- digits",
+            "there is no data set digits: add datasets.digits or presets/digits.yaml, or use one",
+        ),
+        (
+            "represent: digits ",
+            "represent: digit ",
+            "datasets.digits_lt.represent: there is no recipe 'digit': there are",
+        ),
+        ("recipe: digits_sam", "recipe: sam", "datasets.digits_lt.overrides.fsgl.recipe: there is no recipe 'sam'"),
+        ("      fsgl:\n", "      fsgll:\n", "datasets.digits_lt.overrides.fsgll: no method of that name has a block"),
+        ("    epochs: 60", "    epochs: 60\n    iterations: 9", "recipes.digits: must have a budget: either epochs or"),
+        ("cutout: 4", "cutout: -4", "datasets.digits_lt.augmentation.cutout: input should be greater"),
         ("  bins: 15", "  bins: 15\n  binz: 3", "evaluate.binz: unknown key"),
         ("  - ce\n", "  - cee\n", "grid.representations names cee, which has no block"),
         ("  - ce\n", "  - ce\n  - ce\n", "grid.representations: lists ce more than once"),
         ("  - ce\n", "  - c-e\n", "must be letters, digits and _ only"),
         ("threads: 2", "threads: 0", "runtime.threads"),
         ("device: auto", "device: gpu", "runtime.device: input should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
-        ("shape: multistep", "shape: stairs", "datasets.digits_lt.represent.schedule"),
-        ("warmup_epochs: 5", "warmup_epochs: 500", "warmup_epochs is 500: must be below epochs"),
+        ("shape: multistep", "shape: stairs", "recipes.digits.schedule"),
+        ("warmup: 5 ", "warmup: 500 ", "recipes.digits: schedule.warmup is 500: must be below epochs"),
         ("- 0.3052", "- 0.3052\n      - 0.1", "mean has 2 values and std 1"),
         ("seeds: ", "seeds: []\nseedz: ", "seedz: unknown key"),
         ("bins: 15", "bins: 15\n  bins: 20", "the key bins appears twice"),
-        ("- 48\n        - 54", "- 54\n        - 48", "milestones must rise"),
+        ("- 48\n      - 54", "- 54\n      - 48", "milestones must rise"),
         ("- 54\n", "- 540\n", "schedule.milestones names epoch 540: must not be above epochs (60)"),
         ("grid: ", "grid: [", "not valid YAML"),
-        ("lr: 0.1", "lr: .nan", "datasets.digits_lt.represent.lr"),
+        ("lr: 0.1", "lr: .nan", "recipes.digits.lr"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path, old, new, says):
@@ -69,9 +95,106 @@ def test_a_mistake_is_one_line_that_names_the_key(tmp_path, old, new, says):
     assert "\n" not in str(error.value)
 
 
+def with_preset(tmp_path, old: str, new: str):
+    """The shipped CIFAR-100-LT preset with a change, alone on the grid."""
+    (tmp_path / "presets").mkdir()
+    text = (ROOT / "presets/cifar100_lt_100.yaml").read_text()
+    assert old in text
+    (tmp_path / "presets/cifar100_lt_100.yaml").write_text(text.replace(old, new, 1))
+    return load_with(tmp_path, "- digits_lt", "- cifar100_lt_100")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("factor: 100", "factr: 100", "presets/cifar100_lt_100.yaml: imbalance.factr: unknown key"),
+        (
+            "recipe: marc\n",
+            "recipe: mark\n",
+            "presets/cifar100_lt_100.yaml: overrides.ce_strong.recipe: there is no recipe",
+        ),
+        ("source:", "source: [", "presets/cifar100_lt_100.yaml line"),
+        ("backbone: resnet32\n", "", "presets/cifar100_lt_100.yaml: backbone: this key is missing"),
+    ],
+)
+def test_a_mistake_in_a_preset_names_its_file(tmp_path, old, new, says):
+    with pytest.raises(UserError) as error:
+        with_preset(tmp_path, old, new)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("backbone: resnet32\n", "backbone: resnet33\n", "100.yaml: backbone: must be one of"),
+        ("backbone: resnet34", "backbone: resnet35", "100.yaml: overrides.glmc.backbone: must be one of"),
+        ("smooth_head: 0.4", "smooth_head: 4.0", "100.yaml: overrides.mislas.smooth_head: input should be less"),
+        ("smooth_head: 0.4", "smoth_head: 0.4", "100.yaml: overrides.mislas.smoth_head: unknown key"),
+        ("smooth_head: 0.4", "backbone: resnet20", "100.yaml: overrides.mislas.backbone: unknown key"),
+        ("kind: cifar100", "kind: cifar1000", "100.yaml: source.kind: must be one of"),
+    ],
+)
+def test_a_mistake_in_an_override_names_its_key(tmp_path, old, new, says):
+    p = with_preset(tmp_path, old, new)
+    with pytest.raises(UserError) as error:
+        sources.configure(params.dataset(p, "cifar100_lt_100", tmp_path))
+        for stage in ("representations", "classifiers"):
+            for name in method.names(stage):
+                settings.training(p, "cifar100_lt_100", name, stage, tmp_path)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_override_replaces_what_it_names_and_nothing_else(tmp_path):
+    p = with_preset(tmp_path, "lr_factor: 0.2", "lr_factor: 0.7")
+    training = settings.training(p, "cifar100_lt_100", "mislas", "classifiers", tmp_path)
+    shipped = method.configure("mislas", p.classifiers["mislas"], "classifiers").model_dump()
+    assert training.settings.model_dump() == shipped | {
+        "smooth_head": 0.4,
+        "smooth_tail": 0.1,
+        "lr_factor": 0.7,
+        "shifted_bn": True,
+    }
+    assert training.recipe == p.recipes["mislas_stage2"]
+    fsgl = settings.training(p, "cifar100_lt_100", "fsgl", "representations", tmp_path)
+    assert (fsgl.backbone, fsgl.recipe.sam_rho, fsgl.settings.gamma) == ("resnet34", 0.05, 1.0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_what_it_aims_at_and_carries_the_published_settings(name):
+    """The table of methods.md for MiSLAS, and the budgets of the others."""
+    text = (ROOT / f"presets/{name}.yaml").read_text()
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert any("dvc exp run" in line for line in header)
+    assert any("top-1 in %" in line for line in header)
+    p = params.load(ROOT / "params.yaml")
+    cifar, _, factor = name.split("_")
+    dataset = params.dataset(p, name, ROOT)
+    assert (dataset.source["kind"], dataset.imbalance.factor) == (cifar, float(factor))
+    published = {
+        ("cifar10", "10"): (0.1, 0.0, False, 0.2),
+        ("cifar10", "50"): (0.2, 0.0, False, 0.2),
+        ("cifar10", "100"): (0.3, 0.0, False, 0.5),
+        ("cifar100", "10"): (0.2, 0.0, True, 0.1),
+        ("cifar100", "50"): (0.3, 0.0, True, 0.1),
+        ("cifar100", "100"): (0.4, 0.1, True, 0.2),
+    }
+    mislas = settings.training(p, name, "mislas", "classifiers", ROOT).settings
+    found = (mislas.smooth_head, mislas.smooth_tail, mislas.shifted_bn, mislas.lr_factor)
+    assert found == published[cifar, "100" if factor == "200" else factor]
+    assert settings.training(p, name, "ce_strong", "representations", ROOT).recipe.iterations == 13_000
+    marc = settings.training(p, name, "marc", "classifiers", ROOT).recipe
+    assert (marc.iterations, marc.batch_size) == (2000, 512)
+    assert settings.training(p, name, "bagmar", "representations", ROOT).recipe.batch_size == 64
+    assert settings.training(p, name, "fsgl", "representations", ROOT).settings.gamma == {"cifar10": 0.5}.get(
+        cifar, 1.0
+    )
+
+
 def test_yaml_1_2_numbers_as_dvc_writes_them(tmp_path):
     p = load_with(tmp_path, "weight_decay: 0.0005", "weight_decay: 5e-04")
-    assert p.datasets["digits_lt"].represent.weight_decay == 5e-4
+    assert p.recipes["digits"].weight_decay == 5e-4
 
 
 @pytest.mark.parametrize(("content", "says"), [(b"\xff\xfe\x00", "UTF-8"), (b"", "mapping"), (b"- 1\n", "mapping")])

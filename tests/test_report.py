@@ -48,8 +48,8 @@ def _lines():
 def test_numbers_are_those_of_the_cells():
     report.main()
     table = pd.read_csv(paths.TABLE, keep_default_na=False)
-    assert len(table) == 4 * 3
-    assert table["posthoc"].tolist() == ["none", "temperature", "logit_adjustment"] * 4
+    assert table["posthoc"].tolist() == ["none", *report_inputs.RULES] * 4
+    assert table["transductive"].tolist() == [name in report_inputs.TRANSDUCTIVE for name in table["posthoc"]]
     for row in table.to_dict("records"):
         metrics = json.loads(paths.metrics(row["dataset"], row["representation"], row["classifier"]).read_text())
         numbers = metrics if row["posthoc"] == "none" else metrics["posthoc"][row["posthoc"]]
@@ -91,6 +91,62 @@ def test_absent_temperature_is_a_dash_with_its_reason():
     assert {line["ECE after temperature"] for line in _lines().values()} == {"—"}
     assert "No temperature: nothing is held out." in paths.TABLE_TEXT.read_text()
     assert "Post-hoc rules" not in paths.REPORT.read_text()
+
+
+def test_rules_absent_for_one_reason_share_a_sentence():
+    absent = {"temperature": "nothing is held out", "platt": "of the weather.", "pn_inductive": "nothing is held out"}
+    for cell in product(("digits_lt",), *SMALL.values()):
+        report_inputs.change(paths.metrics(*cell), posthoc_absent=absent)
+    report.main()
+    end = "No temperature, pn inductive: nothing is held out.\n\nNo platt: of the weather.\n"
+    assert paths.TABLE_TEXT.read_text().endswith(end)
+
+
+def _page_tables():
+    """The page's tables of rules: {title: {column: texts}}, the best as the page marks it."""
+    html = paths.REPORT.read_text()
+    tables = {}
+    for title, body in re.findall(r"<h4>(.*?)</h4>(.*?)</table>", html, re.DOTALL):
+        names = re.findall(r"<th>(.*?)</th>", body)
+        rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL)[1:]]
+        tables[title] = dict(zip(names, zip(*rows, strict=True), strict=True))
+    return tables
+
+
+def test_page_sets_the_rules_side_by_side_a_table_a_number():
+    report.main()
+    tables = _page_tables()
+    assert list(tables) == ["ECE, %", "NLL", "Top-1 accuracy, %", "Few-shot accuracy, %"]
+    rules = [*(rule.replace("_", " ") for rule in report_inputs.RULES[:-1]), "pn transductive †"]
+    for table in tables.values():
+        assert list(table) == ["representation", "classifier", "none", *rules]
+        assert {len(column) for column in table.values()} == {4}
+    metrics = json.loads(paths.metrics("digits_lt", "ce", "joint").read_text())["posthoc"]
+    shown = tables["NLL"]["vector scaling"][0].removeprefix("<strong>").removesuffix("</strong>")
+    assert shown == f"{metrics['vector_scaling']['nll']:.3f}"
+
+
+def test_the_best_rule_of_a_cell_is_marked_and_a_transductive_one_does_not_compete():
+    where = paths.metrics("digits_lt", "ce", "joint")
+    rules = json.loads(where.read_text())["posthoc"]
+    for k, numbers in enumerate(rules.values()):
+        numbers |= {"ece": 0.10 - k / 100, "top1": 0.5, "few": None}
+    report_inputs.change(where, posthoc=rules, ece=0.2, top1=0.5, few=None)
+    report.main()
+    first = {title: [column[0] for column in table.values()][2:] for title, table in _page_tables().items()}
+    eces = ["20.00", "10.00", "9.00", "8.00", "7.00", "<strong>6.00</strong>", "5.00"]
+    assert first["ECE, %"] == eces
+    assert first["Top-1 accuracy, %"] == ["<strong>50.00</strong>"] * 6 + ["50.00"], "equal is equally good"
+    assert first["Few-shot accuracy, %"] == ["—"] * 7
+
+
+@pytest.mark.parametrize("rules", [report_inputs.RULES, ("temperature",)])
+def test_page_explains_transductive_where_a_rule_is(rules):
+    for cell in product(("digits_lt",), *SMALL.values()):
+        posthoc = json.loads(paths.metrics(*cell).read_text())["posthoc"]
+        report_inputs.change(paths.metrics(*cell), posthoc={rule: posthoc[rule] for rule in rules})
+    report.main()
+    assert ("Transductive: computed from" in paths.REPORT.read_text()) == ("pn_transductive" in rules)
 
 
 def test_one_seed_has_no_deviation(tmp_path):

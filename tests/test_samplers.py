@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 
-from tailcal.samplers import SAMPLERS, class_balanced, instance
+from tailcal.samplers import Reweighted, class_balanced, instance
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 4], [11, 5, 3, 1]))  # class 3 has no images
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_stream_is_a_function_of_seed_and_position(name):
-    sampler = SAMPLERS[name]
-    whole = sampler(LABELS, 7, 0, 400)
-    for start, stop in [(0, 1), (3, 50), (50, 51), (19, 21), (133, 400)]:
+@pytest.mark.parametrize("sampler", [instance, class_balanced, Reweighted(0.5)])
+def test_a_stream_is_a_function_of_seed_and_position(sampler):
+    whole = sampler(LABELS, 7, 0, 9000)
+    assert whole.dtype == np.int64
+    for start, stop in [(0, 1), (3, 50), (50, 51), (19, 21), (133, 400), (4095, 4097), (8191, 9000)]:
         assert np.array_equal(sampler(LABELS, 7, start, stop), whole[start:stop])
-    assert not np.array_equal(sampler(LABELS, 8, 0, 400), whole)
+    assert not np.array_equal(sampler(LABELS, 8, 0, 9000), whole)
 
 
 def test_instance_passes_are_permutations():
@@ -43,3 +43,14 @@ def test_within_class_order_is_uniform():
     labels = np.zeros(3, dtype=np.int64)
     firsts = class_balanced(labels, 5, 0, 3 * 6000).reshape(-1, 3)[:, 0]
     assert np.abs(np.bincount(firsts, minlength=3) / 6000 - 1 / 3).max() < 0.03
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
+def test_reweighted_draws_an_image_in_proportion_to_a_power_of_its_class(exponent):
+    counts = np.bincount(LABELS)[LABELS]
+    expected = counts**-exponent / (counts**-exponent).sum()
+    drawn = np.bincount(Reweighted(exponent)(LABELS, 3, 0, 40_000), minlength=len(LABELS)) / 40_000
+    assert np.abs(drawn - expected).max() < 4 * np.sqrt(expected.max() / 40_000)  # four standard deviations
+    if exponent == 1:
+        by_class = np.bincount(LABELS, drawn)[[0, 1, 2, 4]]
+        assert np.abs(by_class - 1 / 4).max() < 0.01

@@ -13,10 +13,12 @@ import pytest
 import torchvision.datasets
 from sklearn.datasets import load_digits
 
-from tailcal import sources
+from tailcal import params, sources
 from tailcal.errors import UserError
 from tailcal.sources import cifar10, cifar100, digits
+from tests.test_dvc import ROOT
 
+DIGITS = params.load(ROOT / "params.yaml").datasets["digits_lt"]
 LABELS_KEY = {"cifar10": "labels", "cifar100": "fine_labels"}
 
 
@@ -27,18 +29,18 @@ def test_kinds_are_the_modules():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({}, "d.source.kind: must be one of cifar10, cifar100, digits, got None"),
+        ({}, "params.yaml: datasets.digits_lt.source.kind: must be one of cifar10, cifar100, digits, got None"),
         ({"kind": "mnist"}, "got 'mnist'"),
-        ({"kind": "digits", "seed": 0}, "d.source.test_per_class: this key is missing"),
+        ({"kind": "digits", "seed": 0}, "params.yaml: datasets.digits_lt.source.test_per_class: this key is missing"),
         ({"kind": "digits", "seed": 0, "test_per_class": 0}, "greater than or equal to 1, got 0"),
-        ({"kind": "digits", "seed": -1, "test_per_class": 9}, "d.source.seed"),
-        ({"kind": "cifar10", "root": "x"}, "d.source.root: unknown key"),
-        ({"kind": "cifar100", "url": "ftp://host/file"}, "d.source.url"),
+        ({"kind": "digits", "seed": -1, "test_per_class": 9}, "source.seed"),
+        ({"kind": "cifar10", "root": "x"}, "source.root: unknown key"),
+        ({"kind": "cifar100", "url": "ftp://host/file"}, "source.url"),
     ],
 )
 def test_bad_blocks(block, message):
     with pytest.raises(UserError, match=message):
-        sources.configure(block, "d.source")
+        sources.configure(DIGITS.model_copy(update={"source": block}))
 
 
 def test_a_mirror_does_not_change_what_is_recorded():

@@ -80,7 +80,7 @@ def project(tmp_path, monkeypatch):
         source={"kind": "digits", "test_per_class": 50, "seed": 0},
         holdout_per_class=20,
         imbalance={"profile": "exponential", "factor": 20.0, "seed": 0},
-        augmentation={"pad": 1, "flip": False, "mean": [0.3], "std": [0.4]},
+        augmentation={"pad": 1, "flip": False, "cutout": 1, "mean": [0.3], "std": [0.4]},
     )
     return project
 
@@ -276,7 +276,7 @@ def test_settings_that_do_not_fit_the_data(project, keys, message):
 
 @pytest.mark.parametrize("stage", [download, subsample])
 def test_unknown_data_set_lists_those_there_are(project, stage):
-    with pytest.raises(UserError, match=r"datasets has no block nosuch: there are .*digits_lt"):
+    with pytest.raises(UserError, match=r"no data set nosuch: .* use one of .*digits_lt"):
         project.run(stage, "nosuch")
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tailcal.autoaugment import autoaugment, cutout, draw_centres, draw_policies
 from tailcal.draws import Draws
 from tailcal.params import Augmentation
 
@@ -36,6 +37,15 @@ def standard(images: Tensor, config: Augmentation, draws: Draws) -> Tensor:
     if config.flip:
         images = flip(images, torch.rand(b, generator=draws.device, device=device) < 0.5)
     return images
+
+
+def strong(images: Tensor, config: Augmentation, draws: Draws) -> Tensor:
+    """Standard augmentation, then AutoAugment's CIFAR-10 policy, then Cutout (MARC, BaGMar)."""
+    images = autoaugment(standard(images, config, draws), draw_policies(len(images), draws))
+    return cutout(images, draw_centres(*images.shape[:1], *images.shape[2:], draws), config.cutout)
+
+
+AUGMENTATIONS = {"standard": standard, "strong": strong}
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

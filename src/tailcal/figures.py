@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from tailcal.files import atomic
@@ -40,6 +40,7 @@ OVER, UNDER = ("#C1272D", "////"), ("#5B2A86", "\\\\\\\\")
 NAMED_CLASSES = 30  # with more classes than this, names no longer fit beside the bars
 RANKED_CLASSES = 20  # with more classes than this, accuracies are averaged over neighbouring frequency ranks
 RANK_GROUPS = 10
+WIDE_RANGE = 8  # largest over smallest ECE, from which on their axis is logarithmic
 
 # Every setting that a user's own matplotlibrc might change, and text taken literally: class names may hold a $.
 STYLE = {
@@ -157,7 +158,14 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
             elinewidth=1,
         )
     axes.set(xlabel="top-1 accuracy (right is better)", ylabel="ECE (down is better)")
-    axes.set_ylim(bottom=0)
+    lowest, highest = cells["ece"].min(), cells["ece"].max()
+    if lowest > 0 and highest / lowest > WIDE_RANGE:  # one overconfident cell would press all others to the floor
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(lowest / 1.5, highest * 1.5)
+    else:
+        axes.set_ylim(bottom=0)
     _percent(axes.xaxis, axes.yaxis)
     points = [Line2D([], [], color=colour, marker="o", linestyle="", markersize=9) for colour in colours.values()]
     shapes = [Line2D([], [], color="#666666", marker=marker, linestyle="", markersize=9) for marker in markers.values()]
@@ -245,9 +253,10 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Pat
             curve = histories[name].groupby("epoch")[column].agg(["mean", "min", "max"])
             axes.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.2, linewidth=0)
             axes.plot(curve.index, curve["mean"], color=colour, marker="o" if len(curve) < 4 else None, label=name)
-    loss.set_ylabel("training loss")
-    accuracy.set_ylabel("training accuracy")
-    loss.set_ylim(bottom=0)
+    loss.set_title("loss, each method's own")
+    accuracy.set_title("accuracy; of a mixed label, the share that was hit")
+    if min(history["loss"].min() for history in histories.values()) >= 0:  # a consistency term may be negative
+        loss.set_ylim(bottom=0)
     accuracy.set_ylim(0, 1)
     _percent(accuracy.yaxis)
     for axes in (loss, accuracy):

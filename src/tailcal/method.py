@@ -1,15 +1,18 @@
 """The contract of a method, and how methods are found. Read this first.
 
 A method is one file of `tailcal.methods`; its file name is its name in params.yaml. The file holds a class `Method`
-derived from one of the two bases below. To follow one training step through the hooks:
+derived from one of the two bases below. To follow a training through the hooks:
 
     method = Method(config, class_counts)          typed settings, training images per class
     groups = method.setup(network)                 replace the head, freeze, name the parameters that learn
     each epoch: method.set_mode(network)           which layers are in training mode
-    each step:  batch = method.mix(batches, draws) one batch per stream -> images and targets of the loss
+    each step:  batch = method.mix(batches, draws) `views` batches per sampler -> images and targets of the loss
                 loss, logits = method.loss(network, batch, progress)
+                method.observe(logits, batch)      what the method accumulates from the steps it has taken
+    method.finish(network)                         leave the network as it is used from here on
 
-Whatever a method accumulates is a buffer of it, so it is saved in every checkpoint.
+Whatever a method accumulates is a buffer of it, so it is saved in every checkpoint. A method that takes no step
+(`trained = False`) computes its head in `setup`, or in `fit` from the features of the training images.
 """
 
 import importlib
@@ -25,6 +28,7 @@ from tailcal.draws import Draws
 from tailcal.errors import UserError
 from tailcal.models import Network
 from tailcal.params import PARAMS, Strict, validate
+from tailcal.samplers import Sampler, class_balanced, instance
 
 Stage = Literal["representations", "classifiers"]
 
@@ -32,7 +36,7 @@ Stage = Literal["representations", "classifiers"]
 @dataclass(frozen=True)
 class Batch:
     """Augmented, normalised images float [B, C, H, W], their labels int64 [B], and the targets of the loss:
-    the labels again, or soft targets float [B, K]."""
+    the labels again, or soft targets float [B, K]. `mix` may make images of V views, [V, B, C, H, W]."""
 
     images: Tensor
     labels: Tensor
@@ -47,32 +51,47 @@ class ParameterGroup:
     lr_factor: float = 1.0
 
 
-class Method(nn.Module):
-    """What both kinds of method share: by default, plain cross-entropy on one stream."""
+class Trained(Strict):
+    """Settings of every method that takes training steps. What the two augmentations are, the data set says."""
 
-    class Config(Strict):
+    augmentation: Literal["standard", "strong"]
+
+
+class Method(nn.Module):
+    """What both kinds of method share: by default, plain cross-entropy on one stream of images."""
+
+    class Config(Trained):
         """Settings of the method: the keys of its block in params.yaml."""
 
     stage: ClassVar[Stage]
-    streams: ClassVar[tuple[str, ...]] = ("instance",)  # names in samplers.SAMPLERS, one batch of each a step
-    trained: ClassVar[bool] = True  # False: `setup` is all there is to do, no step is taken
+    views: ClassVar[int] = 1  # augmentations of each drawn image
+    trained: ClassVar[bool] = True  # False: no step is taken
+    fitted: ClassVar[bool] = False  # True: `fit` makes the head (of a method that is not trained)
 
     def __init__(self, config: Strict, counts: Tensor):
-        """counts: training images per class, int64 [K]."""
+        """counts: training images per class, int64 [K], each 1 or more."""
         super().__init__()
         self.config = config
         self.register_buffer("counts", counts, persistent=False)
 
+    def samplers(self) -> tuple[Sampler, ...]:
+        """Where the images of a step come from: a batch from each."""
+        return (instance,)
+
     def setup(self, network: Network) -> list[ParameterGroup]:
         """Prepare the network in place; return what learns."""
         raise NotImplementedError(f"{type(self).__module__} must say what learns")
+
+    def fit(self, network: Network, features: Tensor, labels: Tensor) -> None:
+        """Compute the head from all training images, unaugmented: features float [N, D], labels int64 [N]."""
+        raise NotImplementedError(f"{type(self).__module__} must say how its head is fitted")
 
     def set_mode(self, network: Network) -> None:
         """Put the layers into training or evaluation mode."""
         network.train()
 
     def mix(self, batches: list[Batch], draws: Draws) -> Batch:
-        """From one batch per stream, make the batch of the loss."""
+        """Make the batch of the loss from `views` batches of each sampler: sampler 0 view 0, sampler 0 view 1, ..."""
         del draws
         return batches[0]
 
@@ -82,20 +101,39 @@ class Method(nn.Module):
         logits = network(batch.images)
         return F.cross_entropy(logits, batch.targets), logits
 
+    def ascent_loss(self, network: Network, batch: Batch, progress: float) -> Tensor:
+        """The loss that SAM climbs before it descends `loss`; only used where a recipe asks for SAM."""
+        return self.loss(network, batch, progress)[0]
+
+    def observe(self, logits: Tensor, batch: Batch) -> None:
+        """Take note of a step that has been taken, from the logits that `loss` returned. No gradient is recorded."""
+        del logits, batch
+
+    def finish(self, network: Network) -> None:
+        """Leave the network, in place, as it is used after training."""
+        del network
+
 
 class Representation(Method):
-    """Stage 1: the whole network learns."""
+    """Stage 1: the whole network learns. It must `finish` with the head it names, so that stage 2 can build it."""
 
     stage = "representations"
+    head: ClassVar[str] = "linear"  # a name in models.heads.HEADS
 
     def setup(self, network: Network) -> list[ParameterGroup]:
         return [ParameterGroup(list(network.parameters()))]
 
 
 class Classifier(Method):
-    """Stage 2: the backbone takes no gradient and stays in evaluation mode; the head learns, or is computed."""
+    """Stage 2: the backbone takes no gradient and stays in evaluation mode; the head learns, or is computed.
+
+    By default images are drawn class-balanced.
+    """
 
     stage = "classifiers"
+
+    def samplers(self) -> tuple[Sampler, ...]:
+        return (class_balanced,)
 
     def setup(self, network: Network) -> list[ParameterGroup]:
         network.backbone.requires_grad_(False)

@@ -1,5 +1,8 @@
 """Mixing of batches: images and soft targets."""
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,6 +12,26 @@ def soft_targets(labels: Tensor, partner_labels: Tensor, lam: float, num_classes
     is lambda L(z, y) + (1 - lambda) L(z, y')."""
     own, other = F.one_hot(labels, num_classes), F.one_hot(partner_labels, num_classes)
     return lam * own + (1 - lam) * other
+
+
+def box(lam: float, centre: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """CutMix's box (Yun et al. 2019): sides sqrt(1 - lambda) of the image's, rounded down to whole pixels, around
+    `centre` (row, column) and clipped at the border. Returns (top, bottom, left, right), ends exclusive."""
+    sides = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
+    (top, bottom), (left, right) = (
+        (max(middle - side // 2, 0), min(middle + side // 2, size))
+        for middle, side, size in zip(centre, sides, (height, width), strict=True)
+    )
+    return top, bottom, left, right
+
+
+def cutmix(images: Tensor, others: Tensor, edges: tuple[int, int, int, int]) -> Tensor:
+    """Replace the same box of every image by that of its partner in `others`. Both float [B, C, H, W]."""
+    top, bottom, left, right = edges
+    rows = torch.arange(images.shape[2], device=images.device)[:, None]
+    columns = torch.arange(images.shape[3], device=images.device)
+    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    return torch.where(inside, others, images)
 
 
 def mixup(images: Tensor, labels: Tensor, partner: Tensor, lam: float, num_classes: int) -> tuple[Tensor, Tensor]:

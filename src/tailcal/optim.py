@@ -1,16 +1,19 @@
-"""SGD and learning-rate schedules.
+"""SGD, SAM around it, and learning-rate schedules.
 
 SGD is written here, not taken from torch.optim: the whole update is three fused calls, and importing torch.optim's
 wrapper pulls in the compiler, which costs each stage more time than a small training takes.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tailcal.method import ParameterGroup
 from tailcal.params import MultiStep, Recipe
+
+Loss = Callable[[], tuple[Tensor, Tensor]]  # runs the network; returns the loss and the logits
 
 
 class SGD:
@@ -23,17 +26,27 @@ class SGD:
         self.groups, self.momentum, self.weight_decay = groups, momentum, weight_decay
         self.velocities = [[torch.zeros_like(p) for p in group.parameters] for group in groups]
 
+    def step(self, lr: float, loss: Loss, ascent: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """One update at base learning rate `lr`. Returns the loss and the logits that it was made from, detached.
+
+        `ascent` is not called: it is there so that every optimiser is stepped in the same way.
+        """
+        del ascent
+        self._zero_grad()
+        value, logits = loss()
+        value.backward()
+        self._update(lr)
+        return value.detach(), logits.detach()
+
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update with the gradients in `.grad`, at base learning rate `lr`."""
+    def _update(self, lr: float) -> None:
         for group, velocity in zip(self.groups, self.velocities, strict=True):
             gradient = torch._foreach_add([p.grad for p in group.parameters], group.parameters, alpha=self.weight_decay)
             torch._foreach_mul_(velocity, self.momentum)
             torch._foreach_add_(velocity, gradient)
             torch._foreach_add_(group.parameters, velocity, alpha=-lr * group.lr_factor)
 
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
+    def _zero_grad(self) -> None:
         for group in self.groups:
             for parameter in group.parameters:
                 parameter.grad = None
@@ -49,17 +62,56 @@ class SGD:
             torch._foreach_copy_(mine, saved)
 
 
-def learning_rate(recipe: Recipe, epoch: int) -> float:
-    """The learning rate of an epoch, counted from 0.
+class SAM(SGD):
+    """Sharpness-aware minimisation (Foret et al. 2021, algorithm 1) around SGD:
 
-    Warm-up: epoch e of 1..w uses e / w of lr. Multi-step: times gamma for each milestone that lies at or before the
-    epoch (milestone 160 acts from the 161st epoch on, which is number 160 here). Cosine: over the epochs after the
-    warm-up, from lr at the first towards 0, which it would reach one epoch after the last.
+    e = rho g / ||g||, g the gradient at w over all parameters together;  then SGD from w with the gradient at w + e
+
+    Batch norm's running statistics follow both passes, as in the released codes.
+    """
+
+    def __init__(self, groups: list[ParameterGroup], momentum: float, weight_decay: float, rho: float):
+        super().__init__(groups, momentum, weight_decay)
+        self.rho = rho
+
+    def step(self, lr: float, loss: Loss, ascent: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """One update: climb the gradient of `ascent()` by rho, and descend with the gradient of `loss()` there."""
+        self._zero_grad()
+        ascent().backward()
+        with torch.no_grad():
+            # A parameter that the ascent loss does not reach has no gradient, and stays where it is.
+            climbing = [p for group in self.groups for p in group.parameters if p.grad is not None]
+            before = [p.clone() for p in climbing]
+            gradient = [p.grad for p in climbing]
+            norm = torch.stack(torch._foreach_norm(gradient)).norm()
+            torch._foreach_add_(climbing, torch._foreach_mul(gradient, self.rho / (norm + 1e-12)))
+        self._zero_grad()
+        value, logits = loss()
+        value.backward()
+        with torch.no_grad():
+            torch._foreach_copy_(climbing, before)  # exactly w: subtracting e again would round
+        self._update(lr)
+        return value.detach(), logits.detach()
+
+
+def optimiser(groups: list[ParameterGroup], recipe: Recipe) -> SGD:
+    """The optimiser that the recipe asks for."""
+    if recipe.sam_rho:
+        return SAM(groups, recipe.momentum, recipe.weight_decay, recipe.sam_rho)
+    return SGD(groups, recipe.momentum, recipe.weight_decay)
+
+
+def learning_rate(recipe: Recipe, spent: int) -> float:
+    """The learning rate once `spent` of the recipe's epochs (or iterations) have been spent.
+
+    Warm-up over w: linear from warmup_lr at 0 to lr at w - 1. (An epoch e of 1..w that uses e / w of lr, as in MiSLAS,
+    is a warmup_lr of lr / w.) Multi-step: times gamma for each milestone that has been spent. Cosine: over what follows
+    the warm-up, from lr at its first epoch towards 0, which it would reach one epoch after the last.
     """
     schedule = recipe.schedule
-    if epoch < schedule.warmup_epochs:
-        return recipe.lr * (epoch + 1) / schedule.warmup_epochs
+    if spent < schedule.warmup:
+        return schedule.warmup_lr + (recipe.lr - schedule.warmup_lr) * spent / max(schedule.warmup - 1, 1)
     if isinstance(schedule, MultiStep):
-        return recipe.lr * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
-    progress = (epoch - schedule.warmup_epochs) / (recipe.epochs - schedule.warmup_epochs)
+        return recipe.lr * schedule.gamma ** sum(spent >= milestone for milestone in schedule.milestones)
+    progress = (spent - schedule.warmup) / (recipe.budget - schedule.warmup)
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))

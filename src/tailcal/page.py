@@ -33,7 +33,8 @@ def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diag
         "caption": tables.caption(cells, epochs),
         "table": tables.table(cells),
         "notes": tables.notes(cells),
-        "posthoc": tables.posthoc_table(cells),
+        "posthoc": tables.posthoc_tables(cells),
+        "transductive": bool(tables.transductive(cells)),
         "figures": [{"caption": CAPTIONS[name], "image": _encoded(path)} for name, path in figures.items()],
         "shared": shared,
         "representations": list(dict.fromkeys(cell.representation for cell in cells)),
@@ -58,7 +59,7 @@ def render(grid: Any, sections: list[dict[str, Any]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(grid=grid, sections=sections) + "\n"
+    return environment.get_template("report.html").render(grid=grid, sections=sections, mark=tables.MARK) + "\n"
 
 
 def _encoded(picture: Path) -> str:

@@ -1,7 +1,8 @@
-"""params.yaml, typed and strict: an unknown, missing or out-of-range key is one clear line. Imports no torch.
+"""params.yaml and presets/, typed and strict: a wrong key is one clear line. Imports no torch.
 
-The blocks under `representations` and `classifiers` belong to the methods of the same name; each method file declares
-its own Config, which `tailcal.method.configure` applies. The block `datasets.<name>.source` belongs to a module of
+A data set on the grid is a block of `datasets`, or else the file `presets/<name>.yaml`, which holds such a block. The
+blocks under `representations` and `classifiers` belong to the methods of the same name; each method file declares its
+own Config, which `tailcal.method.configure` applies. The block `source` of a data set belongs to a module of
 `tailcal.sources` in the same way.
 """
 
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from tailcal.errors import UserError
 
 PARAMS = Path("params.yaml")
+PRESETS = Path("presets")
 
 
 class Strict(BaseModel):
@@ -66,10 +68,15 @@ class Imbalance(Strict):
 
 
 class Augmentation(Strict):
-    """Standard augmentation: zero-pad, random crop, horizontal flip; then normalise per channel (pixels in [0, 1])."""
+    """What `standard` and `strong` augmentation mean for the images of a data set.
+
+    standard: zero-pad by `pad`, random crop, horizontal flip; strong: then AutoAugment's CIFAR-10 policy and one hole
+    of `cutout` pixels' side. Either way pixels in [0, 1] are then normalised by `mean` and `std`, one value a channel.
+    """
 
     pad: Annotated[int, Field(ge=0, le=64)]
     flip: bool
+    cutout: Annotated[int, Field(ge=1)]
     mean: Annotated[list[float], Field(min_length=1)]
     std: Annotated[list[Positive], Field(min_length=1)]
 
@@ -81,17 +88,19 @@ class Augmentation(Strict):
 
 
 class Cosine(Strict):
-    """Linear warm-up over `warmup_epochs`, then half a cosine down to 0, stepped once an epoch."""
+    """Linear warm-up, then half a cosine down to 0, stepped once an epoch."""
 
     shape: Literal["cosine"]
-    warmup_epochs: Annotated[int, Field(ge=0)]
+    warmup: Annotated[int, Field(ge=0)]
+    warmup_lr: Annotated[float, Field(ge=0)]
 
 
 class MultiStep(Strict):
-    """Linear warm-up over `warmup_epochs`, then times `gamma` after each milestone epoch."""
+    """Linear warm-up, then times `gamma` after each milestone."""
 
     shape: Literal["multistep"]
-    warmup_epochs: Annotated[int, Field(ge=0)]
+    warmup: Annotated[int, Field(ge=0)]
+    warmup_lr: Annotated[float, Field(ge=0)]
     milestones: list[Annotated[int, Field(ge=1)]]
     gamma: Positive
 
@@ -103,38 +112,64 @@ class MultiStep(Strict):
 
 
 class Recipe(Strict):
-    """The budget and optimiser of one training: SGD with momentum."""
+    """The budget, optimiser and schedule of one training: SGD with momentum, or SAM around it where `sam_rho` > 0.
 
-    epochs: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=2)]
+    The budget is counted in `epochs` or in `iterations`, and so are the schedule's `warmup` and `milestones`.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    iterations: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=2)]  # batch norm has no variance over a single image
     last_batch: Literal["fill", "drop"]
     lr: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0)]
+    sam_rho: Annotated[float, Field(ge=0)]
     schedule: Annotated[Cosine | MultiStep, Field(discriminator="shape")]
+
+    @property
+    def budget(self) -> int:
+        """Epochs or iterations, whichever the recipe counts in."""
+        return self.epochs or self.iterations
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Recipe":
-        if isinstance(self.schedule, MultiStep) and max(self.schedule.milestones, default=0) > self.epochs:
+        if (self.epochs is None) == (self.iterations is None):
+            raise ValueError("must have a budget: either epochs or iterations, and not both")
+        unit = "epochs" if self.epochs else "iterations"
+        if isinstance(self.schedule, MultiStep) and max(self.schedule.milestones, default=0) > self.budget:
             last = self.schedule.milestones[-1]
-            raise ValueError(f"schedule.milestones names epoch {last}: must not be above epochs ({self.epochs})")
-        if self.schedule.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs is {self.schedule.warmup_epochs}: must be below epochs ({self.epochs})"
-            )
+            raise ValueError(f"schedule.milestones names {unit[:-1]} {last}: must not be above {unit} ({self.budget})")
+        if self.schedule.warmup >= self.budget:
+            raise ValueError(f"schedule.warmup is {self.schedule.warmup}: must be below {unit} ({self.budget})")
         return self
 
 
 class Dataset(Strict):
-    """One data set of the grid: where its images come from, its long tail, and the training budget scaled to it."""
+    """One data set of the grid: where its images come from, its long tail, and what its trainings use.
+
+    `represent` and `calibrate` name the recipes of the two stages. `overrides` says, a method, what differs on this
+    data set: another `recipe`, another `backbone` (of a representation), other settings of the method.
+    """
 
     source: dict[str, Any]
     imbalance: Imbalance
     holdout_per_class: Annotated[int, Field(ge=0)]
     backbone: str
     augmentation: Augmentation
-    represent: Recipe
-    calibrate: Recipe
+    represent: Word
+    calibrate: Word
+    overrides: dict[Word, dict[str, Any]]
+    _file: Path = PrivateAttr(default=PARAMS)
+    _block: str = PrivateAttr(default="")
+
+    def key(self, name: str) -> str:
+        """File and full key of a value of this block, as an error line begins: `params.yaml: datasets.x.source`."""
+        return f"{self._file}: {self._block}{name}"
+
+    def validate_block(self, model: type[Strict], block: Any, name: str) -> Any:
+        """Check a part of this block that another module owns. Raises UserError as `validate` does."""
+        return validate(model, block, f"{self._block}{name}", self._file)
 
 
 class Evaluate(Strict):
@@ -150,20 +185,20 @@ class Params(Strict):
     grid: Grid
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), AfterValidator(_distinct)]
     runtime: Runtime
+    recipes: dict[Word, Recipe]
     datasets: dict[Word, Dataset]
     representations: dict[Word, dict[str, Any]]
     classifiers: dict[Word, dict[str, Any]]
     evaluate: Evaluate
 
     @model_validator(mode="after")
-    def _grid_has_blocks(self) -> "Params":
-        for axis in ("datasets", "representations", "classifiers"):
-            blocks = getattr(self, axis)
+    def _names_have_blocks(self) -> "Params":
+        for axis in ("representations", "classifiers"):
             for name in getattr(self.grid, axis):
-                if name not in blocks:
+                if name not in getattr(self, axis):
                     raise ValueError(
                         f"grid.{axis} names {name}, which has no block: add {axis}.{name}, "
-                        f"or use one of {', '.join(sorted(blocks))}"
+                        f"or use one of {', '.join(sorted(getattr(self, axis)))}"
                     )
         return self
 
@@ -219,16 +254,15 @@ def describe(error: ValidationError, where: str) -> str:
     return f"{key + ': ' if key else ''}{message[0].lower() + message[1:]}{shown}{more}"
 
 
-def validate(model: type[Strict], block: Any, where: str) -> Any:
-    """Validate one block. Raises UserError with one line naming params.yaml, the key, and what would be right."""
+def validate(model: type[Strict], block: Any, where: str, file: Path = PARAMS) -> Any:
+    """Validate one block. Raises UserError with one line naming the file, the key, and what would be right."""
     try:
         return model.model_validate(block)
     except ValidationError as error:
-        raise UserError(f"{PARAMS}: {describe(error, where)}") from None
+        raise UserError(f"{file}: {describe(error, where)}") from None
 
 
-def load(path: Path = PARAMS) -> Params:
-    """Read and check params.yaml. Raises UserError (one line) when anything in it is wrong."""
+def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -241,7 +275,47 @@ def load(path: Path = PARAMS) -> Params:
         raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a mapping of keys to values")
-    return validate(Params, raw, "")
+    return raw
+
+
+def dataset(p: Params, name: str, root: Path = Path()) -> Dataset:
+    """The data set `name`: its block of `datasets`, or the preset of that name below `root`.
+
+    Raises UserError (one line) when there is neither, when the preset is wrong, or when it uses a name without a block.
+    """
+    preset = PRESETS / f"{name}.yaml"
+    if name in p.datasets:
+        found = p.datasets[name]
+        found._block = f"datasets.{name}."
+    elif (root / preset).is_file():
+        found = validate(Dataset, _read(root / preset), "", preset)
+        found._file = preset
+    else:
+        known = sorted({*p.datasets, *(file.stem for file in (root / PRESETS).glob("*.yaml"))})
+        raise UserError(
+            f"{PARAMS}: there is no data set {name}: add datasets.{name} or {preset}, or use one of {', '.join(known)}"
+        )
+    recipes = {"represent": found.represent, "calibrate": found.calibrate} | {
+        f"overrides.{method}.recipe": override["recipe"]
+        for method, override in found.overrides.items()
+        if "recipe" in override
+    }
+    for key, recipe in recipes.items():
+        if recipe not in p.recipes:
+            raise UserError(
+                f"{found.key(key)}: there is no recipe {recipe!r}: there are {', '.join(sorted(p.recipes))}"
+            )
+    if unknown := sorted(set(found.overrides) - set(p.representations) - set(p.classifiers)):
+        raise UserError(f"{found.key('overrides')}.{unknown[0]}: no method of that name has a block in {PARAMS}")
+    return found
+
+
+def load(path: Path = PARAMS) -> Params:
+    """Read and check params.yaml, and the presets that its grid names. Raises UserError (one line) for any mistake."""
+    p = validate(Params, _read(path), "")
+    for name in {*p.datasets, *p.grid.datasets}:
+        dataset(p, name, path.parent)
+    return p
 
 
 def chosen(blocks: dict[str, Any], name: str, axis: str) -> Any:

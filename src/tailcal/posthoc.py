@@ -1,91 +1,328 @@
 """Rules that change predictions after training, from saved logits alone.
 
 A rule is a Config and a function `fit(config, counts_K, holdout_logits_NK, holdout_labels_N) -> Fitted`; what it
-returns maps test logits to calibrated logits. No rule is ever handed test labels, and it sees test logits only after it
-is fitted, so by its signature it cannot be tuned on the test split. A new rule is a Config, a function and a line
-of RULES.
+returns is then applied to the test logits. No rule is ever handed test labels, and it sees test logits only after it
+is fitted, so by its signature it cannot be tuned on the test split. Most rules then treat a sample at a time; one that
+looks at all given predictions together is `transductive`, and its numbers say so. A new rule is a Config, a function
+and a line of RULES.
+
+What is fitted suits data with the hold-out's class frequencies: our hold-outs are balanced, as our test splits are.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
-from scipy.optimize import minimize_scalar
+from pydantic import PlainValidator
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import logsumexp
 
 from tailcal.errors import UserError
 from tailcal.metrics.calibration import nll
+from tailcal.metrics.scores import check, log_softmax
 from tailcal.params import PARAMS, Strict, validate
+
+TUNED = "tuned"
+MAX_TAU = 10.0  # of a tuned one; published values lie below 2
+REACH = 10.0  # how far vector scaling may move a logit at its class's mean, and again at each deviation from it
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A rule ready for test logits [N, K]; `numbers` are the scalars it fitted, reported beside the metrics."""
+    """A rule ready for logits [N, K]; `numbers` are the scalars it fitted, reported beside the metrics."""
 
+    classes: int
     apply: Callable[[np.ndarray], np.ndarray]
     numbers: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, logits_NK: np.ndarray) -> np.ndarray:
+        """Changed logits, float64 [N, K]. Raises ValueError when there are no samples or not K classes."""
+        logits_NK = np.asarray(logits_NK, dtype=np.float64)
+        if logits_NK.ndim != 2 or len(logits_NK) == 0 or logits_NK.shape[1] != self.classes:
+            raise ValueError(f"logits must have shape [samples, {self.classes}], got {list(logits_NK.shape)}")
         return self.apply(logits_NK)
 
 
-class Temperature(Strict):
-    """Temperature scaling has no settings."""
+class NoSettings(Strict):
+    """A rule without settings."""
+
+
+def _tau(value: Any) -> float | str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != TUNED and not (number and 0 <= value < float("inf")):
+        raise ValueError(f"must be a number, 0 or more, or the word {TUNED}")
+    return float(value) if number else value
+
+
+class Tau(Strict):
+    """How strongly a rule acts: 0 changes nothing, 1 is the rule's own full step; `tuned`: fitted on the hold-out."""
+
+    tau: Annotated[float | Literal["tuned"], PlainValidator(_tau)]
 
 
 def fit_temperature(
-    _config: Temperature, _counts_K: np.ndarray, holdout_logits_NK: np.ndarray, holdout_labels_N: np.ndarray
+    _config: NoSettings, counts_K: np.ndarray, holdout_logits_NK: np.ndarray, holdout_labels_N: np.ndarray
 ) -> Fitted:
     """z / T, with the one T > 0 that minimises the NLL of the hold-out (Guo et al., ICML 2017, section 4.2).
 
     The NLL is convex in 1/T, hence has one valley in log T. T is kept in 0.01..100, because a hold-out need not
     determine it: without a single mistake, every T small enough to bring the NLL to 0 in float64 is as good; where the
-    predictions are no better than chance, larger is always better. Raises ValueError when the hold-out is empty.
+    predictions are no better than chance, larger is always better. Raises ValueError when the hold-out is empty or has
+    another number of classes than `counts_K`.
     """
-    holdout_logits_NK = np.asarray(holdout_logits_NK, dtype=np.float64)
+    holdout_logits_NK = _checked(counts_K, holdout_logits_NK, holdout_labels_N)
+    T = _best_temperature(holdout_logits_NK, holdout_labels_N)
+    return Fitted(len(counts_K), lambda logits_NK: logits_NK / T, {"temperature": T})
+
+
+def fit_vector_scaling(
+    _config: NoSettings, counts_K: np.ndarray, holdout_logits_NK: np.ndarray, holdout_labels_N: np.ndarray
+) -> Fitted:
+    """w_k z_k + b_k, with the w, b that minimise the NLL of the hold-out (Guo et al., ICML 2017, section 4.2).
+
+    The NLL is convex in (w, b); the search starts at temperature scaling, so on the hold-out it can only be better. It
+    goes by the logits of each class brought to mean 0 and deviation 1 there, which takes a fraction of the steps, and
+    in these units w_k and b_k stay within REACH of the start: where every label can be told by some scaling (with few
+    images a class that is common) the NLL falls for ever as they grow. Then the bound decides, and the hold-out is too
+    small for 2K parameters. Errors: as `fit_temperature`.
+    """
+    holdout_logits_NK = _checked(counts_K, holdout_logits_NK, holdout_labels_N)
+    mean_K, std_K = holdout_logits_NK.mean(axis=0), holdout_logits_NK.std(axis=0)
+    std_K[std_K == 0] = 1.0
+    T = _best_temperature(holdout_logits_NK, holdout_labels_N)
+    start_2K = np.concatenate([std_K / T, mean_K / T])
+    best = minimize(
+        vector_scaling_nll,
+        start_2K,
+        args=((holdout_logits_NK - mean_K) / std_K, holdout_labels_N),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=np.column_stack([start_2K - REACH, start_2K + REACH]),
+    )
+    w_K, b_K = np.split(best.x, 2)
+    return Fitted(len(counts_K), lambda logits_NK: (logits_NK - mean_K) / std_K * w_K + b_K)
+
+
+def vector_scaling_nll(
+    parameters_2K: np.ndarray, logits_NK: np.ndarray, labels_N: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """NLL of the logits w_k z_k + b_k, and its gradient [2K]; `parameters_2K` holds w, then b.
+
+    With g_ik = (p_ik - 1[k = y_i]) / N: dNLL/dw_k = sum_i g_ik z_ik and dNLL/db_k = sum_i g_ik.
+    """
+    w_K, b_K = np.split(parameters_2K, 2)
+    value, gradient_NK = _nll_gradient(logits_NK * w_K + b_K, labels_N)
+    return value, np.concatenate([np.einsum("nk,nk->k", gradient_NK, logits_NK), gradient_NK.sum(axis=0)])
+
+
+def fit_class_temperature(
+    _config: NoSettings, counts_K: np.ndarray, holdout_logits_NK: np.ndarray, holdout_labels_N: np.ndarray
+) -> Fitted:
+    """z_k / T_k, with T_k = exp(a + b u_k), where u_k is log n_k brought to -1 (rarest class) .. 1 (most frequent).
+
+    a and b minimise the NLL of the hold-out, searched from temperature scaling (b = 0), which is all there is when the
+    counts are equal (u = 0). Reported are T_k of the most frequent and of the rarest class. exp(a) is kept in
+    0.01..100 and exp(b) in 0.1..10, for the reasons of `fit_temperature`; the NLL need not be convex in (a, b), so this
+    is the valley next to temperature scaling.
+
+    The idea is that of CDA-TS (Islam et al., "Class-distribution-aware calibration for long-tailed visual
+    recognition", ICML 2021 workshop), the form is ours: their temperatures rise with the class frequency by a margin
+    chosen by hand (in their released code, which uses them for self-distillation, T_k = T + 0.1 n_k / n_max); here the
+    data decide how strongly and in which direction, and T_k stays positive.
+
+    A T_k of its own makes the result depend on what softmax does not: a constant added to all of a sample's logits.
+    Raises ValueError as `fit_temperature` does, and when a class has no training image.
+    """
+    holdout_logits_NK = _checked(counts_K, holdout_logits_NK, holdout_labels_N)
+    log_counts_K = _log_counts(counts_K)
+    centred_K = log_counts_K - (log_counts_K.max() + log_counts_K.min()) / 2
+    u_K = centred_K / (centred_K.max() or 1.0)
+    start_2 = np.array([np.log(_best_temperature(holdout_logits_NK, holdout_labels_N)), 0.0])
+
+    def objective(parameters_2: np.ndarray) -> tuple[float, np.ndarray]:
+        scaled_NK = holdout_logits_NK / np.exp(parameters_2[0] + parameters_2[1] * u_K)
+        value, gradient_NK = _nll_gradient(scaled_NK, holdout_labels_N)
+        # d(z_k / T_k)/da = -z_k / T_k, and u_k times that by b.
+        by_class_K = -np.einsum("nk,nk->k", gradient_NK, scaled_NK)
+        return value, np.array([by_class_K.sum(), by_class_K @ u_K])
+
+    bounds = [(np.log(0.01), np.log(100)), (np.log(0.1), np.log(10))]
+    a, b = minimize(objective, start_2, jac=True, method="L-BFGS-B", bounds=bounds).x
+    T_K = np.exp(a + b * u_K)
+    numbers = {"temperature_head": float(T_K[u_K.argmax()]), "temperature_tail": float(T_K[u_K.argmin()])}
+    return Fitted(len(u_K), lambda logits_NK: logits_NK / T_K, numbers)
+
+
+def fit_logit_adjustment(
+    config: Tau, counts_K: np.ndarray, holdout_logits_NK: np.ndarray, holdout_labels_N: np.ndarray
+) -> Fitted:
+    """z_k - tau log pi_k, pi_k = n_k / N (Menon et al., ICLR 2021, eq. 9).
+
+    Raises ValueError when a class has no training image (its prior has no logarithm) and, with a tuned tau, as
+    `fit_temperature` does.
+    """
+    log_prior_K = _log_counts(counts_K) - np.log(np.sum(counts_K))
+    tau, numbers = _strength(config, counts_K, holdout_logits_NK, holdout_labels_N, lambda _log_p_NK: log_prior_K)
+    return Fitted(len(log_prior_K), lambda logits_NK: logits_NK - tau * log_prior_K, numbers)
+
+
+def prediction_normalization(probabilities_NK: np.ndarray, tau: float, sums_K: np.ndarray | None = None) -> np.ndarray:
+    """Prediction normalisation (PN): p'_ik proportional to p_ik / s_k^tau, s_k = sum_i p_ik, each row made to sum to 1.
+
+    Source: BaGMar, where the sums run over the test set; it is the prediction re-balancing of GALA (Zhang et al., 2024,
+    arXiv:2403.09036). `sums_K` [K] gives other sums, up to a common factor, which
+    cancels; with None they are those of `probabilities_NK` [N, K] itself, so that each row depends on all the others.
+    Returns probabilities, float64 [N, K]; tau = 0 returns the rows as they are.
+
+    Raises ValueError when there are no samples, a row is no distribution, tau is negative or not finite, `sums_K` has
+    another shape than [K], or a sum is not a positive number: a class never predicted at all would be 0 / 0^tau.
+    """
+    p_NK = np.asarray(probabilities_NK, dtype=np.float64)
+    if p_NK.ndim != 2 or p_NK.size == 0:
+        raise ValueError(f"probabilities must have shape [samples, classes], got {list(p_NK.shape)}")
+    if not (p_NK >= 0).all() or not np.allclose(p_NK.sum(axis=1), 1, rtol=0, atol=1e-4):
+        raise ValueError("each row of probabilities must be 0 or more and sum to 1")
+    if not 0 <= tau < np.inf:
+        raise ValueError(f"tau must be a number, 0 or more, got {tau}")
+    sums_K = p_NK.sum(axis=0) if sums_K is None else np.asarray(sums_K, dtype=np.float64)
+    if sums_K.shape != p_NK.shape[1:]:
+        raise ValueError(f"sums must have shape [{p_NK.shape[1]}] like the classes, got {list(sums_K.shape)}")
+    if not ((sums_K > 0) & (sums_K < np.inf)).all():
+        k = int(np.argmin((sums_K > 0) & (sums_K < np.inf)))
+        raise ValueError(f"the sum of every class must be a positive number, that of class {k} is {sums_K[k]:g}")
+    with np.errstate(divide="ignore"):  # log 0 = -inf, and its exp is the right 0
+        return np.exp(log_softmax(_normalized(np.log(p_NK), tau, np.log(sums_K))))
+
+
+def fit_pn_transductive(
+    config: Tau, counts_K: np.ndarray, holdout_logits_NK: np.ndarray, holdout_labels_N: np.ndarray
+) -> Fitted:
+    """`prediction_normalization` by the sums of the very predictions it is applied to.
+
+    No label is used, but each prediction depends on all the others of the split, and on its class frequencies: those
+    are assumed to be balanced. A tuned tau is tuned on the hold-out with the hold-out's own sums, then used with the
+    sums of the test split. Raises ValueError, with a tuned tau, as `fit_temperature` does.
+    """
+    tau, numbers = _strength(config, counts_K, holdout_logits_NK, holdout_labels_N, _log_sums)
+
+    def apply(logits_NK: np.ndarray) -> np.ndarray:
+        log_p_NK = log_softmax(logits_NK)
+        return _normalized(log_p_NK, tau, _log_sums(log_p_NK))
+
+    return Fitted(len(counts_K), apply, numbers)
+
+
+def fit_pn_inductive(
+    config: Tau, counts_K: np.ndarray, holdout_logits_NK: np.ndarray, holdout_labels_N: np.ndarray
+) -> Fitted:
+    """`prediction_normalization` by the sums of the hold-out's predictions, so that a test sample stands for itself.
+
+    Ours, beside the published transductive form. Errors: as `fit_temperature`, whatever tau is.
+    """
+    log_sums_K = _log_sums(log_softmax(_checked(counts_K, holdout_logits_NK, holdout_labels_N)))
+    tau, numbers = _strength(config, counts_K, holdout_logits_NK, holdout_labels_N, _log_sums)
+    return Fitted(len(counts_K), lambda logits_NK: _normalized(log_softmax(logits_NK), tau, log_sums_K), numbers)
+
+
+def _checked(counts_K: np.ndarray, holdout_logits_NK: np.ndarray, holdout_labels_N: np.ndarray) -> np.ndarray:
+    """The hold-out's logits as float64. Raises ValueError when `check` refuses them, or K is not that of the counts."""
+    check(holdout_logits_NK, holdout_labels_N)
+    if np.shape(holdout_logits_NK)[1] != len(counts_K):
+        raise ValueError(f"held-out logits of {np.shape(holdout_logits_NK)[1]} classes, counts of {len(counts_K)}")
+    return np.asarray(holdout_logits_NK, dtype=np.float64)
+
+
+def _log_counts(counts_K: np.ndarray) -> np.ndarray:
+    counts_K = np.asarray(counts_K, dtype=np.float64)
+    if counts_K.min() <= 0:
+        raise ValueError(f"this rule needs a training image of every class, class {counts_K.argmin()} has none")
+    return np.log(counts_K)
+
+
+def _log_sums(log_p_NK: np.ndarray) -> np.ndarray:
+    """log sum_i p_ik [K]; finite for whatever logits are, where the sum itself may be too small for a float."""
+    return logsumexp(log_p_NK, axis=0)
+
+
+def _normalized(log_p_NK: np.ndarray, tau: float, log_sums_K: np.ndarray) -> np.ndarray:
+    """The logits of `prediction_normalization`."""
+    return log_p_NK - tau * log_sums_K
+
+
+def _best_temperature(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
     best = minimize_scalar(
-        lambda log_T: nll(holdout_logits_NK / np.exp(log_T), holdout_labels_N),
+        lambda log_T: nll(logits_NK / np.exp(log_T), labels_N),
         bounds=(np.log(0.01), np.log(100)),
         method="bounded",
         options={"xatol": 1e-8},
     )
-    T = float(np.exp(best.x))
-    return Fitted(lambda logits_NK: np.asarray(logits_NK, dtype=np.float64) / T, {"temperature": T})
+    return float(np.exp(best.x))
 
 
-class LogitAdjustment(Strict):
-    """Strength of the adjustment: 0 changes nothing, 1 takes the whole training prior away."""
+def _strength(
+    config: Tau,
+    counts_K: np.ndarray,
+    holdout_logits_NK: np.ndarray,
+    holdout_labels_N: np.ndarray,
+    shift: Callable[[np.ndarray], np.ndarray],
+) -> tuple[float, dict[str, float]]:
+    """tau, and what to report of it: that of the Config, or the one fitted on the hold-out.
 
-    tau: Annotated[float, Field(ge=0)]
-
-
-def fit_logit_adjustment(
-    config: LogitAdjustment, counts_K: np.ndarray, _holdout_logits_NK: np.ndarray, _holdout_labels_N: np.ndarray
-) -> Fitted:
-    """z_k - tau log pi_k, pi_k = n_k / N (Menon et al., ICLR 2021, eq. 9). Nothing is fitted.
-
-    Raises ValueError when a class has no training image: its prior has no logarithm.
+    That is the tau in 0..MAX_TAU that minimises the NLL of log p_k - tau s_k, s [K] being `shift` of the hold-out's log
+    p [N, K]: convex in tau, hence one valley. Raises ValueError as `_checked` does when it must be fitted.
     """
-    counts_K = np.asarray(counts_K, dtype=np.float64)
-    if counts_K.min() <= 0:
-        raise ValueError(f"logit adjustment needs a training image of every class, class {counts_K.argmin()} has none")
-    shift_K = config.tau * np.log(counts_K / counts_K.sum())
-    return Fitted(lambda logits_NK: np.asarray(logits_NK, dtype=np.float64) - shift_K)
+    if config.tau != TUNED:
+        return config.tau, {}
+    log_p_NK = log_softmax(_checked(counts_K, holdout_logits_NK, holdout_labels_N))
+    shift_K = shift(log_p_NK)
+    best = minimize_scalar(
+        lambda tau: nll(log_p_NK - tau * shift_K, holdout_labels_N),
+        bounds=(0, MAX_TAU),
+        method="bounded",
+        options={"xatol": 1e-8},
+    )
+    return float(best.x), {"tau": float(best.x)}
+
+
+def _nll_gradient(logits_NK: np.ndarray, labels_N: np.ndarray) -> tuple[float, np.ndarray]:
+    """NLL and its gradient by the logits [N, K], (softmax - one-hot) / N."""
+    log_p_NK = log_softmax(logits_NK)
+    rows_N = np.arange(len(labels_N))
+    gradient_NK = np.exp(log_p_NK)
+    gradient_NK[rows_N, labels_N] -= 1
+    return float(-log_p_NK[rows_N, labels_N].mean()), gradient_NK / len(labels_N)
+
+
+def _always(_config: Strict) -> bool:
+    return True
+
+
+def _when_tuned(config: Tau) -> bool:
+    return config.tau == TUNED
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of RULES; a rule that needs a hold-out is left out of cells that have none."""
+    """One entry of RULES.
+
+    A rule that needs a hold-out, which may depend on its Config, is left out of cells that have none. A transductive
+    rule makes each prediction depend on all the predictions that it is given with.
+    """
 
     Config: type[Strict]
     fit: Callable[[Any, np.ndarray, np.ndarray, np.ndarray], Fitted]
-    needs_holdout: bool
+    needs_holdout: Callable[[Any], bool]
+    transductive: bool = False
 
 
 RULES = {
-    "temperature": Rule(Temperature, fit_temperature, needs_holdout=True),
-    "logit_adjustment": Rule(LogitAdjustment, fit_logit_adjustment, needs_holdout=False),
+    "temperature": Rule(NoSettings, fit_temperature, _always),
+    "vector_scaling": Rule(NoSettings, fit_vector_scaling, _always),
+    "class_temperature": Rule(NoSettings, fit_class_temperature, _always),
+    "logit_adjustment": Rule(Tau, fit_logit_adjustment, _when_tuned),
+    "pn_inductive": Rule(Tau, fit_pn_inductive, _always),
+    "pn_transductive": Rule(Tau, fit_pn_transductive, _when_tuned, transductive=True),
 }
 
 

@@ -19,9 +19,9 @@ class Progress:
         self.first, self.started = done, time.monotonic()
         self.printed = self.started
         self.bar = None
-        if sys.stderr.isatty():
+        if done < epochs and sys.stderr.isatty():
             self.bar = tqdm(total=epochs, initial=done, desc=title, unit="epoch", dynamic_ncols=True, leave=True)
-        if done:
+        if 0 < done < epochs:
             print(f"{title}: goes on after epoch {done} of {epochs}", file=sys.stderr)
 
     def epoch(self, done: int, loss: float) -> None:

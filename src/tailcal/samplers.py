@@ -6,6 +6,8 @@ a fast step needs.)
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -62,4 +64,21 @@ def class_balanced(labels: np.ndarray, seed: int, start: int, stop: int) -> np.n
     return shuffled[begin[which.reshape(-1)] + offset]
 
 
-SAMPLERS: dict[str, Sampler] = {"instance": instance, "class_balanced": class_balanced}
+@dataclass(frozen=True)
+class Reweighted:
+    """Each image drawn by itself, with replacement, with probability proportional to n_y^(-exponent) (GLMC, Du et al.
+    2023): 0 is uniform over images, 1 uniform over classes."""
+
+    exponent: float
+
+    BLOCK: ClassVar[int] = 4096  # positions that share a generator
+
+    def __call__(self, labels: np.ndarray, seed: int, start: int, stop: int) -> np.ndarray:
+        """Indices at positions `start` to `stop` of the stream, int64 [stop - start]."""
+        weights = np.bincount(labels)[labels] ** -float(self.exponent)
+        below = np.cumsum(weights) / weights.sum()
+        blocks = range(start // self.BLOCK, -(-stop // self.BLOCK))
+        uniform = np.concatenate(
+            [np.random.default_rng(derive(seed, "reweighted", b)).random(self.BLOCK) for b in blocks]
+        )[start - blocks.start * self.BLOCK : stop - blocks.start * self.BLOCK]
+        return np.searchsorted(below, uniform, side="right").clip(max=len(labels) - 1)

@@ -1,12 +1,13 @@
 """The numbers of the grid's cells as rows, summaries and tables to read. Fractions in, percent only in what is read."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 DASH = "—"
+MARK = "†"  # behind the name of a transductive rule
 NUMBERS = (
     "top1",
     "top5",
@@ -100,6 +101,13 @@ MAIN = (
     Column("ECE after temperature", "ece", posthoc="temperature", best=min),
     Column("NLL", "nll", best=min, percent=False),
 )
+# What the page shows of every post-hoc rule, a table each; seven rules side by side leave no room for deviations.
+POSTHOC = (
+    Column("ECE, %", "ece", best=min, spread=False),
+    Column("NLL", "nll", best=min, percent=False, spread=False),
+    Column("Top-1 accuracy, %", "top1", spread=False),
+    Column("Few-shot accuracy, %", "few", spread=False),
+)
 
 
 def table(cells: list[Cell], columns: Iterable[Column] = MAIN) -> Table:
@@ -114,23 +122,41 @@ def table(cells: list[Cell], columns: Iterable[Column] = MAIN) -> Table:
     return Table(["representation", "classifier", *(column.title for column in columns)], marked)
 
 
-def posthoc_table(cells: list[Cell]) -> Table | None:
-    """Accuracy and ECE under every post-hoc rule, side by side; None when no rule was applied."""
+def transductive(cells: list[Cell]) -> set[str]:
+    """The post-hoc rules whose prediction for one test sample depends on the other test samples."""
+    return {rule for cell in cells for rule, numbers in cell.variants() if numbers.get("transductive", False)}
+
+
+def posthoc_tables(cells: list[Cell]) -> dict[str, Table]:
+    """One table a number, by its title: a row a cell, a column a post-hoc rule; no table when no rule was applied.
+
+    The best of a row is marked, among the rules that treat a sample at a time. A transductive one knows more: it
+    carries MARK and does not compete.
+    """
     rules = list(dict.fromkeys(rule for cell in cells for rule, _ in cell.variants()))
     if len(rules) == 1:
-        return None
-    numbers = (("top-1", "top1", max), ("few", "few", max), ("ECE", "ece", min))
-    columns = [
-        Column(f"{title}, {rule.replace('_', ' ')}", number, rule, best, spread=False)
-        for title, number, best in numbers
-        for rule in rules
-    ]
-    return table(cells, columns)
+        return {}
+    apart = transductive(cells)
+    titles = [f"{_spaced(rule)} {MARK}" if rule in apart else _spaced(rule) for rule in rules]
+    return {
+        number.title: Table(
+            ["representation", "classifier", *titles],
+            [
+                [(cell.representation, False), (cell.classifier, False), *_by_rule(cell, number, rules, apart)]
+                for cell in cells
+            ],
+        )
+        for number in POSTHOC
+    }
 
 
-def absences(cells: list[Cell]) -> dict[str, str]:
-    """The post-hoc rules that could not be applied, each with its reason."""
-    return {rule: reason for cell in cells for rule, reason in cell.metrics.get("posthoc_absent", {}).items()}
+def _by_rule(cell: Cell, number: Column, rules: list[str], apart: set[str]) -> list[tuple[str, bool]]:
+    """One row of a table of `posthoc_tables`, after the names."""
+    columns = {rule: replace(number, posthoc=rule) for rule in rules}
+    means = {rule: columns[rule].mean(cell) for rule in rules if rule not in apart}
+    present = [mean for mean in means.values() if mean is not None]
+    best = number.best(present) if len(present) > 1 else None
+    return [(columns[rule].text(cell), best is not None and means.get(rule) == best) for rule in rules]
 
 
 def rows(cells: list[Cell]) -> list[dict[str, Any]]:
@@ -141,6 +167,7 @@ def rows(cells: list[Cell]) -> list[dict[str, Any]]:
             "representation": cell.representation,
             "classifier": cell.classifier,
             "posthoc": rule,
+            "transductive": numbers.get("transductive", False),
             "seeds": cell.metrics.get("seeds"),
             **{key: numbers.get(key) for name in NUMBERS for key in (name, f"{name}_std")},
         }
@@ -185,8 +212,12 @@ def caption(cells: list[Cell], epochs: Iterable[int]) -> str:
 
 
 def notes(cells: list[Cell]) -> list[str]:
-    """A sentence a post-hoc rule that is absent, so that a dash in the table is explained."""
-    return [f"No {rule.replace('_', ' ')}: {reason.rstrip('.')}." for rule, reason in absences(cells).items()]
+    """A sentence for each reason why post-hoc rules are absent, so that a dash in the table is explained."""
+    reasons = {rule: reason for cell in cells for rule, reason in cell.metrics.get("posthoc_absent", {}).items()}
+    return [
+        f"No {', '.join(_spaced(rule) for rule in reasons if reasons[rule] == reason)}: {reason.rstrip('.')}."
+        for reason in dict.fromkeys(reasons.values())
+    ]
 
 
 def markdown(cells: list[Cell], epochs: Iterable[int]) -> str:
@@ -203,6 +234,10 @@ def flat(tree: Any, prefix: str = "") -> dict[str, str]:
             for name, text in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
         }
     return {prefix: ", ".join(map(str, tree)) if isinstance(tree, list) else str(tree)}
+
+
+def _spaced(rule: str) -> str:
+    return rule.replace("_", " ")
 
 
 def _rounded(value: float | None) -> float | None:

@@ -5,23 +5,23 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailcal import checkpoint
-from tailcal.augment import normalise, standard
+from tailcal.augment import AUGMENTATIONS, normalise
 from tailcal.draws import Draws, derive
 from tailcal.errors import UserError
 from tailcal.method import Batch, Method
 from tailcal.models import Network
-from tailcal.optim import SGD, learning_rate
+from tailcal.optim import learning_rate, optimiser
 from tailcal.params import PARAMS, Augmentation, Recipe, Runtime
 from tailcal.progress import Progress
-from tailcal.samplers import SAMPLERS
 
 EVALUATION_BATCH = 1024
 
@@ -64,9 +64,9 @@ class Images:
             torch.tensor(augmentation.std, device=device),
         )
 
-    def batch(self, indices: Tensor, draws: Draws) -> Batch:
-        """The images at `indices`, augmented and normalised."""
-        images = standard(self.images[indices], self.augmentation, draws)
+    def batch(self, indices: Tensor, augmentation: str, draws: Draws) -> Batch:
+        """The images at `indices`, augmented (a name in augment.AUGMENTATIONS) and normalised."""
+        images = AUGMENTATIONS[augmentation](self.images[indices], self.augmentation, draws)
         labels = self.labels[indices]
         return Batch(normalise(images, self.mean, self.std), labels, labels)
 
@@ -84,6 +84,11 @@ class Replica:
 def steps_per_epoch(n: int, recipe: Recipe) -> int:
     """ceil(N / B), or floor(N / B) for recipes that drop the last partial batch; at least 1."""
     return max(1, n // recipe.batch_size) if recipe.last_batch == "drop" else math.ceil(n / recipe.batch_size)
+
+
+def total_steps(n: int, recipe: Recipe) -> int:
+    """Steps of a whole training on n images."""
+    return recipe.iterations or recipe.epochs * steps_per_epoch(n, recipe)
 
 
 def agreement(logits: Tensor, targets: Tensor) -> Tensor:
@@ -108,12 +113,14 @@ def train(
     """
     torch.manual_seed(derive(replica.seed, "initialisation"))
     network, method = replica.make()
+    groups = method.setup(network)  # before the device, so that every first weight comes from the one generator
     network, method = network.to(device), method.to(device)
-    groups = method.setup(network)
     if not method.trained:
+        if method.fitted:
+            method.fit(network, over_batches(network.backbone, data), data.labels)
         return network, []
 
-    optimiser = SGD(groups, recipe.momentum, recipe.weight_decay)
+    optimise = optimiser(groups, recipe)
     generator = torch.Generator(device)
     labels = data.labels.cpu().numpy()
     steps, size = steps_per_epoch(len(labels), recipe), recipe.batch_size
@@ -122,60 +129,77 @@ def train(
             f"{PARAMS}: batch_size is {size}, but the training split has {len(labels)} images ({replica.title}): "
             f"use {len(labels)} or fewer"
         )
+    total = total_steps(len(labels), recipe)
+    epochs = math.ceil(total / steps)  # a budget of iterations may end within an epoch
     start, history = 0, []
     if saved := checkpoint.load(replica.scratch, device):
         network.load_state_dict(saved["network"])
         method.load_state_dict(saved["method"])
-        optimiser.load_state(saved["optimiser"])
+        optimise.load_state(saved["optimiser"])
         start, history = saved["epoch"], saved["history"]
-    if start == recipe.epochs:
-        return network, history
 
-    progress = Progress(replica.title, recipe.epochs, start, steps * size)
+    bar = Progress(replica.title, epochs, start, steps * size)
     last_saved = time.monotonic()
-    for epoch in range(start, recipe.epochs):
+    for epoch in range(start, epochs):
         method.set_mode(network)
-        lr = learning_rate(recipe, epoch)
-        first = epoch * steps
-        window = first * size, (first + steps) * size
-        drawn = [
-            SAMPLERS[name](labels, derive(replica.seed, i, name), *window) for i, name in enumerate(method.streams)
+        first, stop = epoch * steps, min((epoch + 1) * steps, total)
+        lr = learning_rate(recipe, epoch if recipe.epochs else first)
+        progress = epoch / epochs
+        streams = [
+            torch.from_numpy(sampler(labels, derive(replica.seed, "sampler", i), first * size, stop * size))
+            .view(-1, size)
+            .to(device)
+            for i, sampler in enumerate(method.samplers())
         ]
-        streams = [torch.from_numpy(indices).view(steps, size).to(device) for indices in drawn]
-        total = torch.zeros(2, device=device)  # sum of losses, number of right answers
-        for step in range(steps):
+        sums = torch.zeros(2, device=device)  # of losses, of training accuracies
+        for step in range(stop - first):
             draws = Draws(replica.seed, first + step, generator)
-            batch = method.mix([data.batch(stream[step], draws) for stream in streams], draws)
-            optimiser.zero_grad()
-            loss, logits = method.loss(network, batch, epoch / recipe.epochs)
-            loss.backward()
-            optimiser.step(lr)
-            total += torch.stack([loss.detach(), agreement(logits.detach(), batch.targets)])
+            batch = method.mix(
+                [
+                    data.batch(stream[step], method.config.augmentation, draws)
+                    for stream in streams
+                    for _ in range(method.views)
+                ],
+                draws,
+            )
+            loss, logits = optimise.step(
+                lr,
+                partial(method.loss, network, batch, progress),
+                partial(method.ascent_loss, network, batch, progress),
+            )
+            method.observe(logits, batch)
+            sums += torch.stack([loss, agreement(logits, batch.targets)])
 
-        mean_loss, accuracy = (total / steps).tolist()
+        mean_loss, accuracy = (sums / (stop - first)).tolist()
         checkpoint.require_finite(mean_loss, replica.title, epoch, replica.scratch)
         history.append(
             {"epoch": epoch + 1, "seed": replica.seed, "lr": lr, "loss": mean_loss, "train_accuracy": accuracy}
         )
-        progress.epoch(epoch + 1, mean_loss)
-        if epoch + 1 == recipe.epochs or time.monotonic() - last_saved >= checkpoint_seconds:
+        bar.epoch(epoch + 1, mean_loss)
+        if epoch + 1 == epochs or time.monotonic() - last_saved >= checkpoint_seconds:
             checkpoint.save(
                 replica.scratch,
                 {
                     "network": network.state_dict(),
                     "method": method.state_dict(),
-                    "optimiser": optimiser.state(),
+                    "optimiser": optimise.state(),
                     "epoch": epoch + 1,
                     "history": history,
                 },
             )
             last_saved = time.monotonic()
+    method.finish(network)
     return network, history
 
 
 @torch.no_grad()
+def over_batches(module: nn.Module, data: Images) -> Tensor:
+    """What a module makes of all images of a split, unaugmented and in evaluation mode: [N, ...]."""
+    module.eval()
+    chunks = [module(normalise(images, data.mean, data.std)) for images in data.images.split(EVALUATION_BATCH)]
+    return torch.cat(chunks)
+
+
 def predict(network: Network, data: Images) -> np.ndarray:
     """Logits of a whole split, unaugmented, with the network in evaluation mode: float32 [N, K]."""
-    network.eval()
-    chunks = [network(normalise(images, data.mean, data.std)) for images in data.images.split(EVALUATION_BATCH)]
-    return torch.cat(chunks).float().cpu().numpy()
+    return over_batches(network, data).float().cpu().numpy()

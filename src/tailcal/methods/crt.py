@@ -5,14 +5,12 @@ L = CE(W' f + b', y), f from the frozen backbone, W' and b' drawn anew
 
 from tailcal.method import Classifier, ParameterGroup
 from tailcal.models import Network
-from tailcal.models.resnet import linear
+from tailcal.models.heads import Linear
 
 
 class Method(Classifier):
     """Only the fresh classifier learns."""
 
-    streams = ("class_balanced",)
-
     def setup_head(self, network: Network) -> list[ParameterGroup]:
-        network.head = linear(network.head.in_features, network.head.out_features).to(network.head.weight.device)
+        network.head = Linear(network.head.in_features, network.head.out_features)
         return [ParameterGroup(list(network.head.parameters()))]

@@ -2,12 +2,16 @@
 
 from tailcal.method import Classifier, ParameterGroup
 from tailcal.models import Network
+from tailcal.params import Strict
 
 
 class Method(Classifier):
     """Nothing to do."""
 
     trained = False
+
+    class Config(Strict):
+        """No settings."""
 
     def setup_head(self, network: Network) -> list[ParameterGroup]:
         del network

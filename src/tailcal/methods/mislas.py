@@ -14,30 +14,40 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from tailcal.method import Batch, Classifier, ParameterGroup
+from tailcal.method import Batch, Classifier, ParameterGroup, Trained
 from tailcal.models import Network
-from tailcal.models.heads import ScaledLinear
-from tailcal.params import Fraction, Positive, Strict
+from tailcal.models.heads import Scaled
+from tailcal.params import Fraction, Positive
 
-# The three shapes of equation 4: from u = (n_k - n_min) / (n_max - n_min), which is 0 at the rarest class, to the
-# share of the way from the tail's smoothing to the head's.
+# The shapes of equation 4 and, from the released code, the power: from u = (n_k - n_min) / (n_max - n_min), which is 0
+# at the rarest class, to the share of the way from the tail's smoothing to the head's.
 SHAPES = {
-    "concave": lambda u: torch.sin(math.pi / 2 * u),
-    "linear": lambda u: u,
-    "convex": lambda u: 1 + torch.sin(3 * math.pi / 2 + math.pi / 2 * u),
+    "concave": lambda u, _: torch.sin(math.pi / 2 * u),
+    "linear": lambda u, _: u,
+    "convex": lambda u, _: 1 + torch.sin(3 * math.pi / 2 + math.pi / 2 * u),
+    "exponential": lambda u, power: u**power,
 }
 
 
-def smoothing_factors(counts: Tensor, head: float, tail: float, shape: str = "concave") -> Tensor:
+def smoothing_factors(
+    counts: Tensor, head: float, tail: float, shape: str = "concave", power: float | None = None
+) -> Tensor:
     """e_k for each class (equation 4), float64 [K]: `head` for the most frequent class, `tail` for the rarest.
 
-    counts: training images per class [K]; shape: a name in SHAPES. When all classes are equally frequent, u is 0 / 0;
-    every class is then a most frequent one and gets `head`.
+    counts: training images per class [K]; shape: a name in SHAPES, of which "exponential" alone takes a `power`. When
+    all classes are equally frequent, u is 0 / 0; every class is then a most frequent one and gets `head`.
+    Raises ValueError for an unknown shape, or when a power is missing or not wanted.
     """
+    if shape not in SHAPES:
+        raise ValueError(f"smoothing must be one of {', '.join(SHAPES)}, got {shape!r}")
+    if (shape == "exponential") != (power is not None):
+        raise ValueError(
+            f"power belongs to the exponential smoothing and no other, got smoothing {shape}, power {power}"
+        )
     n = counts.double()
     span = n.max() - n.min()
     u = torch.where(span > 0, (n - n.min()) / span.clamp(min=1), torch.ones_like(n))
-    return tail + (head - tail) * SHAPES[shape](u)
+    return tail + (head - tail) * SHAPES[shape](u, power)
 
 
 def label_aware_smoothing(logits: Tensor, labels: Tensor, factors: Tensor) -> Tensor:
@@ -51,12 +61,11 @@ def label_aware_smoothing(logits: Tensor, labels: Tensor, factors: Tensor) -> Te
 class Method(Classifier):
     """Scales and classifier learn together."""
 
-    streams = ("class_balanced",)
+    class Config(Trained):
+        """smooth_head, smooth_tail: e of the most and the least frequent class; power: of exponential smoothing."""
 
-    class Config(Strict):
-        """smooth_head, smooth_tail: e of the most and the least frequent class."""
-
-        smoothing: Literal["concave", "linear", "convex"]
+        smoothing: Literal["concave", "linear", "convex", "exponential"]
+        power: Positive | None = None
         smooth_head: Fraction
         smooth_tail: Fraction
         lr_factor: Positive
@@ -66,18 +75,21 @@ class Method(Classifier):
         def _head_above_tail(self) -> "Method.Config":
             if self.smooth_head < self.smooth_tail:
                 raise ValueError(f"smooth_head ({self.smooth_head}) must not be below smooth_tail ({self.smooth_tail})")
+            if (self.smoothing == "exponential") != (self.power is not None):
+                wrong = "needs a power" if self.power is None else "takes no power"
+                raise ValueError(f"smoothing {self.smoothing} {wrong}: power belongs to exponential, and to it alone")
             return self
 
     def __init__(self, config: Config, counts: Tensor):
         super().__init__(config, counts)
-        factors = smoothing_factors(counts, config.smooth_head, config.smooth_tail, config.smoothing)
+        factors = smoothing_factors(counts, config.smooth_head, config.smooth_tail, config.smoothing, config.power)
         self.register_buffer("factors", factors.float(), persistent=False)
 
     def setup_head(self, network: Network) -> list[ParameterGroup]:
-        network.head = ScaledLinear(network.head)
+        network.head = Scaled(network.head)
         return [
             ParameterGroup([network.head.scale]),
-            ParameterGroup(list(network.head.linear.parameters()), self.config.lr_factor),
+            ParameterGroup(list(network.head.inner.parameters()), self.config.lr_factor),
         ]
 
     def set_mode(self, network: Network) -> None:

@@ -10,15 +10,14 @@ from typing import Annotated
 from pydantic import Field
 
 from tailcal.draws import Draws
-from tailcal.method import Batch, Representation
+from tailcal.method import Batch, Representation, Trained
 from tailcal.mixing import mixup
-from tailcal.params import Strict
 
 
 class Method(Representation):
     """The mixed batch goes through plain cross-entropy."""
 
-    class Config(Strict):
+    class Config(Trained):
         """alpha: both parameters of the Beta distribution."""
 
         alpha: Annotated[float, Field(gt=0)]

@@ -5,18 +5,11 @@ W_k <- W_k / ||W_k||^tau.  The bias stays as it is, so tau = 0 is joint.
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from tailcal.method import Classifier, ParameterGroup
 from tailcal.models import Network
 from tailcal.params import Strict
-
-
-def normalise_weights(weight: Tensor, tau: float) -> Tensor:
-    """W_k / ||W_k||^tau for each row of weight [K, D]."""
-    return weight / weight.norm(dim=1, keepdim=True) ** tau
 
 
 class Method(Classifier):
@@ -29,7 +22,6 @@ class Method(Classifier):
 
         tau: Annotated[float, Field(ge=0)]
 
-    @torch.no_grad()
     def setup_head(self, network: Network) -> list[ParameterGroup]:
-        network.head.weight.copy_(normalise_weights(network.head.weight, self.config.tau))
+        network.head.rescale(network.head.norms() ** -self.config.tau)
         return []

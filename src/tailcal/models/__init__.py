@@ -2,9 +2,7 @@
 
 from torch import Tensor, nn
 
-from tailcal.errors import UserError
-from tailcal.models import resnet
-from tailcal.params import PARAMS
+from tailcal.models import heads, resnet
 
 BACKBONES = {**resnet.BACKBONES}
 
@@ -20,12 +18,7 @@ class Network(nn.Module):
         return self.head(self.backbone(images))
 
 
-def build(name: str, channels: int, num_classes: int, where: str = "backbone") -> Network:
-    """A freshly initialised network with a linear head, drawn from torch's global generator.
-
-    Raises UserError when there is no backbone of that name; `where` is the key that named it.
-    """
-    if name not in BACKBONES:
-        raise UserError(f"{PARAMS}: {where}: must be one of {', '.join(BACKBONES)}, got {name!r}")
-    backbone = BACKBONES[name](channels)
-    return Network(backbone, resnet.linear(backbone.features, num_classes))
+def build(backbone: str, head: str, channels: int, num_classes: int) -> Network:
+    """A freshly initialised network, drawn from torch's global generator. Raises KeyError for an unknown name."""
+    body = BACKBONES[backbone](channels)
+    return Network(body, heads.HEADS[head](body.features, num_classes))

@@ -1,16 +1,64 @@
-"""Classifier heads that a second stage puts in place of the plain linear one."""
+"""Classifier heads: features [B, D] to logits [B, K].
+
+A head of stage 1 (one of HEADS) also tells what stage 2 wants of it: `in_features`, `out_features`, the norms of its
+class weights, and `rescale` for those weights. Stage 2 puts such a head inside another, or another in its place.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class ScaledLinear(nn.Module):
-    """A linear classifier with one learnable scale a logit: z = s * (W f + b) (LWS, Kang et al. 2020)."""
+class Linear(nn.Linear):
+    """z = W f + b, with Kaiming-normal W."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        nn.init.kaiming_normal_(self.weight)
+
+    def norms(self) -> Tensor:
+        """||W_k||, float [K]."""
+        return self.weight.detach().norm(dim=1)
+
+    @torch.no_grad()
+    def rescale(self, factors: Tensor) -> None:
+        """W_k <- factors_k W_k, in place; the bias stays. factors: float [K]."""
+        self.weight.mul_(factors[:, None])
+
+
+class Cosine(nn.Module):
+    """z_k = s_k cos(W_k, f), without a bias. The scales s (1 at first) are state, not learnt."""
+
+    def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.linear = linear
-        self.scale = nn.Parameter(torch.ones_like(linear.bias))
+        self.in_features, self.out_features = in_features, out_features
+        self.direction = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.kaiming_normal_(self.direction)
+        self.register_buffer("scale", torch.ones(out_features))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * self.linear(features)
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.direction))
+
+    def norms(self) -> Tensor:
+        """The norms of the weights that unit features meet: s, float [K]."""
+        return self.scale.clone()
+
+    @torch.no_grad()
+    def rescale(self, factors: Tensor) -> None:
+        """s_k <- factors_k s_k, in place. factors: float [K]."""
+        self.scale.mul_(factors)
+
+
+class Scaled(nn.Module):
+    """One learnable scale a logit on top of another head: z_k = s_k head(f)_k (LWS, Kang et al. 2020)."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.ones(inner.out_features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * self.inner(features)
+
+
+HEADS = {"linear": Linear, "cosine": Cosine}

@@ -1,6 +1,9 @@
-"""CIFAR ResNets (He et al. 2016, section 4.2): 6n + 2 layers, option-A shortcuts, 16-32-64 channels, D = 64.
+"""CIFAR ResNets, for small images: a 3x3 stem, no max-pooling, global average pooling.
 
-resnet8 (n = 1) is the small one, for images of 8x8 pixels and tests.
+resnet8 to resnet56 are those of He et al. 2016, section 4.2: 6n + 2 layers in three stages of 16, 32 and 64 channels,
+parameter-free (option A) shortcuts, D = 64. resnet32_x4 is four times as wide, D = 256 (GLMC, Du et al. 2023).
+resnet18 and resnet34 have four stages of 64 to 512 channels and convolutions as shortcuts, D = 512 (FSGL).
+resnet8 is the small one, for images of 8x8 pixels and tests.
 """
 
 from functools import partial
@@ -9,59 +12,73 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def linear(features: int, num_classes: int) -> nn.Linear:
-    """A linear classifier with Kaiming-normal weights."""
-    layer = nn.Linear(features, num_classes)
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
+    layer = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight)
     return layer
 
 
-def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    layer = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(layer.weight)
-    return layer
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a parameter-free (option A) shortcut."""
+class PadShortcut(nn.Module):
+    """Option A: take every stride-th pixel, pad the channels with zeros evenly on both sides."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = _conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = _conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
         self.stride, self.extra = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.extra // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra - before))
+
+
+class ConvShortcut(nn.Sequential):
+    """Option B: a strided 1x1 convolution and batch norm."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is the identity where the shape stays."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: type[nn.Module]):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = _conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return F.relu(out + self.shortcut(x))
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Option A: take every stride-th pixel, pad the channels with zeros evenly on both sides."""
-        if self.extra == 0:
-            return x
-        before = self.extra // 2
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra - before))
-
 
 class CifarResNet(nn.Module):
-    """Stem of 16 channels, three stages of `blocks` basic blocks, global average pooling; features [B, 64]."""
+    """`blocks` basic blocks in each stage, the first stage `width` channels wide, each further one twice as wide at
+    half the resolution; features [B, D], D = `features` = the last stage's width."""
 
-    def __init__(self, channels: int, blocks: int):
+    def __init__(self, channels: int, blocks: tuple[int, ...], width: int, shortcut: type[nn.Module]):
         super().__init__()
-        self.features = 64
-        self.conv1, self.bn1 = _conv3x3(channels, 16), nn.BatchNorm2d(16)
-        widths = [16] * blocks + [32] * blocks + [64] * blocks
-        inputs = [16, *widths[:-1]]
-        self.stages = nn.Sequential(
-            *[
-                BasicBlock(before, after, 1 if before == after else 2)
-                for before, after in zip(inputs, widths, strict=True)
-            ]
-        )
+        self.conv1, self.bn1 = _conv(channels, width, 3), nn.BatchNorm2d(width)
+        layers, inputs = [], width
+        for stage, depth in enumerate(blocks):
+            for block in range(depth):
+                outputs = width * 2**stage
+                layers.append(BasicBlock(inputs, outputs, 2 if stage and not block else 1, shortcut))
+                inputs = outputs
+        self.stages = nn.Sequential(*layers)
+        self.features = inputs
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stages(F.relu(self.bn1(self.conv1(x)))).mean(dim=(2, 3))
 
 
-BACKBONES = {f"resnet{6 * n + 2}": partial(CifarResNet, blocks=n) for n in (1, 3, 5, 7, 9)}
+BACKBONES = {
+    **{
+        f"resnet{6 * n + 2}": partial(CifarResNet, blocks=(n, n, n), width=16, shortcut=PadShortcut)
+        for n in (1, 3, 5, 7, 9)
+    },
+    "resnet32_x4": partial(CifarResNet, blocks=(5, 5, 5), width=64, shortcut=PadShortcut),
+    "resnet18": partial(CifarResNet, blocks=(2, 2, 2, 2), width=64, shortcut=ConvShortcut),
+    "resnet34": partial(CifarResNet, blocks=(3, 4, 6, 3), width=64, shortcut=ConvShortcut),
+}

@@ -8,12 +8,11 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tailcal.errors import UserError
-from tailcal.params import PARAMS, Strict, validate
+from tailcal.params import Dataset, Strict
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ def kinds() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def configure(block: dict[str, Any], where: str) -> Strict:
-    """Check a `source` block with the Config of the module its `kind` names. Raises UserError."""
-    kind = block.get("kind")
+def configure(dataset: Dataset) -> Strict:
+    """Check a data set's `source` block with the Config of the module its `kind` names. Raises UserError."""
+    kind = dataset.source.get("kind")
     if kind not in kinds():
-        raise UserError(f"{PARAMS}: {where}.kind: must be one of {', '.join(kinds())}, got {kind!r}")
-    return validate(importlib.import_module(f"{__name__}.{kind}").Config, block, where)
+        raise UserError(f"{dataset.key('source.kind')}: must be one of {', '.join(kinds())}, got {kind!r}")
+    return dataset.validate_block(importlib.import_module(f"{__name__}.{kind}").Config, dataset.source, "source")
 
 
 def load(config: Strict, downloads: Path) -> Raw:

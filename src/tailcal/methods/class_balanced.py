@@ -1,0 +1,31 @@
+"""Class-balanced loss (Cui et al. 2019), on softmax cross-entropy: weights by the effective number of images.
+
+L = sum_i w_{y_i} (-log p_{i, y_i}) / sum_i w_{y_i},  w_k ∝ (1 - beta) / (1 - beta^{n_k}) scaled to sum K
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from tailcal.losses import effective_number_weights, weighted_cross_entropy
+from tailcal.method import Batch, Representation, Trained
+from tailcal.models import Network
+
+
+class Method(Representation):
+    """Only the loss differs from cross-entropy."""
+
+    class Config(Trained):
+        """beta: 0 is no re-weighting, towards 1 is by the inverse of the counts."""
+
+        beta: Annotated[float, Field(ge=0, lt=1)]
+
+    def __init__(self, config: Config, counts: Tensor):
+        super().__init__(config, counts)
+        self.register_buffer("weights", effective_number_weights(counts, config.beta), persistent=False)
+
+    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+        del progress
+        logits = network(batch.images)
+        return weighted_cross_entropy(logits, batch.labels, self.weights), logits

@@ -1,0 +1,40 @@
+"""Focal loss (Lin et al. 2017, equation 4), over a softmax: images that are already right count for little.
+
+L = (1 - p_y)^gamma (-log p_y);  gamma = 0 is cross-entropy
+
+The paper's detector has a sigmoid a class; the softmax form is that of the long-tailed literature (Cui et al. 2019,
+Cao et al. 2019), whose tables it is in.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from tailcal.method import Batch, Representation, Trained
+from tailcal.models import Network
+
+
+def focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """Batch-mean focal loss. logits [B, K] of two classes or more, labels int64 [B], gamma 0 or more."""
+    # 1 - p_y as the sum of the other classes: where p_y rounds to 1 it stays above 0, so that no power of it, and no
+    # gradient of such a power, is infinite.
+    is_label = F.one_hot(labels, logits.shape[1]).bool()
+    log_others = logits.masked_fill(is_label, -torch.inf).logsumexp(dim=1) - logits.logsumexp(dim=1)
+    return ((gamma * log_others).exp() * F.cross_entropy(logits, labels, reduction="none")).mean()
+
+
+class Method(Representation):
+    """Only the loss differs from cross-entropy."""
+
+    class Config(Trained):
+        """gamma: how fast an image that is right stops to count."""
+
+        gamma: Annotated[float, Field(ge=0)]
+
+    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+        del progress
+        logits = network(batch.images)
+        return focal(logits, batch.labels, self.config.gamma), logits

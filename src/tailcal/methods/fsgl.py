@@ -1,0 +1,133 @@
+"""FSGL (2024), and GLMC (Du et al. 2023), which it extends: two mixed views, two classifiers, a consistency term.
+
+From a uniform batch (x, y) and a re-weighted one (x', y'), each image augmented twice, lambda ~ Beta(1, 1):
+
+    mix = lambda x_1 + (1 - lambda) x_1'             t   = lambda e_y + (1 - lambda) e_y'
+    cut = x_2 with a box of x_2'                     t^w = lambda w_y e_y + (1 - lambda) w_y' e_y'
+    f  <- f s,  s = sum_k t_k (1 + gamma - gamma rank_k / K)       feature scaling, in training only
+    L   = a [CE(plain(mix), t) + CE(plain(cut), t)]
+          + (1 - a) [CE(rebalanced(mix), t^w) + CE(rebalanced(cut), t^w)] + c S
+    S   = -cos(p_mix, sg z_cut) - cos(p_cut, sg z_mix),  a = 1 - (epoch / epochs)^2
+
+w_k = n_k^(-q), scaled to mean 1; z = projector(f), p = predictor(z), sg stops the gradient. SAM (a recipe's `sam_rho`)
+climbs L without c S. The rebalanced classifier is the one used at test. gamma = 0 and no SAM is GLMC: `glmc` is a link
+to this file.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from tailcal.draws import Draws
+from tailcal.losses import require_counts
+from tailcal.method import Batch, ParameterGroup, Representation, Trained
+from tailcal.mixing import box, cutmix, soft_targets
+from tailcal.models import Network
+from tailcal.models.heads import Linear
+from tailcal.samplers import Reweighted, Sampler, instance
+
+
+def scaling_factors(counts: Tensor, gamma: float) -> Tensor:
+    """1 + gamma - gamma rank_k / K for each class, rounded to two decimals as in the released code; float [K].
+
+    counts: training images per class [K]. Ranks are by decreasing count, 0 the largest class; of equal counts the
+    lower label ranks first. An empty class has the last rank.
+    """
+    ranks = counts.argsort(descending=True, stable=True).argsort()
+    return (1 + gamma - gamma * ranks / len(counts)).mul(100).round().div(100)
+
+
+def feature_scale(features: Tensor, targets: Tensor, factors: Tensor) -> Tensor:
+    """f s: features [B, D], soft targets [B, K], factors [K] from `scaling_factors`. Returns [B, D]."""
+    return features * (targets @ factors)[:, None]
+
+
+def label_weights(counts: Tensor, exponent: float) -> Tensor:
+    """w_k = n_k^(-q), scaled to mean 1; float [K]. counts [K]; raises ValueError when a class is empty."""
+    require_counts(counts)
+    weights = counts.double() ** -exponent
+    return (weights / weights.mean()).float()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-mean_i sum_k t_ik log p_ik for targets [B, K] of any sum (F.cross_entropy's soft form, without its checks)."""
+    return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def consistency(predicted: Tensor, projected: Tensor) -> Tensor:
+    """-cos(p, sg z), the batch mean (SimSiam, Chen and He 2021). Both [B, H]."""
+    return -F.cosine_similarity(predicted, projected.detach(), dim=1).mean()
+
+
+class Heads(nn.Module):
+    """What the features go into during training; called as a head, it gives the rebalanced classifier's logits."""
+
+    def __init__(self, head: Linear, hidden: int):
+        super().__init__()
+        self.rebalanced, self.plain = head, Linear(head.in_features, head.out_features)
+        self.projector, self.predictor = nn.Linear(head.in_features, hidden), nn.Linear(hidden, hidden)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.rebalanced(features)
+
+
+class Method(Representation):
+    """Both views go through the backbone one after the other, so that batch norm sees each by itself."""
+
+    views = 2
+
+    class Config(Trained):
+        """gamma: strength of feature scaling (`fcc` in the released code); label_weighting: q; sampling: the
+        exponent r with which the second batch is drawn (0 is uniform); hidden: H; consistency: c."""
+
+        gamma: Annotated[float, Field(ge=0)]
+        label_weighting: Annotated[float, Field(ge=0)]
+        sampling: Annotated[float, Field(ge=0)]
+        hidden: Annotated[int, Field(ge=1)]
+        consistency: Annotated[float, Field(ge=0)]
+
+    def __init__(self, config: Config, counts: Tensor):
+        super().__init__(config, counts)
+        self.register_buffer("factors", scaling_factors(counts, config.gamma), persistent=False)
+        self.register_buffer("weights", label_weights(counts, config.label_weighting), persistent=False)
+
+    def samplers(self) -> tuple[Sampler, ...]:
+        return instance, Reweighted(self.config.sampling)
+
+    def setup(self, network: Network) -> list[ParameterGroup]:
+        network.head = Heads(network.head, self.config.hidden)
+        return super().setup(network)
+
+    def finish(self, network: Network) -> None:
+        network.head = network.head.rebalanced
+
+    def mix(self, batches: list[Batch], draws: Draws) -> Batch:
+        one, two, other_one, other_two = batches
+        lam = draws.beta(1.0)
+        height, width = one.images.shape[2:]
+        centre = int(draws.host.integers(height)), int(draws.host.integers(width))
+        mixed = lam * one.images + (1 - lam) * other_one.images
+        cut = cutmix(two.images, other_two.images, box(lam, centre, height, width))
+        targets = soft_targets(one.labels, other_one.labels, lam, len(self.counts))
+        return Batch(torch.stack([mixed, cut]), one.labels, targets)
+
+    def classification(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, list[Tensor]]:
+        """L without c S, and the scaled features of both views."""
+        a = 1 - progress**2
+        features = [feature_scale(network.backbone(view), batch.targets, self.factors) for view in batch.images]
+        plain = sum(cross_entropy(network.head.plain(f), batch.targets) for f in features)
+        rebalanced = sum(cross_entropy(network.head.rebalanced(f), batch.targets * self.weights) for f in features)
+        return a * plain + (1 - a) * rebalanced, features
+
+    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+        value, features = self.classification(network, batch, progress)
+        z_mix, z_cut = (network.head.projector(f) for f in features)
+        p_mix, p_cut = network.head.predictor(z_mix), network.head.predictor(z_cut)
+        agreement = consistency(p_mix, z_cut) + consistency(p_cut, z_mix)
+        return value + self.config.consistency * agreement, network.head(features[0])
+
+    def ascent_loss(self, network: Network, batch: Batch, progress: float) -> Tensor:
+        return self.classification(network, batch, progress)[0]

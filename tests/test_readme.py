@@ -1,0 +1,58 @@
+"""What the README promises to a reader who follows it to the letter."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+
+import pytest
+
+from tailcal import method, posthoc
+from tests.test_dvc import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def block(name: str) -> str:
+    """The code between two markers of the README."""
+    return re.search(rf"<!-- {name}:begin -->\s*```\w+\n(.*?)```\s*<!-- {name}:end -->", README, re.DOTALL).group(1)
+
+
+@pytest.mark.pipeline
+def test_the_method_of_the_walk_through_can_really_be_added(project):
+    p = project(name="added")
+    (p.root / "src/tailcal/methods/label_smoothing.py").write_text(block("method"))
+    params = p.root / "params.yaml"
+    text = params.read_text()
+    start = text.index("\n", text.index("\nrepresentations:") + 1) + 1
+    params.write_text(text[:start] + block("block") + text[start:])
+    assert "passed" in p.run("python", "-m", "pytest", "-q", "tests/test_contract.py", "-k", "label_smoothing")
+    added = ("--dataset", "digits_lt", "--representation", "label_smoothing")
+    p.stage("check")
+    p.stage("download", "--dataset", "digits_lt")
+    p.stage("subsample", "--dataset", "digits_lt")
+    p.stage("represent", *added)
+    p.stage("calibrate", *added, "--classifier", "joint")
+    p.stage("evaluate", *added, "--classifier", "joint")
+    cell = json.loads((p.root / "metrics/cells/digits_lt/label_smoothing/joint.json").read_text())
+    assert cell["provenance"]["params"]["representation"]["settings"] == {"augmentation": "standard", "epsilon": 0.1}
+
+
+def test_the_pieces_can_be_imported_and_say_where_they_come_from():
+    statements = ast.parse(block("pieces")).body
+    assert len(statements) > 10
+    for statement in statements:
+        module = importlib.import_module(statement.module)
+        for alias in statement.names:
+            piece = getattr(module, alias.name)
+            assert len(inspect.getdoc(piece)) > 60, f"{alias.name} is hardly documented"
+            assert re.search(r"(19|20)\d\d|equation", f"{module.__doc__} {piece.__doc__}"), f"{alias.name}: no source"
+
+
+def test_the_table_of_methods_lists_each_one_and_each_rule():
+    for stage in ("representations", "classifiers"):
+        for name in method.names(stage):
+            assert f"| `{name}` |" in README, f"{name} is not in the table"
+    for rule in posthoc.RULES:
+        assert f"`{rule}`" in README
