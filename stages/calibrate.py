@@ -12,7 +12,21 @@ import torch
 
 from stages import paths
 from stages.represent import HISTORY
-from tailcal import checkpoint, errors, files, method, models, params, provenance, settings, splits, train, weights
+from tailcal import (
+    checkpoint,
+    distributed,
+    errors,
+    files,
+    method,
+    models,
+    params,
+    provenance,
+    settings,
+    splits,
+    store,
+    train,
+    weights,
+)
 
 
 def main() -> None:
@@ -23,19 +37,20 @@ def main() -> None:
     args = parser.parse_args()
 
     p = params.load()
+    distributed.launch("stages.calibrate", p.runtime.processes)
     dataset = params.dataset(p, args.dataset)
     training = settings.training(p, args.dataset, args.classifier, "classifiers")
     device = train.prepare(p.runtime)
     longtail = paths.longtail(args.dataset)
     counts = torch.tensor(splits.read_meta(longtail)["train_counts"])
-    data = train.Images.place(*splits.read_split(longtail, "train"), dataset.augmentation, device)
+    data = store.Images(*splits.read_split(longtail, "train"), dataset.augmentation, device, p.runtime.placement)
     stage1 = paths.representation(args.dataset, args.representation)
     upstream = files.read_json(stage1 / "provenance.json")
 
     record = {
         "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{args.classifier}.py"),
         "params": {
-            "dataset": dataset.model_dump(include={"source", "imbalance", "holdout_per_class"}),
+            "dataset": upstream["params"]["dataset"],
             "representation": upstream["params"]["representation"],
             "classifier": training.record(),
         },
@@ -67,16 +82,20 @@ def main() -> None:
             seed,
             make,
             scratch / f"seed{seed}.pt",
+            training.recipe_key,
         )
-        networks[seed], history = train.train(replica, data, training.recipe, device, p.runtime.checkpoint_seconds)
-        weights.save_weights(networks[seed], out / f"seed{seed}.safetensors")
+        networks[seed], history = train.train(replica, data, training.recipe, p.runtime)
+        if distributed.is_first():
+            weights.save_weights(networks[seed], out / f"seed{seed}.safetensors")
         histories += history
+    if not distributed.is_first():
+        return
     files.write_text(
         out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g")
     )
 
     placed = {
-        split: train.Images.place(*splits.read_split(longtail, split), dataset.augmentation, device)
+        split: store.Images(*splits.read_split(longtail, split), dataset.augmentation, device, p.runtime.placement)
         for split in ("holdout", "test")
     }
     predictions = paths.predictions(args.dataset, args.representation, args.classifier)
@@ -84,10 +103,15 @@ def main() -> None:
         arrays = {}
         for split, images in placed.items():
             arrays[f"{split}_logits"] = train.predict(network, images)
+            if not np.isfinite(arrays[f"{split}_logits"]).all():
+                raise errors.UserError(
+                    f"{args.dataset}/{args.representation}/{args.classifier} seed {seed}: its {split} logits are not "
+                    f"finite numbers: milder settings of {args.classifier} usually help"
+                )
             arrays[f"{split}_labels"] = images.labels.cpu().numpy()
         with files.atomic(predictions / f"seed{seed}.npz") as stream:
             np.savez(stream, **arrays)
-    files.write_json(predictions / "provenance.json", record)
+    files.write_json(predictions / "provenance.json", record | distributed.record(p.runtime.sync_bn))
     checkpoint.keep_only(scratch)
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from stages import paths
-from tailcal import errors, files, params, sources
+from tailcal import errors, files, pack, params, sources
 
 
 def main() -> None:
@@ -12,15 +12,19 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     name = parser.parse_args().dataset
     config = sources.configure(params.dataset(params.load(), name))
-    raw = sources.load(config, paths.DOWNLOADS)
-    folder = paths.raw(name)
-    checksums = {}
-    for part in ("train_images", "train_labels", "test_images", "test_labels"):
-        path = folder / f"{part}.npy"
-        files.write_array(path, getattr(raw, part))
-        checksums[path.name] = files.sha256(path)
-    meta = {"class_names": raw.class_names, "source": config.model_dump(), "checksums": checksums}
+    loaded = sources.load(config, paths.DOWNLOADS)
+    folder, scratch = paths.raw(name), paths.SCRATCH / "pack" / name
+    parts = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
+    more = {}
+    if isinstance(loaded, sources.Listing):
+        more = pack.write(loaded, folder, scratch)
+    else:
+        for part in parts:
+            files.write_array(folder / f"{part}.npy", getattr(loaded, part))
+    checksums = {f"{part}.npy": files.sha256(folder / f"{part}.npy") for part in parts}
+    meta = {"class_names": loaded.class_names, "source": sources.record(config), "checksums": checksums, **more}
     files.write_json(folder / "meta.json", meta)
+    pack.clean(scratch)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,32 @@ import pandas as pd
 import torch
 
 from stages import paths
-from tailcal import checkpoint, errors, files, method, models, params, provenance, settings, splits, train, weights
+from tailcal import (
+    checkpoint,
+    distributed,
+    errors,
+    files,
+    method,
+    models,
+    params,
+    provenance,
+    settings,
+    splits,
+    store,
+    train,
+    weights,
+)
+from tailcal.models.imagenet import load_pretrained
 
 HISTORY = ["epoch", "seed", "lr", "loss", "train_accuracy"]
+
+
+def weights_digest(dataset: params.Dataset) -> str:
+    """SHA-256 of the data set's file of pretrained weights. Raises UserError when there is no such file."""
+    path = Path(dataset.pretrained.file)
+    if not path.is_file():
+        raise errors.UserError(f"{dataset.key('pretrained.file')}: {path} is missing: put a file of weights there")
+    return files.sha256(path)
 
 
 def main() -> None:
@@ -19,22 +42,29 @@ def main() -> None:
     args = parser.parse_args()
 
     p = params.load()
+    distributed.launch("stages.represent", p.runtime.processes)
     dataset = params.dataset(p, args.dataset)
     training = settings.training(p, args.dataset, args.representation, "representations")
     device = train.prepare(p.runtime)
     meta = splits.read_meta(paths.longtail(args.dataset))
     counts = torch.tensor(meta["train_counts"])
-    data = train.Images.place(*splits.read_split(paths.longtail(args.dataset), "train"), dataset.augmentation, device)
+    split = splits.read_split(paths.longtail(args.dataset), "train")
+    data = store.Images(*split, dataset.augmentation, device, p.runtime.placement)
 
+    network_record = {"backbone": training.backbone, "channels": data.channels, "num_classes": len(counts)}
+    begins = {}
+    if training.pretrained:
+        network_record["trains"] = training.pretrained.trains
+        begins["pretrained"] = weights_digest(dataset)
     record = {
         "code": provenance.code_version(
             Path(__file__), Path(method.__file__).parent / f"methods/{args.representation}.py"
         ),
         "params": {
-            "dataset": dataset.model_dump(include={"source", "imbalance", "holdout_per_class"}),
+            "dataset": {"source": meta["source"]} | dataset.model_dump(include={"imbalance", "holdout_per_class"}),
             "representation": training.record(),
         },
-        "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")},
+        "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")} | begins,
         "device": device.type,
         "versions": provenance.versions(),
     }
@@ -42,26 +72,34 @@ def main() -> None:
     scratch = paths.SCRATCH / "represent" / f"{args.dataset}-{args.representation}" / checkpoint.fingerprint(record)
 
     Method = method.load(args.representation)
-    network_record = {"backbone": training.backbone, "channels": data.images.shape[1], "num_classes": len(counts)}
 
     def make() -> tuple[models.Network, method.Method]:
-        return models.build(**network_record, head="linear"), Method(training.settings, counts)
+        network = models.build(**network_record, head="linear")
+        if training.pretrained:
+            load_pretrained(network.backbone, Path(training.pretrained.file))
+        return network, Method(training.settings, counts)
 
     histories, written = [], {}
     for seed in p.seeds:
         replica = train.Replica(
-            f"represent {args.dataset}/{args.representation} seed {seed}", seed, make, scratch / f"seed{seed}.pt"
+            f"represent {args.dataset}/{args.representation} seed {seed}",
+            seed,
+            make,
+            scratch / f"seed{seed}.pt",
+            training.recipe_key,
         )
-        network, history = train.train(replica, data, training.recipe, device, p.runtime.checkpoint_seconds)
-        weights.save_weights(network, out / f"seed{seed}.safetensors")
-        written[f"seed{seed}"] = files.sha256(out / f"seed{seed}.safetensors")
+        network, history = train.train(replica, data, training.recipe, p.runtime)
+        if distributed.is_first():
+            weights.save_weights(network, out / f"seed{seed}.safetensors")
+            written[f"seed{seed}"] = files.sha256(out / f"seed{seed}.safetensors")
         histories += history
+    if not distributed.is_first():
+        return
     files.write_text(
         out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g")
     )
-    files.write_json(
-        out / "provenance.json", record | {"network": network_record | {"head": Method.head}, "weights": written}
-    )
+    made = {"network": network_record | {"head": Method.head}, "weights": written}
+    files.write_json(out / "provenance.json", record | distributed.record(p.runtime.sync_bn) | made)
     checkpoint.keep_only(scratch)
 
 

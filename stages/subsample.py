@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from stages import paths
-from tailcal import errors, files, longtail, params
+from tailcal import errors, files, longtail, params, rows
 from tailcal.errors import UserError
 
 
@@ -98,28 +98,30 @@ def main() -> None:
     train, holdout = longtail.subset_indices(
         raw["train_labels"], counts, dataset.imbalance.seed, dataset.holdout_per_class, class_names
     )
-    arrays = {
-        "train_images": raw["train_images"][train],
-        "train_labels": raw["train_labels"][train],
-        "holdout_images": raw["train_images"][holdout],
-        "holdout_labels": raw["train_labels"][holdout],
-        "test_images": raw["test_images"],
-        "test_labels": raw["test_labels"],
+    splits = {
+        "train": ("train", train),
+        "holdout": ("train", holdout),
+        "test": ("test", np.arange(len(raw["test_labels"]))),
     }
     folder = paths.longtail(name)
-    for part, array in arrays.items():
-        files.write_array(folder / f"{part}.npy", array)
+    checksums, labels = {}, {}
+    for split, (source, chosen) in splits.items():
+        rows.write_rows(folder / f"{split}_images.npy", raw[f"{source}_images"], chosen)
+        labels[split] = raw[f"{source}_labels"][chosen]
+        files.write_array(folder / f"{split}_labels.npy", labels[split])
+        for path in (folder / f"{split}_images.npy", folder / f"{split}_labels.npy"):
+            checksums[path.name] = files.sha256(path)
     files.write_json(
         folder / "meta.json",
         {
             "class_names": class_names,
             "train_counts": counts.tolist(),
-            "holdout_counts": np.bincount(arrays["holdout_labels"], minlength=len(class_names)).tolist(),
-            "test_counts": np.bincount(arrays["test_labels"], minlength=len(class_names)).tolist(),
+            "holdout_counts": np.bincount(labels["holdout"], minlength=len(class_names)).tolist(),
+            "test_counts": np.bincount(labels["test"], minlength=len(class_names)).tolist(),
             "n_max": int(counts.max()),
             "imbalance": {**dataset.imbalance.model_dump(), "measured_factor": float(counts.max() / counts.min())},
             "source": meta["source"],
-            "checksums": {f"{part}.npy": files.sha256(folder / f"{part}.npy") for part in arrays},
+            "checksums": checksums,
         },
     )
 

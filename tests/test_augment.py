@@ -5,9 +5,9 @@ import torch
 
 from tailcal import augment, autoaugment
 from tailcal.draws import Draws, derive
-from tailcal.params import Augmentation
+from tailcal.params import PadCrop, ResizedCrop
 
-CONFIG = Augmentation(pad=2, flip=True, cutout=3, mean=[0.5, 0.4], std=[0.2, 0.3])
+CONFIG = PadCrop(kind="pad_crop", pad=2, flip=True, cutout=3, mean=[0.5, 0.4], std=[0.2, 0.3])
 IMAGES = torch.randint(0, 256, (40, 2, 7, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -36,27 +36,29 @@ def test_normalise_by_hand():
 def test_standard_uses_every_offset_and_flips_half():
     marker = torch.zeros(4000, 1, 5, 5, dtype=torch.uint8)
     marker[:, :, 2, 2] = 1  # a centred dot lands on any of 5 x 5 places
-    config = Augmentation(pad=2, flip=False, cutout=1, mean=[0.0], std=[1.0])
-    moved = augment.standard(marker, config, Draws(0, 0, torch.Generator()))
+    config = PadCrop(kind="pad_crop", pad=2, flip=False, cutout=1, mean=[0.0], std=[1.0])
+    moved = augment.pad_crop(marker, config, Draws(0, 0, torch.Generator()))
     share = moved.float().mean(0)[0]
     assert (share - 1 / 25).abs().max() < 0.02
     marker = torch.zeros(4000, 1, 1, 2, dtype=torch.uint8)
     marker[..., 0] = 1
-    flipped = augment.standard(
-        marker, Augmentation(pad=0, flip=True, cutout=1, mean=[0.0], std=[1.0]), Draws(0, 0, torch.Generator())
+    flipped = augment.pad_crop(
+        marker,
+        PadCrop(kind="pad_crop", pad=0, flip=True, cutout=1, mean=[0.0], std=[1.0]),
+        Draws(0, 0, torch.Generator()),
     )
     assert abs(flipped[..., 1].float().mean().item() - 0.5) < 0.03
 
 
 def test_the_same_step_gives_the_same_images():
-    first, again, other = (augment.standard(IMAGES, CONFIG, Draws(3, step, torch.Generator())) for step in (5, 5, 6))
+    first, again, other = (augment.pad_crop(IMAGES, CONFIG, Draws(3, step, torch.Generator())) for step in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_no_augmentation_is_the_identity():
-    plain = Augmentation(pad=0, flip=False, cutout=1, mean=[0.0, 0.0], std=[1.0, 1.0])
-    assert torch.equal(augment.standard(IMAGES, plain, Draws(0, 0, torch.Generator())), IMAGES)
+    plain = PadCrop(kind="pad_crop", pad=0, flip=False, cutout=1, mean=[0.0, 0.0], std=[1.0, 1.0])
+    assert torch.equal(augment.pad_crop(IMAGES, plain, Draws(0, 0, torch.Generator())), IMAGES)
 
 
 def test_derived_seeds_differ_in_every_part():
@@ -73,11 +75,31 @@ def test_beta_has_the_right_mean_and_spread():
 
 def test_strong_is_standard_then_the_policy_then_a_hole():
     images = torch.randint(0, 256, (16, 3, 12, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    config = Augmentation(pad=2, flip=True, cutout=4, mean=[0.5] * 3, std=[0.2] * 3)
+    config = PadCrop(kind="pad_crop", pad=2, flip=True, cutout=4, mean=[0.5] * 3, std=[0.2] * 3)
     draws = Draws(1, 2, torch.Generator())
-    expected = augment.standard(images, config, draws)
+    expected = augment.pad_crop(images, config, draws)
     expected = autoaugment.autoaugment(expected, autoaugment.draw_policies(16, draws))
     expected = autoaugment.cutout(expected, autoaugment.draw_centres(16, 12, 10, draws), 4)
-    strong = augment.AUGMENTATIONS["strong"](images, config, Draws(1, 2, torch.Generator()))
+    strong = augment.augment(images, config, "strong", Draws(1, 2, torch.Generator()))
     assert torch.equal(strong, expected)
-    assert not torch.equal(strong, augment.standard(images, config, Draws(1, 2, torch.Generator())))
+    assert not torch.equal(strong, augment.pad_crop(images, config, Draws(1, 2, torch.Generator())))
+
+
+LARGE = {"kind": "resized_crop", "size": 8, "min_area": 0.2, "mean": [0.5] * 3, "std": [0.2] * 3}
+
+
+def test_large_images_are_cropped_to_size_in_training_and_at_the_centre_for_the_test():
+    images = torch.randint(0, 256, (8, 3, 12, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    config = ResizedCrop(**LARGE, flip=True, jitter=0.4, grey=1.0, blur=0.0)
+    standard = augment.augment(images, config, "standard", Draws(1, 2, torch.Generator()))
+    strong = augment.augment(images, config, "strong", Draws(1, 2, torch.Generator()))
+    assert standard.shape == strong.shape == (8, 3, 8, 8)
+    assert torch.equal(strong[:, 0], strong[:, 1])  # all of them grey
+    assert not torch.equal(standard[:, 0], standard[:, 1])
+    assert torch.equal(augment.plain(images, config), images[:, :, 2:10, 3:11])
+
+
+def test_large_augmentation_that_may_change_nothing_is_a_plain_resize():
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    config = ResizedCrop(**LARGE | {"min_area": 1.0}, flip=False, jitter=0.0, grey=0.0, blur=0.0)
+    assert torch.equal(augment.augment(images, config, "strong", Draws(1, 2, torch.Generator())), images)

@@ -5,19 +5,23 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from pydantic import ValidationError
 from sklearn.neighbors import NearestCentroid
 from torch import nn
 
 from tailcal.errors import UserError
+from tailcal.files import sha256
 from tailcal.losses import generalized_reweight
-from tailcal.method import Batch, Method, load
+from tailcal.method import Batch, Method, configure, load, names
 from tailcal.methods.disalign import align
 from tailcal.methods.marc import calibrate_margins
-from tailcal.methods.ncm import class_means
+from tailcal.methods.ncm import class_means, euclidean
 from tailcal.models import Network, build
 from tailcal.models.heads import HEADS
 from tailcal.samplers import instance
+from tailcal.weights import load_weights, save_weights
+from tests.conftest import ROOT
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(5, 4, generator=GENERATOR)
@@ -282,6 +286,20 @@ def test_ncm_euclidean_is_exact_far_from_the_origin():
     torch.testing.assert_close(network.head(features.repeat(10, 1)), expected)
 
 
+def test_ncm_euclidean_as_it_is_exported_is_the_same():
+    """ONNX files go by another form of it, as their operators have no torch.cdist."""
+    generator = torch.Generator().manual_seed(7)
+    features, means = torch.randn(5, 6, generator=generator), torch.randn(3, 6, generator=generator)
+
+    class Head(nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return euclidean(features, means)
+
+    exported = torch.export.export(Head(), (features,))
+    assert not [node for node in exported.graph.nodes if "cdist" in str(node.target)]
+    torch.testing.assert_close(exported.module()(features), euclidean(features, means))
+
+
 def test_ncm_means_are_saved_with_the_weights_and_nothing_learns():
     features, labels = torch.randn(12, 64, generator=torch.Generator().manual_seed(6)), torch.arange(12) % 4
     network, method = fitted(features, labels, 4)
@@ -291,6 +309,40 @@ def test_ncm_means_are_saved_with_the_weights_and_nothing_learns():
     blank, _ = fitted(torch.randn(12, 64), labels, 4)
     blank.load_state_dict(network.state_dict())
     assert torch.equal(blank.eval()(IMAGES), network.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_ncm_before_its_fit_is_a_head_of_the_right_shape(distance):
+    network = build("resnet8", "cosine", 1, 4)
+    load("ncm")(load("ncm").Config(**NCM | {"distance": distance}), COUNTS).setup(network)
+    assert network.state_dict()["head.means"].shape == (4, network.backbone.features)
+    assert network(IMAGES).shape == (8, 4)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", names("classifiers"))
+def test_the_finished_network_is_rebuilt_from_its_record_and_weights(name, head, tmp_path):
+    """What `tailcal.predict` relies on: build, set up, load, and not one number is other than it was."""
+    block = yaml.safe_load((ROOT / "params.yaml").read_text())["classifiers"][name]
+
+    def make() -> tuple[Network, Method]:
+        network = build("resnet8", head, 1, 4)
+        method = load(name)(configure(name, block, "classifiers"), COUNTS)
+        method.setup(network)
+        return network, method
+
+    finished, method = make()
+    if method.trained:
+        descend(finished, method)
+    elif method.fitted:
+        method.fit(finished, finished.backbone(IMAGES).detach(), LABELS)
+    method.finish(finished)
+    save_weights(finished, tmp_path / "seed0.safetensors")
+
+    rebuilt, _ = make()
+    assert not torch.equal(rebuilt.eval()(IMAGES), finished.eval()(IMAGES))
+    load_weights(rebuilt, tmp_path / "seed0.safetensors", sha256(tmp_path / "seed0.safetensors"))
+    assert torch.equal(rebuilt(IMAGES), finished(IMAGES))
 
 
 @pytest.mark.parametrize(

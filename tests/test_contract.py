@@ -8,15 +8,17 @@ import torch
 import yaml
 
 from tailcal import params, train
+from tailcal.errors import UserError
 from tailcal.method import Trained, configure, load, names
 from tailcal.models import build
 from tailcal.models.heads import HEADS
 from tailcal.optim import learning_rate
-from tailcal.params import Augmentation, Recipe
+from tailcal.params import PadCrop, Recipe, Runtime
+from tailcal.store import Images
 from tests.test_dvc import ROOT
 
 COUNTS = [12, 6, 3]
-AUGMENTATION = Augmentation(pad=1, flip=False, cutout=3, mean=[0.5], std=[0.25])
+AUGMENTATION = PadCrop(kind="pad_crop", pad=1, flip=False, cutout=3, mean=[0.5], std=[0.25])
 RECIPE = Recipe.model_validate(
     {
         "epochs": 3,
@@ -29,6 +31,7 @@ RECIPE = Recipe.model_validate(
         "schedule": {"shape": "cosine", "warmup": 0, "warmup_lr": 0.0},
     }
 )
+RUNTIME = Runtime(device="cpu", threads=1, processes=1, sync_bn=True, placement="device", checkpoint_seconds=0.0)
 BLOCKS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
@@ -38,20 +41,20 @@ def config_of(name):
     return configure(name, BLOCKS[stage][name], stage)
 
 
-def images() -> train.Images:
+def images(placement="device") -> Images:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), COUNTS)
     pixels = rng.integers(0, 256, (len(labels), 8, 8, 1), dtype=np.uint8)
-    return train.Images.place(pixels, labels, AUGMENTATION, torch.device("cpu"))
+    return Images(pixels, labels, AUGMENTATION, torch.device("cpu"), placement)
 
 
 def run(name, tmp_path, seed=0, epochs=3, sam_rho=0.0):
     def make():
         return build("resnet8", "linear", 1, 3), load(name)(config_of(name), torch.tensor(COUNTS))
 
-    replica = train.Replica(name, seed, make, tmp_path / name / f"seed{seed}.pt")
+    replica = train.Replica(name, seed, make, tmp_path / name / f"seed{seed}.pt", "recipe")
     recipe = RECIPE.model_copy(update={"epochs": epochs, "sam_rho": sam_rho})
-    return train.train(replica, images(), recipe, torch.device("cpu"), 0.0)
+    return train.train(replica, images(), recipe, RUNTIME)
 
 
 @pytest.mark.parametrize("name", names())
@@ -77,8 +80,9 @@ def test_gradient_reaches_exactly_what_it_says_it_trains(name):
     assert named == {id(p) for p in [*network.parameters(), *method.parameters()] if p.requires_grad}
     method.set_mode(network)
     data, draws = images(), train.Draws(0, 0, torch.Generator())
-    drawn = [data.batch(torch.arange(21), method.config.augmentation, draws)] * len(method.samplers()) * method.views
-    batch = method.mix(drawn, draws)
+    (pairs,) = data.steps([np.arange(21)[None]] * len(method.samplers()))
+    views = [data.prepare(*pair, method.config.augmentation, draws) for pair in pairs for _ in range(method.views)]
+    batch = method.mix(views, draws)
     reached = set()
     for _ in range(2):  # a gate between two equal things takes no gradient at the very start
         loss, logits = method.loss(network, batch, 0.5)
@@ -139,8 +143,8 @@ def test_every_classifier_goes_on_every_head(classifier, head, tmp_path):
     def make():
         return build("resnet8", head, 1, 3), load(classifier)(config_of(classifier), torch.tensor(COUNTS))
 
-    replica = train.Replica(classifier, 0, make, tmp_path / "seed0.pt")
-    network, _ = train.train(replica, images(), RECIPE, torch.device("cpu"), 0.0)
+    replica = train.Replica(classifier, 0, make, tmp_path / "seed0.pt", "recipe")
+    network, _ = train.train(replica, images(), RECIPE, RUNTIME)
     assert np.isfinite(train.predict(network, images())).all()
 
 
@@ -196,8 +200,8 @@ def test_a_budget_of_iterations_ends_within_an_epoch(tmp_path):
     values = RECIPE.model_dump(exclude_none=True) | {"iterations": 7}
     values.pop("epochs")
     recipe = Recipe.model_validate(values)
-    replica = train.Replica("counting", 0, make, tmp_path / "seed0.pt")
-    _, history = train.train(replica, images(), recipe, torch.device("cpu"), 0.0)
+    replica = train.Replica("counting", 0, make, tmp_path / "seed0.pt", "recipe")
+    _, history = train.train(replica, images(), recipe, RUNTIME)
     assert steps == [8] * 7  # 3 + 3 + 1 full batches of the 21 images
     assert [row["lr"] for row in history] == pytest.approx([learning_rate(recipe, spent) for spent in (0, 3, 6)])
 
@@ -214,9 +218,37 @@ def test_each_view_and_each_sampler_gets_its_own_draws(tmp_path):
         return build("resnet8", "linear", 1, 3), Watching(config_of("fsgl"), torch.tensor(COUNTS))
 
     recipe = RECIPE.model_copy(update={"epochs": 1})
-    train.train(train.Replica("watching", 0, make, tmp_path / "seed0.pt"), images(), recipe, torch.device("cpu"), 0.0)
+    train.train(train.Replica("watching", 0, make, tmp_path / "seed0.pt", "recipe"), images(), recipe, RUNTIME)
     one, two, other_one, other_two = seen[0]
     assert torch.equal(one.labels, two.labels)
     assert torch.equal(other_one.labels, other_two.labels)
     assert not torch.equal(one.labels, other_one.labels)
     assert not torch.equal(one.images, two.images)
+
+
+@pytest.mark.parametrize("name", ["fsgl", "mislas", "ncm"])
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_where_the_images_lie_makes_no_difference(name, placement, tmp_path):
+    def make():
+        return build("resnet8", "linear", 1, 3), load(name)(config_of(name), torch.tensor(COUNTS))
+
+    (here, told), (there, told_there) = (
+        train.train(
+            train.Replica(name, 0, make, tmp_path / where / "seed0.pt", "recipe"), images(where), RECIPE, RUNTIME
+        )
+        for where in ("device", placement)
+    )
+    assert told == told_there
+    assert all(torch.equal(value, there.state_dict()[key]) for key, value in here.state_dict().items())
+    assert np.array_equal(train.predict(here, images("device")), train.predict(here, images(placement)))
+
+
+def test_a_training_that_diverges_in_its_very_last_step_is_refused(tmp_path):
+    def make():
+        return build("resnet8", "linear", 1, 3), load("ce")(config_of("ce"), torch.tensor(COUNTS))
+
+    # One step with a rate that leaves no weight a number: the only loss is measured before, and is finite.
+    recipe = RECIPE.model_copy(update={"epochs": None, "iterations": 1, "lr": float("nan")})
+    replica = train.Replica("diverging", 0, make, tmp_path / "seed0.pt", "recipe")
+    with pytest.raises(UserError, match=r"diverging: the loss or a weight became nan in epoch 1; .*lower lr"):
+        train.train(replica, images(), recipe, RUNTIME)

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import yaml
 
 from stages import paths
-from tailcal import method, provenance, sources
+from tailcal import method, params, provenance, sources
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -99,6 +100,15 @@ def test_every_output_that_git_keeps_is_not_ignored_and_every_cached_one_is():
                 path = path.replace("${item.", "").replace("}", "")
                 ignored = subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False).returncode == 0
                 assert ignored == options.get("cache", True), path
+
+
+def test_the_committed_cells_are_those_of_the_grid():
+    """The report depends on whole folders: a leftover cell would change dvc.lock in every fresh clone."""
+    grid = params.load(ROOT / "params.yaml").grid
+    cells = {f"{d}/{r}/{c}.json" for d, r, c in product(grid.datasets, grid.representations, grid.classifiers)}
+    for folder in ("metrics/cells", "metrics/headline"):
+        listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert {line.removeprefix(f"{folder}/") for line in listed.stdout.split()} == cells
 
 
 def test_the_readme_shows_the_committed_table():

@@ -78,7 +78,7 @@ def test_smoothing_factors_by_hand():
 
 @pytest.mark.parametrize("shape", ["concave", "linear", "convex"])
 def test_smoothing_factors_as_the_formula_is_written(shape):
-    """methods.md's form of each shape, class by class; every one falls from head to tail."""
+    """The paper's form of each shape, class by class; every one falls from head to tail."""
     n_max, n_min, head, tail = 500, 5, 0.4, 0.1
     counts = [500, 360, 40, 6, 5]
     formula = {

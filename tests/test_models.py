@@ -65,15 +65,22 @@ def test_cosine_head_by_hand():
     torch.testing.assert_close(head(torch.tensor([[0.6, 0.8]])), torch.tensor([[0.6, 0.8]]))
     head.rescale(torch.tensor([30.0, 10.0]))
     torch.testing.assert_close(head(torch.tensor([[1.2, 1.6]])), torch.tensor([[18.0, 8.0]]))
-    assert head.norms().tolist() == [30.0, 10.0]
+    assert head.norms().tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_rescaling_a_head_scales_its_norms(name):
-    head = HEADS[name](5, 3)
-    before, factors = head.norms(), torch.tensor([2.0, 0.5, 1.0])
+def test_rescaling_a_head_scales_its_logits(name):
+    head, features, factors = HEADS[name](5, 3), torch.randn(4, 5), torch.tensor([2.0, 0.5, 1.0])
+    bias = getattr(head, "bias", torch.zeros(3))
+    before = head(features) - bias
     head.rescale(factors)
-    torch.testing.assert_close(head.norms(), before * factors)
+    torch.testing.assert_close(head(features) - bias, before * factors)
+
+
+def test_a_linear_head_has_the_norms_of_its_weights():
+    head = HEADS["linear"](2, 2)
+    head.weight.data = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    assert head.norms().tolist() == [5.0, 2.0]
 
 
 def test_scaled_starts_as_the_head_within():

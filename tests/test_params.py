@@ -114,6 +114,13 @@ def with_preset(tmp_path, old: str, new: str):
             "presets/cifar100_lt_100.yaml: overrides.ce_strong.recipe: there is no recipe",
         ),
         ("source:", "source: [", "presets/cifar100_lt_100.yaml line"),
+        ("source:", "? [a, b]\n: 1\nsource:", "a key must be a plain word"),
+        (
+            "recipe: marc\n",
+            "recipe: [marc]\n",
+            "presets/cifar100_lt_100.yaml: overrides.ce_strong.recipe: input should be",
+        ),
+        ("backbone: resnet34", "backbone: [resnet34]", "presets/cifar100_lt_100.yaml: overrides.glmc.backbone: input"),
         ("backbone: resnet32\n", "", "presets/cifar100_lt_100.yaml: backbone: this key is missing"),
     ],
 )
@@ -131,7 +138,7 @@ def test_a_mistake_in_a_preset_names_its_file(tmp_path, old, new, says):
         ("backbone: resnet34", "backbone: resnet35", "100.yaml: overrides.glmc.backbone: must be one of"),
         ("smooth_head: 0.4", "smooth_head: 4.0", "100.yaml: overrides.mislas.smooth_head: input should be less"),
         ("smooth_head: 0.4", "smoth_head: 0.4", "100.yaml: overrides.mislas.smoth_head: unknown key"),
-        ("smooth_head: 0.4", "backbone: resnet20", "100.yaml: overrides.mislas.backbone: unknown key"),
+        ("smooth_head: 0.4", "backbone: resnet20", "100.yaml: overrides.mislas.backbone: a classifier has no backbone"),
         ("kind: cifar100", "kind: cifar1000", "100.yaml: source.kind: must be one of"),
     ],
 )
@@ -144,6 +151,27 @@ def test_a_mistake_in_an_override_names_its_key(tmp_path, old, new, says):
                 settings.training(p, "cifar100_lt_100", name, stage, tmp_path)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_for_what_takes_no_step_is_a_mistake(tmp_path):
+    p = with_preset(tmp_path, "  marc:\n", "  joint:\n    recipe: marc_stage2\n  marc:\n")
+    with pytest.raises(UserError, match=r"overrides\.joint\.recipe: joint takes no training step"):
+        settings.training(p, "cifar100_lt_100", "joint", "classifiers", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling", "twice"])
+def test_a_preset_that_is_no_file_of_its_own(tmp_path, kind):
+    (tmp_path / "presets").mkdir()
+    name = "digits_lt" if kind == "twice" else "mine"
+    if kind == "folder":
+        (tmp_path / f"presets/{name}.yaml").mkdir()
+    elif kind == "dangling":
+        (tmp_path / f"presets/{name}.yaml").symlink_to(tmp_path / "nowhere")
+    else:
+        (tmp_path / f"presets/{name}.yaml").write_text("")
+    says = "is also the file presets/digits_lt.yaml" if kind == "twice" else "presets/mine.yaml: must be a file"
+    with pytest.raises(UserError, match=says):
+        load_with(tmp_path, "- digits_lt", f"- {name}")
 
 
 def test_an_override_replaces_what_it_names_and_nothing_else(tmp_path):
@@ -161,13 +189,18 @@ def test_an_override_replaces_what_it_names_and_nothing_else(tmp_path):
     assert (fsgl.backbone, fsgl.recipe.sam_rho, fsgl.settings.gamma) == ("resnet34", 0.05, 1.0)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_says_what_it_aims_at_and_carries_the_published_settings(name):
-    """The table of methods.md for MiSLAS, and the budgets of the others."""
-    text = (ROOT / f"presets/{name}.yaml").read_text()
-    header = [line for line in text.splitlines() if line.startswith("#")]
-    assert any("dvc exp run" in line for line in header)
-    assert any("top-1 in %" in line for line in header)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "own_images"])
+def test_a_preset_says_in_its_header_what_it_aims_at(name):
+    lines = (ROOT / f"presets/{name}.yaml").read_text().splitlines()
+    header = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert f"dvc exp run -S 'grid.datasets=[{name}]'" in header
+    assert "top-1 in %" in header
+    assert re.search(r"mixup +mislas +\d\d\.\d+ \(\d+\.\d+\) +MiSLAS", header) or name.endswith("_200")
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("cifar")])
+def test_a_cifar_preset_carries_the_published_settings(name):
+    """The paper's table for MiSLAS, and the budgets of the others."""
     p = params.load(ROOT / "params.yaml")
     cifar, _, factor = name.split("_")
     dataset = params.dataset(p, name, ROOT)
@@ -190,6 +223,33 @@ def test_a_preset_says_what_it_aims_at_and_carries_the_published_settings(name):
     assert settings.training(p, name, "fsgl", "representations", ROOT).settings.gamma == {"cifar10": 0.5}.get(
         cifar, 1.0
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "weight_decay", "backbone", "smoothing", "marc_batch"),
+    [
+        ("imagenet_lt", 180, 5e-4, "resnet50", (0.3, 0.0), 256),
+        ("inaturalist2018", 200, 1e-4, "resnet50", (0.3, 0.0), 256),
+        ("places_lt", 90, 5e-4, "resnet152", (0.4, 0.1), 128),
+    ],
+)
+def test_a_large_preset_carries_the_published_settings(name, epochs, weight_decay, backbone, smoothing, marc_batch):
+    p = params.load(ROOT / "params.yaml")
+    mixup = settings.training(p, name, "mixup", "representations", ROOT)
+    assert (mixup.recipe.epochs, mixup.recipe.batch_size, mixup.recipe.weight_decay) == (epochs, 256, weight_decay)
+    assert (mixup.backbone, mixup.settings.alpha, mixup.recipe.schedule.shape) == (backbone, 0.2, "cosine")
+    assert (mixup.pretrained.trains if mixup.pretrained else None) == ("last_block" if name == "places_lt" else None)
+    mislas = settings.training(p, name, "mislas", "classifiers", ROOT)
+    assert (mislas.settings.smooth_head, mislas.settings.smooth_tail) == smoothing
+    assert (mislas.settings.lr_factor, mislas.settings.shifted_bn, mislas.recipe.epochs) == (0.05, True, 10)
+    marc = settings.training(p, name, "marc", "classifiers", ROOT)
+    assert (marc.recipe.batch_size, marc.recipe.lr, marc.settings.augmentation) == (marc_batch, 0.05, "standard")
+
+
+def test_only_some_backbones_can_be_pretrained(tmp_path):
+    p = with_preset(tmp_path, "backbone: resnet32\n", "pretrained: {file: x.pth, trains: all}\nbackbone: resnet32\n")
+    with pytest.raises(UserError, match=r"100\.yaml: backbone: resnet32 cannot be pretrained: use one of resnet10, "):
+        settings.training(p, "cifar100_lt_100", "ce", "representations", tmp_path)
 
 
 def test_yaml_1_2_numbers_as_dvc_writes_them(tmp_path):

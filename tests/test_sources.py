@@ -23,13 +23,13 @@ LABELS_KEY = {"cifar10": "labels", "cifar100": "fine_labels"}
 
 
 def test_kinds_are_the_modules():
-    assert sources.kinds() == ["cifar10", "cifar100", "digits"]
+    assert sources.kinds() == ["cifar10", "cifar100", "digits", "folder", "list"]
 
 
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({}, "params.yaml: datasets.digits_lt.source.kind: must be one of cifar10, cifar100, digits, got None"),
+        ({}, "datasets.digits_lt.source.kind: must be one of cifar10, cifar100, digits, folder, list, got None"),
         ({"kind": "mnist"}, "got 'mnist'"),
         ({"kind": "digits", "seed": 0}, "params.yaml: datasets.digits_lt.source.test_per_class: this key is missing"),
         ({"kind": "digits", "seed": 0, "test_per_class": 0}, "greater than or equal to 1, got 0"),
@@ -45,7 +45,7 @@ def test_bad_blocks(block, message):
 
 def test_a_mirror_does_not_change_what_is_recorded():
     config = cifar10.Config(kind="cifar10", url="http://mirror/archive")
-    assert config.model_dump() == {"kind": "cifar10"}
+    assert config.model_dump() == sources.record(config) == {"kind": "cifar10"}
 
 
 @pytest.fixture

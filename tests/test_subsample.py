@@ -1,9 +1,11 @@
 """The stages download and subsample, run in a folder of their own."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from stages import download, paths, subsample
-from tailcal import errors, files
+from tailcal import errors, files, rows
 from tailcal.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +82,7 @@ def project(tmp_path, monkeypatch):
         source={"kind": "digits", "test_per_class": 50, "seed": 0},
         holdout_per_class=20,
         imbalance={"profile": "exponential", "factor": 20.0, "seed": 0},
-        augmentation={"pad": 1, "flip": False, "cutout": 1, "mean": [0.3], "std": [0.4]},
+        augmentation={"kind": "pad_crop", "pad": 1, "flip": False, "cutout": 1, "mean": [0.3], "std": [0.4]},
     )
     return project
 
@@ -178,6 +180,56 @@ def test_natural_profile_keeps_everything_else(project):
     assert meta["n_max"] == 58
     assert meta["imbalance"]["measured_factor"] == 58 / 8
     assert len(arrays["train_labels"]) + len(arrays["holdout_labels"]) == 90
+
+
+def test_natural_profile_in_any_order_of_the_classes(project):
+    """No class order by frequency is needed, and the factor is the one that the data have, whatever the block says."""
+    labels = np.repeat(np.arange(3), [10, 60, 20])
+    made = project.put_raw(train_labels=labels)
+    meta, arrays = project.cut(holdout_per_class=0, imbalance__profile="natural", imbalance__factor=2)
+    assert meta["train_counts"] == [10, 60, 20]
+    assert (meta["n_max"], meta["imbalance"]["measured_factor"]) == (60, 6.0)
+    assert arrays["train_labels"].tolist() == labels.tolist()
+    assert sorted(map(bytes, arrays["train_images"])) == sorted(map(bytes, made["train_images"]))
+
+
+def test_chunks_make_the_bytes_of_numpy(project, monkeypatch):
+    """Whatever the size of a chunk, below one image included."""
+    generator = np.random.default_rng(2)
+    images = generator.integers(0, 256, (90, 3, 5, 3), dtype=np.uint8)
+    project.put_raw(train_images=images, test_images=images[:12])
+    project.change(augmentation__mean=[0.5] * 3, augmentation__std=[0.5] * 3)
+    made = set()
+    for size in (1, 45, 100, 16 << 20):
+        monkeypatch.setattr(rows, "CHUNK_BYTES", size)
+        _, arrays = project.cut(holdout_per_class=5)
+        for name, array in arrays.items():
+            stream = io.BytesIO()
+            np.save(stream, array)
+            assert (paths.longtail(NAME) / f"{name}.npy").read_bytes() == stream.getvalue()
+        made.add(str(content(paths.longtail(NAME))))
+    assert len(made) == 1
+    assert (arrays["test_images"] == images[:12]).all()
+
+
+def test_memory_is_bounded(project, monkeypatch):
+    """48 MB of images are cut, and less than a tenth of that is ever held."""
+    project.put_raw(
+        train_images=np.zeros((90, 300, 300, 3), np.uint8), test_images=np.zeros((90, 300, 300, 3), np.uint8)
+    ).clear()
+    files.write_array(paths.raw(NAME) / "test_labels.npy", np.arange(90) % 3)
+    meta = files.read_json(paths.raw(NAME) / "meta.json")
+    meta["checksums"]["test_labels.npy"] = files.sha256(paths.raw(NAME) / "test_labels.npy")
+    files.write_json(paths.raw(NAME) / "meta.json", meta)
+    project.change(augmentation__mean=[0.5] * 3, augmentation__std=[0.5] * 3, imbalance__profile="natural")
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1 << 20)
+    tracemalloc.start()
+    try:
+        project.run(subsample)
+        assert tracemalloc.get_traced_memory()[1] < 4.8e6
+    finally:
+        tracemalloc.stop()
+    assert (paths.longtail(NAME) / "test_images.npy").stat().st_size > 24e6
 
 
 def test_step_profile(project):
@@ -306,10 +358,10 @@ def test_full_disk_is_one_line(project, monkeypatch):
     project.change(holdout_per_class=0)
     monkeypatch.setattr(sys, "argv", ["subsample", "--dataset", NAME])
 
-    def full(*_, **__):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit) as caught:
         errors.run(subsample.main)
     assert caught.value.code == "error: data/lt/digits_lt/train_images.npy: cannot write: No space left on device"

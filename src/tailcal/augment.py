@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tailcal import largeaugment as large
 from tailcal.autoaugment import autoaugment, cutout, draw_centres, draw_policies
 from tailcal.draws import Draws
-from tailcal.params import Augmentation
+from tailcal.largeaugment import draw_chosen
+from tailcal.params import Augmentation, PadCrop, ResizedCrop
 
 
 def crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
@@ -28,24 +30,56 @@ def flip(images: Tensor, flipped: Tensor) -> Tensor:
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
 
 
-def standard(images: Tensor, config: Augmentation, draws: Draws) -> Tensor:
-    """The field's standard augmentation: pad and random crop, then horizontal flip with probability 1/2."""
+def pad_crop(images: Tensor, config: PadCrop, draws: Draws) -> Tensor:
+    """The standard augmentation of small images: pad and random crop, then horizontal flip with probability 1/2."""
     b, device = len(images), images.device
     if config.pad:
         offsets = torch.randint(2 * config.pad + 1, (b, 2), generator=draws.device, device=device)
         images = crop(images, offsets, config.pad)
-    if config.flip:
-        images = flip(images, torch.rand(b, generator=draws.device, device=device) < 0.5)
-    return images
+    return flip(images, draw_chosen(b, draws, 0.5)) if config.flip else images
 
 
-def strong(images: Tensor, config: Augmentation, draws: Draws) -> Tensor:
-    """Standard augmentation, then AutoAugment's CIFAR-10 policy, then Cutout (MARC, BaGMar)."""
-    images = autoaugment(standard(images, config, draws), draw_policies(len(images), draws))
+def pad_crop_strong(images: Tensor, config: PadCrop, draws: Draws) -> Tensor:
+    """The strong one: standard, then AutoAugment's CIFAR-10 policy, then Cutout (MARC, BaGMar)."""
+    images = autoaugment(pad_crop(images, config, draws), draw_policies(len(images), draws))
     return cutout(images, draw_centres(*images.shape[:1], *images.shape[2:], draws), config.cutout)
 
 
-AUGMENTATIONS = {"standard": standard, "strong": strong}
+def resized_crop(images: Tensor, config: ResizedCrop, draws: Draws) -> Tensor:
+    """The standard augmentation of large images: random resized crop, flip with probability 1/2, colour jitter."""
+    b, _, height, width = images.shape
+    boxes = large.draw_resized_crops(b, height, width, draws, scale=(config.min_area, 1.0))
+    images = large.resized_crop(images, boxes, config.size)
+    if config.flip:
+        images = flip(images, draw_chosen(b, draws, 0.5))
+    if config.jitter:
+        images = large.colour_jitter(images, large.draw_jitter(b, draws, *[config.jitter] * 3))
+    return images
+
+
+def resized_crop_strong(images: Tensor, config: ResizedCrop, draws: Draws) -> Tensor:
+    """The strong one: standard, then sometimes grey, and sometimes blurred (FSGL)."""
+    images = resized_crop(images, config, draws)
+    images = large.grayscale(images, draw_chosen(len(images), draws, config.grey))
+    return large.gaussian_blur(images, *large.draw_blur(len(images), draws, probability=config.blur))
+
+
+AUGMENTATIONS = {
+    ("pad_crop", "standard"): pad_crop,
+    ("pad_crop", "strong"): pad_crop_strong,
+    ("resized_crop", "standard"): resized_crop,
+    ("resized_crop", "strong"): resized_crop_strong,
+}
+
+
+def augment(images: Tensor, config: Augmentation, strength: str, draws: Draws) -> Tensor:
+    """Training images with the augmentation of this strength: uint8 [B, C, H, W] in, uint8 [B, C, H', W'] out."""
+    return AUGMENTATIONS[config.kind, strength](images, config, draws)
+
+
+def plain(images: Tensor, config: Augmentation) -> Tensor:
+    """Test images as they are evaluated, without any draw: uint8 [B, C, H, W] in, uint8 [B, C, H', W'] out."""
+    return large.centre_crop(images, config.size) if isinstance(config, ResizedCrop) else images
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

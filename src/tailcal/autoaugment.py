@@ -179,7 +179,8 @@ def _policy(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, device=device), torch.tensor(probabilities, device=device)
 
 
-def _check(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
+    """Raise ValueError unless images are uint8 [B, C, H, W] with C = 1 or 3."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be [B, C, H, W] with 1 or 3 channels, got {list(images.shape)}")
     if images.dtype != torch.uint8:
@@ -278,7 +279,7 @@ def autoaugment(images: Tensor, drawn: PolicyDraws) -> Tensor:
     images uint8 [B, C, H, W] with C = 1 or 3, on the device of `drawn`. Returns uint8 [B, C, H, W].
     ValueError for another dtype, or another number of dimensions or channels.
     """
-    _check(images)
+    check_images(images)
     rows = _policy(images.device)[0][drawn.sub_policy] + drawn.negative
     rows = rows.masked_fill(~drawn.applied, UNCHANGED)
     return _transformed(_transformed(images, rows[:, 0]), rows[:, 1])
@@ -291,7 +292,7 @@ def apply_operation(images: Tensor, operation: str, magnitude: int | None, negat
     Equalize and Invert; negative negates it (Posterize and Solarize have no sign). Returns uint8 [B, C, H, W].
     ValueError for other images, an unknown operation, and a magnitude out of its range.
     """
-    _check(images)
+    check_images(images)
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
     if operation in WITHOUT_MAGNITUDE:
@@ -318,7 +319,7 @@ def cutout(images: Tensor, centres: Tensor, size: int) -> Tensor:
     of the hole, which takes the rows and columns from centre - size // 2 on. Returns uint8 [B, C, H, W].
     ValueError for other images and sizes.
     """
-    _check(images)
+    check_images(images)
     if size < 1:
         raise ValueError(f"the side of the hole must be 1 pixel or more, got {size}")
     first = centres - size // 2

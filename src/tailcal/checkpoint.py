@@ -7,6 +7,7 @@ another fingerprint: a stale checkpoint is never taken up.
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def keep_only(folder: Path) -> None:
 
 def require_finite(loss: float, title: str, epoch: int, path: Path) -> None:
     """Raise UserError when the loss is NaN or infinite, naming the training, the epoch and the last good checkpoint."""
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    if not math.isfinite(loss):
         last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        raise UserError(f"{title}: the loss became {loss} in epoch {epoch + 1}; {last}. A lower lr usually helps")
+        raise UserError(
+            f"{title}: the loss or a weight became {loss} in epoch {epoch + 1}; {last}. "
+            "A lower lr, or milder settings of the method, usually help"
+        )

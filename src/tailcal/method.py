@@ -121,7 +121,7 @@ class Representation(Method):
     head: ClassVar[str] = "linear"  # a name in models.heads.HEADS
 
     def setup(self, network: Network) -> list[ParameterGroup]:
-        return [ParameterGroup(list(network.parameters()))]
+        return [ParameterGroup([p for p in network.parameters() if p.requires_grad])]
 
 
 class Classifier(Method):

@@ -22,8 +22,16 @@ class SGD:
     g <- grad + weight_decay w;  v <- momentum v + g;  w <- w - lr v
     """
 
-    def __init__(self, groups: list[ParameterGroup], momentum: float, weight_decay: float):
+    def __init__(
+        self,
+        groups: list[ParameterGroup],
+        momentum: float,
+        weight_decay: float,
+        after_backward: Callable[[], None] = lambda: None,
+    ):
+        """after_backward: called once each gradient is there, before it is used (several processes sum theirs)."""
         self.groups, self.momentum, self.weight_decay = groups, momentum, weight_decay
+        self.after_backward = after_backward
         self.velocities = [[torch.zeros_like(p) for p in group.parameters] for group in groups]
 
     def step(self, lr: float, loss: Loss, ascent: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -32,11 +40,16 @@ class SGD:
         `ascent` is not called: it is there so that every optimiser is stepped in the same way.
         """
         del ascent
+        value, logits = self._descend(loss)
+        self._update(lr)
+        return value.detach(), logits.detach()
+
+    def _descend(self, loss: Loss) -> tuple[Tensor, Tensor]:
         self._zero_grad()
         value, logits = loss()
         value.backward()
-        self._update(lr)
-        return value.detach(), logits.detach()
+        self.after_backward()
+        return value, logits
 
     @torch.no_grad()
     def _update(self, lr: float) -> None:
@@ -70,14 +83,22 @@ class SAM(SGD):
     Batch norm's running statistics follow both passes, as in the released codes.
     """
 
-    def __init__(self, groups: list[ParameterGroup], momentum: float, weight_decay: float, rho: float):
-        super().__init__(groups, momentum, weight_decay)
+    def __init__(
+        self,
+        groups: list[ParameterGroup],
+        momentum: float,
+        weight_decay: float,
+        rho: float,
+        after_backward: Callable[[], None] = lambda: None,
+    ):
+        super().__init__(groups, momentum, weight_decay, after_backward)
         self.rho = rho
 
     def step(self, lr: float, loss: Loss, ascent: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """One update: climb the gradient of `ascent()` by rho, and descend with the gradient of `loss()` there."""
         self._zero_grad()
         ascent().backward()
+        self.after_backward()
         with torch.no_grad():
             # A parameter that the ascent loss does not reach has no gradient, and stays where it is.
             climbing = [p for group in self.groups for p in group.parameters if p.grad is not None]
@@ -85,20 +106,18 @@ class SAM(SGD):
             gradient = [p.grad for p in climbing]
             norm = torch.stack(torch._foreach_norm(gradient)).norm()
             torch._foreach_add_(climbing, torch._foreach_mul(gradient, self.rho / (norm + 1e-12)))
-        self._zero_grad()
-        value, logits = loss()
-        value.backward()
+        value, logits = self._descend(loss)
         with torch.no_grad():
             torch._foreach_copy_(climbing, before)  # exactly w: subtracting e again would round
         self._update(lr)
         return value.detach(), logits.detach()
 
 
-def optimiser(groups: list[ParameterGroup], recipe: Recipe) -> SGD:
+def optimiser(groups: list[ParameterGroup], recipe: Recipe, after_backward: Callable[[], None] = lambda: None) -> SGD:
     """The optimiser that the recipe asks for."""
     if recipe.sam_rho:
-        return SAM(groups, recipe.momentum, recipe.weight_decay, recipe.sam_rho)
-    return SGD(groups, recipe.momentum, recipe.weight_decay)
+        return SAM(groups, recipe.momentum, recipe.weight_decay, recipe.sam_rho, after_backward)
+    return SGD(groups, recipe.momentum, recipe.weight_decay, after_backward)
 
 
 def learning_rate(recipe: Recipe, spent: int) -> float:

@@ -56,6 +56,9 @@ class Runtime(Strict):
 
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1, le=1024)]
+    processes: Annotated[int, Field(ge=1, le=1024)]
+    sync_bn: bool
+    placement: Literal["auto", "device", "host", "disk"]
     checkpoint_seconds: Annotated[float, Field(ge=0)]
 
 
@@ -67,24 +70,49 @@ class Imbalance(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class Augmentation(Strict):
-    """What `standard` and `strong` augmentation mean for the images of a data set.
+class _Normalised(Strict):
+    """What every augmentation ends with: pixels in [0, 1], less `mean`, by `std`; one value a channel."""
 
-    standard: zero-pad by `pad`, random crop, horizontal flip; strong: then AutoAugment's CIFAR-10 policy and one hole
-    of `cutout` pixels' side. Either way pixels in [0, 1] are then normalised by `mean` and `std`, one value a channel.
-    """
-
-    pad: Annotated[int, Field(ge=0, le=64)]
-    flip: bool
-    cutout: Annotated[int, Field(ge=1)]
     mean: Annotated[list[float], Field(min_length=1)]
     std: Annotated[list[Positive], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _same_channels(self) -> "Augmentation":
+    def _same_channels(self) -> "_Normalised":
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}: one a channel each")
         return self
+
+
+class PadCrop(_Normalised):
+    """For small images, which keep their size.
+
+    standard: zero-pad by `pad`, random crop, horizontal flip; strong: then AutoAugment's CIFAR-10 policy and one hole
+    of `cutout` pixels' side. Test images are used as they are.
+    """
+
+    kind: Literal["pad_crop"]
+    pad: Annotated[int, Field(ge=0, le=64)]
+    flip: bool
+    cutout: Annotated[int, Field(ge=1)]
+
+
+class ResizedCrop(_Normalised):
+    """For large images: a random part of at least `min_area` of the image, brought to `size` pixels' side.
+
+    standard: that, horizontal flip, and brightness, contrast and saturation jittered by up to `jitter`; strong: then
+    grey with probability `grey` and blurred with probability `blur`. Of test images the central `size` pixels are used.
+    """
+
+    kind: Literal["resized_crop"]
+    size: Annotated[int, Field(ge=7)]  # the blur is 13 pixels wide and mirrors at the border
+    min_area: Annotated[float, Field(gt=0, le=1)]
+    flip: bool
+    jitter: Annotated[float, Field(ge=0, le=1)]
+    grey: Fraction
+    blur: Fraction
+
+
+Augmentation = Annotated[PadCrop | ResizedCrop, Field(discriminator="kind")]
 
 
 class Cosine(Strict):
@@ -92,7 +120,7 @@ class Cosine(Strict):
 
     shape: Literal["cosine"]
     warmup: Annotated[int, Field(ge=0)]
-    warmup_lr: Annotated[float, Field(ge=0)]
+    warmup_lr: Annotated[float, Field(ge=0, le=1000)]
 
 
 class MultiStep(Strict):
@@ -100,9 +128,9 @@ class MultiStep(Strict):
 
     shape: Literal["multistep"]
     warmup: Annotated[int, Field(ge=0)]
-    warmup_lr: Annotated[float, Field(ge=0)]
+    warmup_lr: Annotated[float, Field(ge=0, le=1000)]
     milestones: list[Annotated[int, Field(ge=1)]]
-    gamma: Positive
+    gamma: Annotated[float, Field(gt=0, le=1)]
 
     @model_validator(mode="after")
     def _ascending(self) -> "MultiStep":
@@ -117,14 +145,14 @@ class Recipe(Strict):
     The budget is counted in `epochs` or in `iterations`, and so are the schedule's `warmup` and `milestones`.
     """
 
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    iterations: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    iterations: Annotated[int, Field(ge=1, le=10**9)] | None = None
     batch_size: Annotated[int, Field(ge=2)]  # batch norm has no variance over a single image
     last_batch: Literal["fill", "drop"]
-    lr: Positive
+    lr: Annotated[float, Field(gt=0, le=1000)]
     momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    sam_rho: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0, le=1000)]
+    sam_rho: Annotated[float, Field(ge=0, le=1000)]
     schedule: Annotated[Cosine | MultiStep, Field(discriminator="shape")]
 
     @property
@@ -145,11 +173,33 @@ class Recipe(Strict):
         return self
 
 
+class Pretrained(Strict):
+    """A backbone that begins with given weights; `trains` says what of it stage 1 may change."""
+
+    file: str
+    trains: Literal["all", "last_block"]
+
+
+class Override(BaseModel):
+    """What differs for one method on one data set; all further keys are settings of the method."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    recipe: Word | None = None
+    backbone: Word | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's own keys."""
+        return self.model_extra
+
+
 class Dataset(Strict):
     """One data set of the grid: where its images come from, its long tail, and what its trainings use.
 
     `represent` and `calibrate` name the recipes of the two stages. `overrides` says, a method, what differs on this
-    data set: another `recipe`, another `backbone` (of a representation), other settings of the method.
+    data set: another `recipe`, another `backbone` (of a representation), other settings of the method. `recipes` are
+    the data set's own, beside those of params.yaml.
     """
 
     source: dict[str, Any]
@@ -159,7 +209,9 @@ class Dataset(Strict):
     augmentation: Augmentation
     represent: Word
     calibrate: Word
-    overrides: dict[Word, dict[str, Any]]
+    overrides: dict[Word, Override]
+    recipes: dict[Word, Recipe] = {}
+    pretrained: Pretrained | None = None
     _file: Path = PrivateAttr(default=PARAMS)
     _block: str = PrivateAttr(default="")
 
@@ -209,6 +261,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value} appears twice", key.start_mark
@@ -241,7 +295,7 @@ def describe(error: ValidationError, where: str) -> str:
     # An unknown key first: where one is misspelt, the right one is missing too, and the typo is what the user needs.
     first = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")[0]
     # A discriminated union adds the chosen tag to the location; no key of ours is called that.
-    path = [str(part) for part in first["loc"] if part not in ("cosine", "multistep")]
+    path = [str(part) for part in first["loc"] if part not in ("cosine", "multistep", "pad_crop", "resized_crop")]
     key = ".".join([part for part in [where, *path] if part])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     kind = first["type"]
@@ -284,27 +338,30 @@ def dataset(p: Params, name: str, root: Path = Path()) -> Dataset:
     Raises UserError (one line) when there is neither, when the preset is wrong, or when it uses a name without a block.
     """
     preset = PRESETS / f"{name}.yaml"
+    if name in p.datasets and (root / preset).exists():
+        raise UserError(f"{PARAMS}: datasets.{name} is also the file {preset}: rename one of the two")
     if name in p.datasets:
         found = p.datasets[name]
         found._block = f"datasets.{name}."
     elif (root / preset).is_file():
         found = validate(Dataset, _read(root / preset), "", preset)
         found._file = preset
+    elif (root / preset).exists() or (root / preset).is_symlink():
+        raise UserError(f"{preset}: must be a file, or a link to one")
     else:
-        known = sorted({*p.datasets, *(file.stem for file in (root / PRESETS).glob("*.yaml"))})
+        blocks = sorted({*p.datasets, *(file.stem for file in (root / PRESETS).glob("*.yaml") if file.is_file())})
         raise UserError(
-            f"{PARAMS}: there is no data set {name}: add datasets.{name} or {preset}, or use one of {', '.join(known)}"
+            f"{PARAMS}: there is no data set {name}: add datasets.{name} or {preset}, or use one of {', '.join(blocks)}"
         )
-    recipes = {"represent": found.represent, "calibrate": found.calibrate} | {
-        f"overrides.{method}.recipe": override["recipe"]
+    used = {"represent": found.represent, "calibrate": found.calibrate} | {
+        f"overrides.{method}.recipe": override.recipe
         for method, override in found.overrides.items()
-        if "recipe" in override
+        if override.recipe is not None
     }
-    for key, recipe in recipes.items():
-        if recipe not in p.recipes:
-            raise UserError(
-                f"{found.key(key)}: there is no recipe {recipe!r}: there are {', '.join(sorted(p.recipes))}"
-            )
+    known = p.recipes | found.recipes
+    for key, recipe in used.items():
+        if recipe not in known:
+            raise UserError(f"{found.key(key)}: there is no recipe {recipe!r}: there are {', '.join(sorted(known))}")
     if unknown := sorted(set(found.overrides) - set(p.representations) - set(p.classifiers)):
         raise UserError(f"{found.key('overrides')}.{unknown[0]}: no method of that name has a block in {PARAMS}")
     return found

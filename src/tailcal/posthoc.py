@@ -171,8 +171,8 @@ def prediction_normalization(probabilities_NK: np.ndarray, tau: float, sums_K: n
     """Prediction normalisation (PN): p'_ik proportional to p_ik / s_k^tau, s_k = sum_i p_ik, each row made to sum to 1.
 
     Source: BaGMar, where the sums run over the test set; it is the prediction re-balancing of GALA (Zhang et al., 2024,
-    arXiv:2403.09036). `sums_K` [K] gives other sums, up to a common factor, which
-    cancels; with None they are those of `probabilities_NK` [N, K] itself, so that each row depends on all the others.
+    arXiv:2403.09036). `sums_K` [K] gives other sums, up to a common factor, which cancels; with None they are those of
+    `probabilities_NK` [N, K] itself, so that each row depends on all the others.
     Returns probabilities, float64 [N, K]; tau = 0 returns the rows as they are.
 
     Raises ValueError when there are no samples, a row is no distribution, tau is negative or not finite, `sums_K` has

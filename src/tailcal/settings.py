@@ -11,7 +11,8 @@ from typing import Any
 from tailcal import method, models, params
 from tailcal.errors import UserError
 from tailcal.method import Stage
-from tailcal.params import Augmentation, Params, Recipe, Strict
+from tailcal.models import imagenet
+from tailcal.params import PARAMS, Augmentation, Override, Params, Pretrained, Recipe, Strict
 
 RECIPE = {"representations": "represent", "classifiers": "calibrate"}  # the data set's default recipe of each stage
 
@@ -20,7 +21,8 @@ RECIPE = {"representations": "represent", "classifiers": "calibrate"}  # the dat
 class Training:
     """Everything that one training depends on, but for code, data, seed and (stage 2) the representation.
 
-    `backbone` is None in stage 2, where it is the representation's; `recipe` is None for a method that takes no step.
+    `backbone` is None in stage 2, where it is the representation's; `recipe` is None for a method that takes no step;
+    `pretrained` is None for a backbone that begins at random.
     """
 
     method: str
@@ -29,31 +31,52 @@ class Training:
     backbone: str | None
     recipe_name: str | None
     recipe: Recipe | None
+    pretrained: Pretrained | None
+    recipe_key: str  # file and key of the recipe, for an error line
 
     def record(self) -> dict[str, Any]:
         """As plain values, for a JSON file."""
         return {
             field.name: value.model_dump(exclude_none=True) if isinstance(value, Strict) else value
             for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
+            if field.name != "recipe_key" and (value := getattr(self, field.name)) is not None
         }
 
 
 def training(p: Params, dataset_name: str, name: str, stage: Stage, root: Path = Path()) -> Training:
     """The settings of one method on one data set; presets lie below `root`. Raises UserError naming the wrong key."""
     dataset = params.dataset(p, dataset_name, root)
-    override = dict(dataset.overrides.get(name, {}))
+    override = dataset.overrides.get(name, Override())
     block = params.chosen(getattr(p, stage), name, stage)
     config = method.configure(name, block, stage)
-    backbone = recipe_name = None
+    backbone = recipe_name = pretrained = None
     if stage == "representations":
-        key = f"overrides.{name}.backbone" if "backbone" in override else "backbone"
-        backbone = override.pop("backbone", dataset.backbone)
+        key = f"overrides.{name}.backbone" if override.backbone else "backbone"
+        backbone = override.backbone or dataset.backbone
+        pretrained = dataset.pretrained
+        if pretrained and backbone not in imagenet.BACKBONES:
+            known = ", ".join(imagenet.BACKBONES)
+            raise UserError(f"{dataset.key(key)}: {backbone} cannot be pretrained: use one of {known}")
         if backbone not in models.BACKBONES:
             raise UserError(f"{dataset.key(key)}: must be one of {', '.join(models.BACKBONES)}, got {backbone!r}")
-    if method.load(name).trained:
-        recipe_name = override.pop("recipe", getattr(dataset, RECIPE[stage]))
-    if override:
+    elif override.backbone:
+        raise UserError(f"{dataset.key(f'overrides.{name}.backbone')}: a classifier has no backbone of its own")
+    trained = method.load(name).trained
+    if override.recipe and not trained:
+        raise UserError(f"{dataset.key(f'overrides.{name}.recipe')}: {name} takes no training step, so has no recipe")
+    if trained:
+        recipe_name = override.recipe or getattr(dataset, RECIPE[stage])
+    if override.settings:
         # The block alone was right, so what is wrong with both together is the override's.
-        config = dataset.validate_block(type(config), block | override, f"overrides.{name}")
-    return Training(name, config, dataset.augmentation, backbone, recipe_name, p.recipes.get(recipe_name))
+        config = dataset.validate_block(type(config), block | override.settings, f"overrides.{name}")
+    own = recipe_name in dataset.recipes
+    return Training(
+        name,
+        config,
+        dataset.augmentation,
+        backbone,
+        recipe_name,
+        dataset.recipes[recipe_name] if own else p.recipes.get(recipe_name),
+        pretrained,
+        dataset.key(f"recipes.{recipe_name}") if own else f"{PARAMS}: recipes.{recipe_name}",
+    )

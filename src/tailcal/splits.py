@@ -18,11 +18,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, H, W, C] and labels int64 [N] of one split.
+    """Images uint8 [N, H, W, C], memory-mapped, and labels int64 [N] of one split.
 
     Raises UserError naming the file when one is missing or not the one that meta.json describes.
     """
     checksums = read_meta(folder)["checksums"]
     for name in (f"{split}_images.npy", f"{split}_labels.npy"):
         verify(folder / name, checksums.get(name))
-    return read_array(folder / f"{split}_images.npy"), read_array(folder / f"{split}_labels.npy")
+    return read_array(folder / f"{split}_images.npy", mmap=True), read_array(folder / f"{split}_labels.npy")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tailcal import checkpoint
-from tailcal.augment import AUGMENTATIONS, normalise
+from tailcal import checkpoint, distributed
 from tailcal.draws import Draws, derive
 from tailcal.errors import UserError
-from tailcal.method import Batch, Method
+from tailcal.method import Method
 from tailcal.models import Network
 from tailcal.optim import learning_rate, optimiser
-from tailcal.params import PARAMS, Augmentation, Recipe, Runtime
+from tailcal.params import PARAMS, Recipe, Runtime
 from tailcal.progress import Progress
+from tailcal.store import Images
 
 EVALUATION_BATCH = 1024
 
@@ -37,48 +38,18 @@ def prepare(runtime: Runtime) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if on_gpu else "cpu")
-
-
-@dataclass(frozen=True)
-class Images:
-    """A split resident on the device: images uint8 [N, C, H, W], labels int64 [N], and how to prepare a batch."""
-
-    images: Tensor
-    labels: Tensor
-    augmentation: Augmentation
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def place(
-        cls, images: np.ndarray, labels: np.ndarray, augmentation: Augmentation, device: torch.device
-    ) -> "Images":
-        """Move uint8 [N, H, W, C] images and their labels to the device."""
-        channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        return cls(
-            torch.from_numpy(channels_first).to(device),
-            torch.from_numpy(np.array(labels)).to(device),
-            augmentation,
-            torch.tensor(augmentation.mean, device=device),
-            torch.tensor(augmentation.std, device=device),
-        )
-
-    def batch(self, indices: Tensor, augmentation: str, draws: Draws) -> Batch:
-        """The images at `indices`, augmented (a name in augment.AUGMENTATIONS) and normalised."""
-        images = AUGMENTATIONS[augmentation](self.images[indices], self.augmentation, draws)
-        labels = self.labels[indices]
-        return Batch(normalise(images, self.mean, self.std), labels, labels)
+    return distributed.join(torch.device("cuda" if on_gpu else "cpu"))
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One network in training: what makes it, and where its unfinished state is kept."""
+    """One network in training: what makes it, where its unfinished state is kept, which key its recipe has."""
 
     title: str
     seed: int
     make: Callable[[], tuple[Network, Method]]  # from torch's global generator, which `train` seeds
     scratch: Path
+    recipe_key: str
 
 
 def steps_per_epoch(n: int, recipe: Recipe) -> int:
@@ -103,31 +74,36 @@ def agreement(logits: Tensor, targets: Tensor) -> Tensor:
     return targets.gather(1, predicted[:, None]).mean()
 
 
-def train(
-    replica: Replica, data: Images, recipe: Recipe, device: torch.device, checkpoint_seconds: float
-) -> tuple[Network, list[dict[str, Any]]]:
+def train(replica: Replica, data: Images, recipe: Recipe, runtime: Runtime) -> tuple[Network, list[dict[str, Any]]]:
     """Train one network, going on from its checkpoint if there is one.
 
     Returns the network after the last epoch, and the history: a dict(epoch, seed, lr, loss, train_accuracy) an epoch.
-    The result is a function of (code, recipe, data, seed): interruptions leave no trace in it.
+    The result is a function of (code, recipe, data, seed): interruptions leave no trace in it. Where several processes
+    train together (`tailcal.distributed`), each calls this and each gets the same network.
     """
     torch.manual_seed(derive(replica.seed, "initialisation"))
     network, method = replica.make()
     groups = method.setup(network)  # before the device, so that every first weight comes from the one generator
+    device = data.device
     network, method = network.to(device), method.to(device)
     if not method.trained:
         if method.fitted:
             method.fit(network, over_batches(network.backbone, data), data.labels)
         return network, []
 
-    optimise = optimiser(groups, recipe)
+    optimise = optimiser(groups, recipe, partial(distributed.sum_gradients, network.backbone))
     generator = torch.Generator(device)
     labels = data.labels.cpu().numpy()
     steps, size = steps_per_epoch(len(labels), recipe), recipe.batch_size
     if size > len(labels):
         raise UserError(
-            f"{PARAMS}: batch_size is {size}, but the training split has {len(labels)} images ({replica.title}): "
-            f"use {len(labels)} or fewer"
+            f"{replica.recipe_key}.batch_size is {size}, but the training split has {len(labels)} images "
+            f"({replica.title}): use {len(labels)} or fewer"
+        )
+    if size % distributed.size():
+        raise UserError(
+            f"{replica.recipe_key}.batch_size is {size}, which {distributed.size()} processes cannot share evenly "
+            f"({replica.title})"
         )
     total = total_steps(len(labels), recipe)
     epochs = math.ceil(total / steps)  # a budget of iterations may end within an epoch
@@ -138,6 +114,7 @@ def train(
         optimise.load_state(saved["optimiser"])
         start, history = saved["epoch"], saved["history"]
 
+    shared = distributed.share(network, runtime.sync_bn)
     bar = Progress(replica.title, epochs, start, steps * size)
     last_saved = time.monotonic()
     for epoch in range(start, epochs):
@@ -145,27 +122,21 @@ def train(
         first, stop = epoch * steps, min((epoch + 1) * steps, total)
         lr = learning_rate(recipe, epoch if recipe.epochs else first)
         progress = epoch / epochs
-        streams = [
-            torch.from_numpy(sampler(labels, derive(replica.seed, "sampler", i), first * size, stop * size))
-            .view(-1, size)
-            .to(device)
+        drawn = [
+            sampler(labels, derive(replica.seed, "sampler", i), first * size, stop * size).reshape(-1, size)
             for i, sampler in enumerate(method.samplers())
         ]
         sums = torch.zeros(2, device=device)  # of losses, of training accuracies
-        for step in range(stop - first):
-            draws = Draws(replica.seed, first + step, generator)
-            batch = method.mix(
-                [
-                    data.batch(stream[step], method.config.augmentation, draws)
-                    for stream in streams
-                    for _ in range(method.views)
-                ],
-                draws,
-            )
+        for step, pairs in enumerate(data.steps(drawn), start=first):
+            draws = Draws(replica.seed, step, generator)
+            views = [
+                data.prepare(*pair, method.config.augmentation, draws) for pair in pairs for _ in range(method.views)
+            ]
+            batch = method.mix(views, draws)
             loss, logits = optimise.step(
                 lr,
-                partial(method.loss, network, batch, progress),
-                partial(method.ascent_loss, network, batch, progress),
+                partial(method.loss, shared, batch, progress),
+                partial(method.ascent_loss, shared, batch, progress),
             )
             method.observe(logits, batch)
             sums += torch.stack([loss, agreement(logits, batch.targets)])
@@ -176,7 +147,9 @@ def train(
             {"epoch": epoch + 1, "seed": replica.seed, "lr": lr, "loss": mean_loss, "train_accuracy": accuracy}
         )
         bar.epoch(epoch + 1, mean_loss)
-        if epoch + 1 == epochs or time.monotonic() - last_saved >= checkpoint_seconds:
+        if distributed.is_first() and (
+            epoch + 1 == epochs or time.monotonic() - last_saved >= runtime.checkpoint_seconds
+        ):
             checkpoint.save(
                 replica.scratch,
                 {
@@ -188,7 +161,13 @@ def train(
                 },
             )
             last_saved = time.monotonic()
+    if data.placement != "device" and distributed.is_first():
+        waited = f"steps waited {data.waited:.1f} s for them"
+        print(f"{replica.title}: images on the {data.placement}, {waited}", file=sys.stderr)
     method.finish(network)
+    # The last step's loss was measured before its update, so the weights are looked at as well.
+    finite = torch.stack([value.isfinite().all() for value in network.state_dict().values()]).all()
+    checkpoint.require_finite(0.0 if finite else math.nan, replica.title, epochs - 1, replica.scratch)
     return network, history
 
 
@@ -196,8 +175,7 @@ def train(
 def over_batches(module: nn.Module, data: Images) -> Tensor:
     """What a module makes of all images of a split, unaugmented and in evaluation mode: [N, ...]."""
     module.eval()
-    chunks = [module(normalise(images, data.mean, data.std)) for images in data.images.split(EVALUATION_BATCH)]
-    return torch.cat(chunks)
+    return torch.cat([module(images) for images in data.whole(EVALUATION_BATCH)])
 
 
 def predict(network: Network, data: Images) -> np.ndarray:

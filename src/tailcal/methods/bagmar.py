@@ -43,7 +43,7 @@ class Method(Representation):
     class Config(Trained):
         """lambda1: strength of the margin; accumulation: what G is."""
 
-        lambda1: Annotated[float, Field(ge=0)]
+        lambda1: Annotated[float, Field(ge=0, le=100)]
         accumulation: Literal["total", "gradient"]
 
     def __init__(self, config: Config, counts: Tensor):

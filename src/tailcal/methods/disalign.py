@@ -51,7 +51,7 @@ class Method(Classifier):
     class Config(Trained):
         """rho: strength of the re-weighting, 0 is none."""
 
-        rho: Annotated[float, Field(ge=0)]
+        rho: Annotated[float, Field(ge=0, le=10)]
 
     def __init__(self, config: Config, counts: Tensor):
         super().__init__(config, counts)

@@ -32,7 +32,7 @@ class Method(Representation):
     class Config(Trained):
         """gamma: how fast an image that is right stops to count."""
 
-        gamma: Annotated[float, Field(ge=0)]
+        gamma: Annotated[float, Field(ge=0, le=100)]
 
     def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
         del progress

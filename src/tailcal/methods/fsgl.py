@@ -37,7 +37,9 @@ def scaling_factors(counts: Tensor, gamma: float) -> Tensor:
     lower label ranks first. An empty class has the last rank.
     """
     ranks = counts.argsort(descending=True, stable=True).argsort()
-    return (1 + gamma - gamma * ranks / len(counts)).mul(100).round().div(100)
+    factors = 1 + gamma - gamma * ranks.double() / len(counts)
+    # Python's round, as in that code: torch's rounds 1.485, which is a little below, the other way.
+    return torch.tensor([round(factor, 2) for factor in factors.tolist()])
 
 
 def feature_scale(features: Tensor, targets: Tensor, factors: Tensor) -> Tensor:
@@ -83,11 +85,11 @@ class Method(Representation):
         """gamma: strength of feature scaling (`fcc` in the released code); label_weighting: q; sampling: the
         exponent r with which the second batch is drawn (0 is uniform); hidden: H; consistency: c."""
 
-        gamma: Annotated[float, Field(ge=0)]
-        label_weighting: Annotated[float, Field(ge=0)]
-        sampling: Annotated[float, Field(ge=0)]
-        hidden: Annotated[int, Field(ge=1)]
-        consistency: Annotated[float, Field(ge=0)]
+        gamma: Annotated[float, Field(ge=0, le=100)]
+        label_weighting: Annotated[float, Field(ge=0, le=10)]
+        sampling: Annotated[float, Field(ge=0, le=10)]
+        hidden: Annotated[int, Field(ge=1, le=65536)]
+        consistency: Annotated[float, Field(ge=0, le=1000)]
 
     def __init__(self, config: Config, counts: Tensor):
         super().__init__(config, counts)

@@ -51,7 +51,7 @@ class Method(Representation):
         """max_margin: of the rarest class, in cosines; scale: s; beta: of the effective number; drw_start: the share
         of the epochs without re-weighting."""
 
-        max_margin: Annotated[float, Field(ge=0)]
+        max_margin: Annotated[float, Field(ge=0, le=2)]
         scale: Positive
         beta: Annotated[float, Field(ge=0, lt=1)]
         drw_start: Fraction

@@ -31,7 +31,7 @@ class Method(Representation):
     class Config(Trained):
         """tau: strength of the shift; 0 is cross-entropy."""
 
-        tau: Annotated[float, Field(ge=0)]
+        tau: Annotated[float, Field(ge=0, le=100)]
 
     def __init__(self, config: Config, counts: Tensor):
         super().__init__(config, counts)

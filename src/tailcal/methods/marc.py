@@ -45,7 +45,7 @@ class Method(Classifier):
     class Config(Trained):
         """rho: strength of the re-weighting, 0 is none."""
 
-        rho: Annotated[float, Field(ge=0)]
+        rho: Annotated[float, Field(ge=0, le=10)]
         shifted_bn: bool
 
     def __init__(self, config: Config, counts: Tensor):

@@ -53,7 +53,7 @@ def smoothing_factors(
 def label_aware_smoothing(logits: Tensor, labels: Tensor, factors: Tensor) -> Tensor:
     """Batch-mean label-aware smoothing (equation 3). logits [B, K], labels int64 [B], factors [K] in [0, 1]."""
     log_p = logits.log_softmax(dim=1)
-    e = factors[labels]
+    e = factors.to(logits.dtype)[labels]
     of_label = -log_p.gather(1, labels[:, None]).squeeze(1)
     return ((1 - e) * of_label - e * log_p.mean(dim=1)).mean()
 

@@ -8,15 +8,16 @@ temperature, which moves calibration and never accuracy. Its Euclidean distance 
 norm, which ranks the classes as the cosine does; here it is to the means themselves.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from tailcal.method import Classifier, ParameterGroup
 from tailcal.models import Network
-from tailcal.params import Positive, Strict
+from tailcal.params import Strict
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -39,6 +40,8 @@ def cosine(features: Tensor, means: Tensor) -> Tensor:
 def euclidean(features: Tensor, means: Tensor) -> Tensor:
     """-||f - mu_k||^2: features [B, D], means [K, D]. Returns [B, K]."""
     # Differences are taken first: the faster form |f|^2 - 2 f·mu + |mu|^2 cancels where a feature is near a mean.
+    if torch.compiler.is_exporting():  # ONNX has no cdist; this takes B K D numbers of memory
+        return -(features[:, None] - means).square().sum(dim=2)
     return -torch.cdist(features, means, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
@@ -67,12 +70,12 @@ class Method(Classifier):
         """distance: what is nearest; scale: the inverse temperature of the softmax over it."""
 
         distance: Literal["cosine", "euclidean"]
-        scale: Positive
+        scale: Annotated[float, Field(gt=0, le=1e6)]
 
     def setup_head(self, network: Network) -> list[ParameterGroup]:
-        del network
+        means = torch.zeros(len(self.counts), network.head.in_features)
+        network.head = NearestMean(means, self.config.distance, self.config.scale)
         return []
 
     def fit(self, network: Network, features: Tensor, labels: Tensor) -> None:
-        means = class_means(features, labels, len(self.counts))
-        network.head = NearestMean(means, self.config.distance, self.config.scale)
+        network.head.means = class_means(features, labels, len(self.counts))

@@ -20,7 +20,7 @@ class Method(Classifier):
     class Config(Strict):
         """tau: 0 keeps the classifier, 1 makes all norms equal."""
 
-        tau: Annotated[float, Field(ge=0)]
+        tau: Annotated[float, Field(ge=0, le=10)]
 
     def setup_head(self, network: Network) -> list[ParameterGroup]:
         network.head.rescale(network.head.norms() ** -self.config.tau)

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from tailcal.models import heads, resnet
+from tailcal.models import heads, imagenet, resnet
 
-BACKBONES = {**resnet.BACKBONES}
+BACKBONES = {**resnet.BACKBONES, **imagenet.BACKBONES}
 
 
 class Network(nn.Module):
@@ -17,8 +17,21 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
 
+    def train(self, mode: bool = True) -> "Network":
+        """Put all layers into training or evaluation mode, but for those that are pinned to the latter."""
+        super().train(mode)
+        for layer in self.modules():
+            if getattr(layer, "pinned", False):
+                layer.eval()
+        return self
 
-def build(backbone: str, head: str, channels: int, num_classes: int) -> Network:
-    """A freshly initialised network, drawn from torch's global generator. Raises KeyError for an unknown name."""
+
+def build(backbone: str, head: str, channels: int, num_classes: int, trains: str = "all") -> Network:
+    """A freshly initialised network, drawn from torch's global generator. Raises KeyError for an unknown name.
+
+    trains: what of the backbone may ever learn, `all` or `last_block`.
+    """
     body = BACKBONES[backbone](channels)
+    if trains == "last_block":
+        imagenet.freeze_but_last_block(body)
     return Network(body, heads.HEADS[head](body.features, num_classes))

@@ -40,8 +40,8 @@ class Cosine(nn.Module):
         return self.scale * F.linear(F.normalize(features), F.normalize(self.direction))
 
     def norms(self) -> Tensor:
-        """The norms of the weights that unit features meet: s, float [K]."""
-        return self.scale.clone()
+        """||W_k||, which is 1 for a direction: what is larger in one class than in another is no norm. float [K]."""
+        return torch.ones_like(self.scale)
 
     @torch.no_grad()
     def rescale(self, factors: Tensor) -> None:

@@ -1,15 +1,20 @@
 """Where images come from. One module a kind of source; `source.kind` in params.yaml is the module's name.
 
 A source module declares `Config` (a `params.Strict` with the keys of its block, `kind` included) and
-`load(config, downloads) -> Raw`. Heavy libraries are imported inside `load`, so that checking params stays cheap.
+`load(config, downloads) -> Raw | Listing`: arrays where the source holds arrays, a listing where it holds image files,
+which `tailcal.pack` then decodes. Heavy libraries are imported inside `load`, so that checking params stays cheap.
+
+(Once the source `list` has been imported, `list` in this module means that source and no longer the type.)
 """
 
 import importlib
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from tailcal.errors import UserError
 from tailcal.params import Dataset, Strict
@@ -29,6 +34,41 @@ class Raw:
     class_names: list[str]
 
 
+@dataclass(frozen=True)
+class Listing:
+    """A labelled data set whose images are still files.
+
+    `train_files` and `test_files` are N paths relative to `root`; labels and class names are those of `Raw`. `size`,
+    `channels`, `strict` and `workers` are the keys of `ImageFiles`.
+    """
+
+    root: Path
+    train_files: list[str]
+    train_labels: np.ndarray
+    test_files: list[str]
+    test_labels: np.ndarray
+    class_names: list[str]
+    size: int
+    channels: int
+    strict: bool = True
+    workers: int | None = None
+
+
+class ImageFiles(Strict):
+    """What every source of image files has.
+
+    The images become squares of `size` pixels with `channels` colours. With `strict`, one image that cannot be read
+    ends the stage; without, such images are left out, listed and counted. `workers` processes decode (by default as
+    many as there are processors); their number changes no byte, so it is not recorded and reruns nothing.
+    """
+
+    size: Annotated[int, Field(ge=1, le=1024)]
+    channels: Literal[1, 3]
+    strict: bool = True
+    workers: Annotated[int | None, Field(ge=1, le=1024, exclude=True)] = None
+    UNRECORDED: ClassVar[frozenset[str]] = frozenset({"strict"})
+
+
 def kinds() -> list[str]:
     """Names of the sources there are."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
@@ -42,6 +82,14 @@ def configure(dataset: Dataset) -> Strict:
     return dataset.validate_block(importlib.import_module(f"{__name__}.{kind}").Config, dataset.source, "source")
 
 
-def load(config: Strict, downloads: Path) -> Raw:
+def record(config: Strict) -> dict[str, Any]:
+    """What the artefacts say about their source: its block without `UNRECORDED`, the keys that name places.
+
+    A change of those runs the download again, and when that gives the same bytes, no training.
+    """
+    return config.model_dump(exclude=getattr(config, "UNRECORDED", frozenset()))
+
+
+def load(config: Strict, downloads: Path) -> Raw | Listing:
     """Fetch the images. `downloads` keeps archives between runs. Raises UserError when they cannot be had whole."""
     return importlib.import_module(f"{__name__}.{config.kind}").load(config, downloads)

@@ -1,0 +1,151 @@
+"""One training on several processes: the same batches, the same losses, the same weights, a share of the work each.
+
+Every process draws and augments the whole batch, so that mixing and every random draw are those of one process. The
+backbone then runs on each process's share of it, and the features of all shares are gathered: from there on every
+process has the whole batch again, and a method's loss need not know (a weighted mean, an accumulated gradient, a
+consistency term are those of the whole batch). Going back, a process's backbone receives the gradient of its own
+share, and the sum over processes is the gradient of one; the head's is whole on every process already.
+
+With `sync_bn` batch norm sees the whole batch too, and the loss curve is that of one process but for rounding; without
+it, batch norm sees a process's share, as is customary.
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tailcal.errors import UserError
+from tailcal.models import Network
+from tailcal.params import PARAMS
+
+
+def launch(module: str, processes: int) -> None:
+    """Start `python -m module` with the present arguments again, as `processes` processes, if that is still to be done.
+
+    Does not return then: this process becomes torchrun. Under torchrun, or for one process, there is nothing to do.
+    """
+    if processes == 1 or "RANK" in os.environ:
+        return
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", module)
+    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv[1:]])
+
+
+def join(device: torch.device) -> torch.device:
+    """Join the other processes, if torchrun has started some; returns this process's device."""
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"{PARAMS}: runtime.processes: one process a GPU, and there are {torch.cuda.device_count()} here"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def record(sync_bn: bool) -> dict[str, int | bool]:
+    """What the provenance of a result says of this: nothing for one process."""
+    return {"processes": size(), "sync_bn": sync_bn} if size() > 1 else {}
+
+
+class _Gather(torch.autograd.Function):
+    """Features of every process's share, in order. Backward: the own share's rows, since every process has the whole
+    gradient of the whole batch."""
+
+    @staticmethod
+    def forward(ctx, share: Tensor) -> Tensor:
+        shares = [torch.empty_like(share) for _ in range(size())]
+        dist.all_gather(shares, share.contiguous())
+        ctx.rows = len(share)
+        return torch.cat(shares)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes. Backward: the sum of the processes' gradients."""
+
+    @staticmethod
+    def forward(_ctx, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(_ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the shares of all processes; torch's own does not run on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        count = x.numel() / x.shape[1] * size()
+        # Two sums, since the difference of mean square and squared mean cancels where the mean is large.
+        mean = _Sum.apply(x.sum(dim=(0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+class Shared(nn.Module):
+    """A backbone that computes this process's share of the batch in training, and returns the features of all."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.inner = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _Gather.apply(self.inner(images.chunk(size())[dist.get_rank()]))
+
+
+def share(network: Network, sync_bn: bool) -> Network:
+    """A view of the network for training with the other processes: same parameters, the backbone's work divided."""
+    if size() == 1:
+        return network
+    if sync_bn:
+        for module in network.backbone.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SyncBatchNorm2d  # the same parameters and statistics, another forward
+    return Network(Shared(network.backbone), network.head)
+
+
+@torch.no_grad()
+def sum_gradients(backbone: nn.Module) -> None:
+    """Give every process the backbone's gradient of the whole batch, in one message."""
+    if size() == 1:
+        return
+    gradients = [p.grad for p in backbone.parameters() if p.grad is not None]
+    if gradients:
+        message = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(message)
+        parts = message.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

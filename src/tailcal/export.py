@@ -1,0 +1,258 @@
+"""Make a folder of a finished cell that classifies images anywhere: weights, ONNX and a description.
+
+    python -m tailcal.export --dataset D --representation R --classifier C --out model/
+
+model.safetensors  the weights, for `python -m tailcal.predict`
+model.onnx         for anything else: `images` uint8 [N, H, W, C] in, `probabilities` float32 [N, K] out, with
+                   normalisation and calibration inside; N is free. Needs the packages onnx and onnxscript here.
+model.json         classes and their training counts, image size, network, calibration, versions, provenance
+
+With --rule temperature (the default where the data set holds images out) the logits are divided by the temperature that
+suits the held-out logits of that seed, so that the confidence is a calibrated one. Only rules that act on one image at
+a time can be exported: pn_transductive, say, needs all test images together.
+"""
+
+import argparse
+import sys
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ConfigDict
+
+import tailcal
+from tailcal import errors, files, posthoc, provenance
+from tailcal.errors import UserError
+from tailcal.params import Augmentation, Strict, validate
+from tailcal.predict import CARD, ONNX, WEIGHTS, Card, Cell, Predictor, build
+from tailcal.weights import load_weights, save_weights
+
+CHECKED = 16  # images whose logits must be those that were saved when the cell was made
+TOLERANCE = 0.01  # of the largest of these logits; GPUs and CPUs differ by far less, another network by far more
+
+
+class Trained(Strict):
+    """What the pipeline records of stage 2, as far as an exported model needs it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    method: str
+    settings: dict[str, Any]
+    augmentation: Augmentation
+
+
+def read_field(path: Path, *keys: str) -> Any:
+    """A value of a JSON file of the pipeline. Raises UserError naming the file when it is missing or lacks the key."""
+    value = files.read_json(path)
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise UserError(f"{path} is damaged (no {'.'.join(keys)}): delete it and run `dvc repro`")
+        value = value[key]
+    return value
+
+
+def read_trained(path: Path) -> Trained:
+    """Method, settings and augmentation of stage 2, of its provenance. Raises UserError naming the file and the key."""
+    try:
+        return validate(Trained, read_field(path, "params", "classifier"), "params.classifier", path)
+    except UserError as error:
+        raise UserError(f"{error}; run `dvc repro` to make it with this version of tailcal") from None
+
+
+def read_logits(path: Path) -> dict[str, np.ndarray]:
+    """A seed's saved predictions: {holdout,test}_logits [N, K] and {holdout,test}_labels [N].
+
+    Raises UserError naming the file when it is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {f"{s}_{kind}": archive[f"{s}_{kind}"] for s in ("holdout", "test") for kind in ("logits", "labels")}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
+    except (
+        ValueError,
+        EOFError,
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
+
+
+def check_images(images: np.ndarray, path: Path) -> tuple[int, int]:
+    """Side and channels of the data set's images [N, H, W, C]. Raises UserError naming the file of other ones."""
+    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
+        raise UserError(
+            f"{path} holds images {list(images.shape)}: only square ones of 1 or 3 channels can be exported"
+        )
+    return images.shape[2], images.shape[3]
+
+
+@torch.inference_mode()
+def check_logits(model: Predictor, images: np.ndarray, logits: np.ndarray, path: Path) -> None:
+    """Compare the rebuilt network with the logits [N, K] that the pipeline saved for its images [N, H, W, C].
+
+    Raises UserError naming the weights when they differ: they are not those that were measured, or were made otherwise.
+    """
+    found = model.logits(torch.from_numpy(np.array(images[:CHECKED]))).numpy()
+    saved = logits[:CHECKED]
+    if found.shape != saved.shape or not np.abs(found - saved).max() <= TOLERANCE * np.abs(saved).max():
+        raise UserError(
+            f"{path} does not give the logits that were saved with it: a file has changed since, or the code has; "
+            "delete it and run `dvc repro`"
+        )
+
+
+def fit_temperature(counts: list[int], logits: np.ndarray, labels: np.ndarray, path: Path) -> float:
+    """The temperature that suits held-out logits [N, K], labels [N]. Raises UserError naming their file."""
+    rule = posthoc.RULES["temperature"]
+    try:
+        return rule.fit(rule.Config(), np.array(counts), logits, labels).numbers["temperature"]
+    except ValueError as error:
+        raise UserError(
+            f"{path}: the held-out predictions are of no use ({error}): delete it, run `dvc repro`"
+        ) from None
+
+
+def to_onnx(model: Predictor, size: int, channels: int) -> bytes:
+    """The whole of it, from pixels to probabilities, as an ONNX file for batches of any size.
+
+    Raises UserError when the packages are not there, or torch cannot translate the network.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"the package {error.name} is not installed: pip install onnx onnxscript") from None
+    from torch.onnx.errors import OnnxExporterError
+
+    example = torch.zeros(2, size, size, channels, dtype=torch.uint8)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                (example,),
+                input_names=["images"],
+                output_names=["probabilities"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+    except OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__:  # the first says what is wrong, those around it where to ask
+            cause = cause.__cause__
+        raise UserError(f"torch cannot translate this network ({str(cause).strip().splitlines()[0]})") from None
+    proto = program.model_proto
+    for node in proto.graph.node:  # where in our source each comes from: paths of this machine, and no use elsewhere
+        node.ClearField("metadata_props")
+    return proto.SerializeToString()
+
+
+def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) -> Card:
+    """Write the folder `out` from the artefacts of a finished cell below `root`; model.json comes last.
+
+    rule: temperature, none, or None for temperature where something is held out. Raises UserError naming the file that
+    is missing, damaged or not of this cell; nothing is written then.
+    """
+    where = f"{cell.dataset}/{cell.representation}"
+    meta = root / f"data/lt/{cell.dataset}/meta.json"
+    stage1 = root / f"data/representations/{where}/provenance.json"
+    weights = root / f"data/classifiers/{where}/{cell.classifier}/seed{cell.seed}.safetensors"
+    predictions = root / f"data/predictions/{where}/{cell.classifier}"
+
+    names, counts = read_field(meta, "class_names"), read_field(meta, "train_counts")
+    record = read_field(stage1, "network")
+    made = predictions / "provenance.json"
+    trained = read_trained(made)
+    logits = predictions / f"seed{cell.seed}.npz"
+    saved = read_logits(logits)
+    split = "holdout" if len(saved["holdout_labels"]) else "test"
+    if rule == "temperature" and split == "test":
+        raise UserError(f"--rule temperature is fitted on held-out images, and {cell.dataset} holds none out: use none")
+
+    network = build(record, trained.method, trained.settings, counts, made)
+    # Stage 2 keeps no checksum of these weights; what shows that they are the right ones is `check_logits`.
+    load_weights(network, weights, files.sha256(weights) if weights.is_file() else None)
+    images_path = meta.parent / f"{split}_images.npy"
+    images = files.read_array(images_path, mmap=True)
+    size, channels = check_images(images, images_path)
+    check_logits(Predictor(network, trained.augmentation, 1.0), images, saved[f"{split}_logits"], weights)
+
+    fitted = {}
+    if split == "holdout" and rule != "none":
+        fitted["temperature"] = fit_temperature(counts, saved["holdout_logits"], saved["holdout_labels"], logits)
+    model = Predictor(network, trained.augmentation, fitted.get("temperature", 1.0))
+    try:
+        onnx = to_onnx(model, size, channels)
+    except UserError as error:
+        onnx = None
+        print(f"{out / ONNX} is left out: {error}", file=sys.stderr)
+
+    save_weights(network, out / WEIGHTS)
+    if onnx is None:
+        (out / ONNX).unlink(missing_ok=True)  # of an earlier export
+    else:
+        files.write_bytes(out / ONNX, onnx)
+    card = Card(
+        format=1,
+        class_names=names,
+        train_counts=counts,
+        image_size=size,
+        channels=channels,
+        augmentation=trained.augmentation,
+        network=record,
+        classifier=trained.method,
+        settings=trained.settings,
+        rule="temperature" if fitted else "none",
+        fitted=fitted,
+        cell=cell,
+        weights=files.sha256(out / WEIGHTS),
+        onnx=files.sha256(out / ONNX) if onnx else None,
+        versions={"tailcal": tailcal.__version__, **provenance.versions()},
+        provenance=files.read_json(made),
+    )
+    files.write_json(out / CARD, card.model_dump())
+    return card
+
+
+def main() -> None:
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tailcal.export",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--representation", required=True)
+    parser.add_argument("--classifier", required=True)
+    parser.add_argument("--seed", type=int, default=0, help="which of the cell's networks (%(default)s)")
+    parser.add_argument(
+        "--rule", choices=["temperature", "none"], help="calibration (temperature if there is a hold-out)"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the folder to make, for instance model/")
+    parser.add_argument("--root", type=Path, default=Path(), help="the project's root (the current folder)")
+    args = parser.parse_args()
+
+    cell = Cell(dataset=args.dataset, representation=args.representation, classifier=args.classifier, seed=args.seed)
+    card = export(cell, args.out, args.rule, args.root)
+    if card.rule == "temperature":
+        said = f"calibrated with temperature {card.temperature:.4g}, fitted on the held-out images"
+    elif args.rule is None:
+        said = f"not calibrated: {args.dataset} holds no images out to fit a temperature on (rule none)"
+    else:
+        said = "not calibrated (rule none)"
+    print(f"{args.out}: {'/'.join([args.dataset, args.representation, args.classifier])} seed {args.seed}, {said}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

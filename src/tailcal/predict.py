@@ -1,0 +1,289 @@
+"""Classes and calibrated confidences for image files, from a model folder that `python -m tailcal.export` made.
+
+    python -m tailcal.predict --model model/ --out predictions.csv photographs/ another.jpg
+
+Folders are searched to any depth. The CSV has a row an image: file, class, confidence, then the next classes and
+theirs, as far as --top asks. A file that is no readable image is named on stderr, all others are still predicted, and
+the exit code is then 1. Nothing in a model folder is executed: it holds numbers and names.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tailcal import errors, files, method, models
+from tailcal.augment import normalise, plain
+from tailcal.errors import UserError
+from tailcal.images import EXTENSIONS, read_image, shown
+from tailcal.models import Network
+from tailcal.params import Augmentation, Positive, Strict, validate
+from tailcal.weights import load_weights
+
+WEIGHTS, CARD, ONNX = "model.safetensors", "model.json", "model.onnx"
+
+
+class Cell(Strict):
+    """The cell of the grid that a model comes from, and its seed."""
+
+    dataset: str
+    representation: str
+    classifier: str
+    seed: int
+
+
+class Card(Strict):
+    """model.json: what an exported model is, and all that is needed, beside its weights, to build it again.
+
+    `tailcal.images.read_image` makes squares of `image_size` pixels' side; `augmentation` says how the network takes
+    them: cropped or not, and normalised. `train_counts` are training images a class. `weights` and `onnx` are SHA-256
+    of the files beside it.
+    """
+
+    format: Literal[1]
+    class_names: Annotated[list[str], Field(min_length=2)]
+    train_counts: list[Annotated[int, Field(ge=1)]]
+    image_size: Annotated[int, Field(ge=1)]
+    channels: Literal[1, 3]
+    augmentation: Augmentation
+    network: dict[str, Any]
+    classifier: str
+    settings: dict[str, Any]
+    rule: Literal["temperature", "none"]
+    fitted: dict[str, Positive]
+    cell: Cell
+    weights: str
+    onnx: str | None
+    versions: dict[str, str]
+    provenance: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Card":
+        if len(self.train_counts) != len(self.class_names):
+            raise ValueError(f"{len(self.class_names)} class_names, but {len(self.train_counts)} train_counts")
+        if list(self.fitted) != (["temperature"] if self.rule == "temperature" else []):
+            raise ValueError(f"rule {self.rule} does not go with the fitted numbers {list(self.fitted)}")
+        return self
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by: 1 without a rule."""
+        return self.fitted.get("temperature", 1.0)
+
+
+class Predictor(nn.Module):
+    """uint8 images [N, H, W, C] to calibrated probabilities float32 [N, K]: all from the pixels to the softmax.
+
+    It acts on one image at a time, so the other images of a batch change nothing.
+    """
+
+    def __init__(self, network: Network, augmentation: Augmentation, temperature: float):
+        super().__init__()
+        self.network, self.augmentation, self.temperature = network, augmentation, temperature
+        self.register_buffer("mean", torch.tensor(augmentation.mean))
+        self.register_buffer("std", torch.tensor(augmentation.std))
+        self.eval()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """What the network itself says of uint8 images [N, H, W, C]: float32 [N, K]."""
+        return self.network(normalise(plain(images.permute(0, 3, 1, 2), self.augmentation), self.mean, self.std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.logits(images) / self.temperature).softmax(dim=1)
+
+
+def build(
+    network: dict[str, Any], classifier: str, settings: dict[str, Any], counts: list[int], source: Path
+) -> Network:
+    """A network as stage 2 leaves it, but for its weights.
+
+    network: the arguments of `models.build`; classifier, settings: stage 2's method and its block; counts: training
+    images a class. Raises UserError naming `source`, the file that these come from, when there is no such network.
+    """
+    if classifier not in method.names("classifiers"):
+        raise UserError(f"{source}: this version of tailcal has no classifier {classifier!r}")
+    Method = method.load(classifier)
+    config = validate(Method.Config, settings, "settings", source)
+    try:
+        built = models.build(**network)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{source}: this version of tailcal has no network {network} ({error})") from None
+    Method(config, torch.tensor(counts)).setup(built)
+    return built
+
+
+def load(folder: Path) -> tuple[Card, Predictor]:
+    """The model in a folder, on the CPU.
+
+    Raises UserError naming the file that is missing, damaged, or does not go with the others.
+    """
+    path = folder / CARD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} is missing: --model must be a folder made by `python -m tailcal.export`") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): export the model again") from None
+    card = validate(Card, content, "", path)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{weights} is missing: export the model again")
+    if (found := files.sha256(weights)) != card.weights:
+        raise UserError(
+            f"{weights} is damaged: its SHA-256 is {found}, {CARD} says {card.weights}; export the model again"
+        )
+    network = build(card.network, card.classifier, card.settings, card.train_counts, path)
+    load_weights(network, weights, card.weights)
+    return card, Predictor(network, card.augmentation, card.temperature)
+
+
+def find(arguments: Iterable[Path]) -> list[Path]:
+    """The files to predict, each once: those named, and in folders, to any depth and in order, what looks like images.
+
+    Hidden files in folders are left out. Raises UserError for a folder without any image.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        if not argument.is_dir():
+            found[argument] = None
+            continue
+        inside = sorted(
+            path
+            for path in argument.rglob("*")
+            if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+        )
+        if not inside:
+            raise UserError(
+                f"{shown(argument)}: no images in this folder: {' '.join(sorted(EXTENSIONS))} are looked for"
+            )
+        found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def read(paths: list[Path], card: Card, batch_size: int) -> Iterator[list[tuple[Path, np.ndarray | UserError]]]:
+    """The images, uint8 [S, S, C], in order and in batches; the error in place of one that cannot be read.
+
+    The next batch is read, by threads, while the caller works on the one before.
+    """
+
+    def one(path: Path) -> tuple[Path, np.ndarray | UserError]:
+        try:
+            return path, read_image(path, card.image_size, card.channels)
+        except UserError as error:
+            return path, error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
+        todo = iter(paths)
+
+        def start() -> list:
+            return [readers.submit(one, path) for path in islice(todo, batch_size)]
+
+        current = start()
+        while current:
+            ahead = start()
+            yield [reading.result() for reading in current]
+            current = ahead
+
+
+def rows(names: list[str], paths: list[Path], probabilities: Tensor, top: int) -> Iterator[list[str]]:
+    """The lines of the CSV for probabilities float [N, K] of N files."""
+    best = probabilities.cpu().topk(top, dim=1)
+    for path, values, classes in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
+        ranked = zip(classes, values, strict=True)
+        yield [str(path), *(cell for k, value in ranked for cell in (names[k], f"{value:.6f}"))]
+
+
+def line(cells: list[str]) -> bytes:
+    """One line of CSV. A file name that is no valid text keeps the bytes it has on disk."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+@torch.inference_mode()
+def predict(
+    card: Card, model: Predictor, paths: list[Path], out: Path, top: int, batch_size: int, device: torch.device
+) -> list[UserError]:
+    """Predict the files and write the CSV, whole or not at all; returns what was wrong with the unreadable ones.
+
+    Raises UserError when no file at all could be read; nothing is written then.
+    """
+    top = min(top, len(card.class_names))
+    ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
+    model, wrong = model.to(device), []
+    with files.atomic(out) as stream, tqdm(total=len(paths), desc="predict", unit="image", disable=None) as bar:
+        stream.write(line(["file", *(f"{kind}{rank}" for rank in ranks for kind in ("class", "confidence"))]))
+        for batch in read(paths, card, batch_size):
+            good = [(path, image) for path, image in batch if not isinstance(image, UserError)]
+            for _, problem in batch:
+                if isinstance(problem, UserError):
+                    wrong.append(problem)
+                    tqdm.write(f"error: {problem}", file=sys.stderr)
+            if good:
+                images = torch.from_numpy(np.stack([image for _, image in good])).to(device)
+                for cells in rows(card.class_names, [path for path, _ in good], model(images), top):
+                    stream.write(line(cells))
+            bar.update(len(batch))
+        if len(wrong) == len(paths):
+            raise UserError(f"none of the {len(paths)} files could be read as an image: {out} is not written")
+    return wrong
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, or for `auto` a CUDA device where there is one. Raises UserError when there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # the temperature was fitted to logits of full precision
+    return torch.device(name)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def main() -> None:
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tailcal.predict",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders of them")
+    parser.add_argument("--model", required=True, type=Path, help="the exported folder")
+    parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="CSV to write (%(default)s)")
+    parser.add_argument("--top", type=positive, default=5, help="how many classes an image gets (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images at a time (%(default)s)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
+    args = parser.parse_args()
+
+    device = choose_device(args.device)
+    card, model = load(args.model)
+    paths = find(args.images)
+    wrong = predict(card, model, paths, args.out, args.top, args.batch_size, device)
+    print(f"{args.out}: {len(paths) - len(wrong)} images")
+    if wrong:
+        raise UserError(f"{len(wrong)} of {len(paths)} files could not be read as images; they are named above")
+
+
+if __name__ == "__main__":
+    errors.run(main)

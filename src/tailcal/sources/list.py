@@ -1,0 +1,142 @@
+"""Images named by list files, a `relative/path.jpg label` a line: the format of OLTR, classifier-balancing and MiSLAS.
+
+A line is split at its last blank or tab, so paths may contain blanks. A byte-order mark, CRLF, empty lines and lines
+that begin with # are passed over (a path that does begin with # is written ./#...).
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from tailcal import longtail
+from tailcal.errors import UserError
+from tailcal.images import shown
+from tailcal.sources import ImageFiles, Listing
+
+LINE = re.compile(r"(.*[^ \t])[ \t]+([0-9]{1,9})[ \t]*")
+
+
+class Config(ImageFiles):
+    """`train` and `test` are list files, `class_names` is a file with a name a line.
+
+    These three and the paths in the lists are relative to `root`; the three may lie elsewhere, as absolute paths.
+    """
+
+    kind: Literal["list"]
+    root: Annotated[str, Field(min_length=1)]
+    train: Annotated[str, Field(min_length=1)]
+    test: Annotated[str, Field(min_length=1)]
+    class_names: Annotated[str, Field(min_length=1)] | None = None
+    UNRECORDED: ClassVar[frozenset[str]] = ImageFiles.UNRECORDED | {"root", "train", "test", "class_names"}
+
+
+def load(config: Config, downloads: Path) -> Listing:  # noqa: ARG001 (every source has this signature)
+    """Read the lists, in their own order; no image is opened. Without `class_names`, classes are called 0..K-1.
+
+    Raises UserError naming the file, and the line where there is one: for a line that is not a path below `root` and a
+    label, a label without a training image below the largest one, a label outside 0..K-1, a class without a test
+    image, a path that comes twice in a list or in both, and a number of class names other than K.
+    """
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{root}: {'is not a folder' if root.exists() else 'there is no such folder'}")
+    train_list, test_list = (root / Path(name).expanduser() for name in (config.train, config.test))
+    train, test = _read(train_list), _read(test_list)
+    _check_distinct([(train_list, train), (test_list, test)])
+
+    names = _read_names(root / Path(config.class_names).expanduser()) if config.class_names else None
+    K = len(names) if names else max(label for _, label, _ in train) + 1
+    for path, lines in ((train_list, train), (test_list, test)):
+        if outside := [(label, number) for _, label, number in lines if label >= K]:
+            label, number = outside[0]
+            known = f"{config.class_names} has {K} names" if names else f"the labels of {train_list} end at {K - 1}"
+            more = f" (and {len(outside) - 1} lines more)" if len(outside) > 1 else ""
+            raise UserError(f"{path} line {number}: the label {label} must lie in 0..{K - 1}, since {known}{more}")
+        present = {label for _, label, _ in lines}
+        if len(present) < K:
+            absent = next(k for k in range(K) if k not in present)
+            raise UserError(
+                f"{path}: {K - len(present)} of the {K} labels have no line, the first is "
+                f"{longtail.class_title(absent, names)}: every class needs at least one image"
+            )
+    return Listing(
+        root,
+        [path for path, _, _ in train],
+        np.array([label for _, label, _ in train], np.int64),
+        [path for path, _, _ in test],
+        np.array([label for _, label, _ in test], np.int64),
+        names or [str(k) for k in range(K)],
+        config.size,
+        config.channels,
+        config.strict,
+        config.workers,
+    )
+
+
+Line = tuple[str, int, int]  # path, label, number of the line
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: must be text in UTF-8") from None
+    # Not `splitlines`, which also splits at characters that a name may contain.
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _read(path: Path) -> list[Line]:
+    """The lines of a list. Raises UserError for the first wrong one, with its number, and for a list without lines."""
+    read, wrong = [], []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = LINE.fullmatch(line)
+        name = posixpath.normpath(match[1]) if match else ""
+        if not match:
+            wrong.append((number, "must be a path, a blank and a label (a whole number from 0)", line))
+        elif name.startswith(("/", "../")) or name in ("..", ".") or "\0" in name:
+            wrong.append((number, "must be a path below root", line))
+        else:
+            read.append((name, int(match[2]), number))
+    if wrong:
+        number, reason, line = wrong[0]
+        more = f" (and {len(wrong) - 1} lines more)" if len(wrong) > 1 else ""
+        raise UserError(f"{path} line {number}: {reason}, got {line[:100]!r}{more}")
+    if not read:
+        raise UserError(f"{path}: names no image")
+    return read
+
+
+def _check_distinct(lists: list[tuple[Path, list[Line]]]) -> None:
+    """Raise UserError with the first path that comes a second time, in either list, and how many do."""
+    first: dict[str, tuple[Path, int]] = {}
+    again = []
+    for path, lines in lists:
+        for name, _, number in lines:
+            if name in first:
+                again.append((path, number, name))
+            first.setdefault(name, (path, number))
+    if again:
+        path, number, name = again[0]
+        more = f" (and {len(again) - 1} paths more come again)" if len(again) > 1 else ""
+        where, before = first[name]
+        raise UserError(f"{path} line {number}: {shown(name)} is in {where} line {before} already{more}")
+
+
+def _read_names(path: Path) -> list[str]:
+    names = [line.strip() for line in _lines(path)]
+    while names and not names[-1]:
+        names.pop()
+    for number, name in enumerate(names, 1):
+        if not name or not name.isprintable():
+            raise UserError(f"{path} line {number}: must be the name of class {number - 1}, got {name!r}")
+    if not names:
+        raise UserError(f"{path}: holds no names")
+    return names

@@ -1,0 +1,71 @@
+"""Two processes (gloo, on the CPU) against one: the same losses and weights but for rounding, whatever the loss."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tailcal import distributed
+from tests.conftest import ENVIRONMENT
+from tests.test_dvc import ROOT
+
+METHODS = ("ce", "class_balanced", "ldam_drw", "bagmar", "fsgl", "mislas", "marc")
+
+
+def work(processes: int, out: Path, epochs: int = 3, sync_bn: str = "yes", methods=METHODS) -> tuple[dict, dict]:
+    """Losses and weights of each method, trained by so many processes."""
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.distributed_worker", str(out), str(epochs), sync_bn, *methods],
+                cwd=ROOT,
+                env=ENVIRONMENT
+                | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+                | ({key: str(value) for key, value in place.items()} if processes > 1 else {}),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in started:
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    losses = {name: json.loads((out / f"{name}.json").read_text()) for name in methods}
+    return losses, {name: torch.load(out / f"{name}.pt", weights_only=True) for name in methods}
+
+
+def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_path):
+    alone, together = work(1, tmp_path / "alone"), work(2, tmp_path / "together")
+    for name in METHODS:
+        assert together[0][name] == pytest.approx(alone[0][name], rel=2e-3, abs=2e-4)
+        for key, value in alone[1][name].items():
+            torch.testing.assert_close(together[1][name][key], value, rtol=2e-2, atol=2e-3)
+
+    apart, _ = work(2, tmp_path / "apart", sync_bn="no", methods=("ce",))
+    assert apart["ce"] != pytest.approx(alone[0]["ce"], rel=2e-3, abs=2e-4)  # so sync_bn does what it is for
+
+    longer, _ = work(1, tmp_path / "together", epochs=4, methods=("bagmar",))
+    assert longer["bagmar"][:3] == together[0]["bagmar"]  # taken up, not begun anew
+    assert len(longer["bagmar"]) == 4
+
+
+def test_alone_there_is_nothing_to_share():
+    network = torch.nn.Linear(2, 2)
+    assert distributed.share(network, True) is network
+    assert distributed.is_first()
+    assert distributed.record(True) == {}

@@ -1,0 +1,466 @@
+"""From a finished cell to predictions: the exported folder, its ONNX file, the CSV, and what is said of wrong files."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.onnx.errors import OnnxExporterError
+
+from stages import paths
+from tailcal import export as exporting
+from tailcal import files, predict
+from tailcal.augment import normalise, plain
+from tailcal.errors import UserError
+from tailcal.export import export
+from tailcal.method import Batch, configure, load
+from tailcal.metrics.calibration import nll
+from tailcal.metrics.scores import softmax
+from tailcal.models import build
+from tailcal.params import Strict, validate
+from tailcal.predict import Cell, Predictor
+from tailcal.weights import save_weights
+from tests.conftest import ROOT
+
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+DIGITS = PARAMS["datasets"]["digits_lt"]["augmentation"]
+NAMES = ["ant", "bee, a worker", "cow", "dög"]
+COUNTS = [9, 6, 4, 2]
+CELLS = {  # classifier: representation; of each representation the network
+    "joint": "ce",
+    "mislas": "ce",
+    "tau_norm": "ce",
+    "ncm": "ce",
+    "disalign": "ldam_drw",
+    "marc": "ldam_drw",
+}
+NETWORKS = {"ce": ("resnet8", "linear"), "ldam_drw": ("resnet32", "cosine")}
+
+
+class Prepared(Strict):
+    augmentation: predict.Augmentation
+
+
+def make_cell(
+    root: Path, classifier: str = "joint", holdout: int = 40, size: int = 8, augmentation=DIGITS, **settings
+) -> Cell:
+    """The artefacts of one cell below `root`, as the stages leave them, after a few steps on made-up images."""
+    representation = CELLS[classifier]
+    where = ("made_up", representation, classifier)
+    channels = len(augmentation["mean"])
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 21), ("holdout", holdout), ("test", 30)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(n) % 4
+    for name, array in arrays.items():
+        files.write_array(root / paths.longtail("made_up") / f"{name}.npy", array)
+    files.write_json(root / paths.longtail("made_up") / "meta.json", {"class_names": NAMES, "train_counts": COUNTS})
+
+    torch.manual_seed(0)
+    record = dict(zip(("backbone", "head"), NETWORKS[representation], strict=True))
+    record |= {"channels": channels, "num_classes": 4}
+    block = PARAMS["classifiers"][classifier] | settings
+    method = load(classifier)(configure(classifier, block, "classifiers"), torch.tensor(COUNTS))
+    network = build(**record)
+    method.setup(network)
+    config = validate(Prepared, {"augmentation": augmentation}, "").augmentation
+    images = torch.from_numpy(arrays["train_images"])
+    prepared = normalise(plain(images.permute(0, 3, 1, 2), config), torch.tensor(config.mean), torch.tensor(config.std))
+    labels = torch.from_numpy(arrays["train_labels"])
+    network.train()(prepared)  # running statistics of these images
+    if method.trained:
+        method.set_mode(network)
+        loss, _ = method.loss(network, Batch(prepared, labels, labels), 0.0)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in (p for p in network.parameters() if p.grad is not None):
+                parameter -= 0.1 * parameter.grad
+    elif method.fitted:
+        method.fit(network, network.eval().backbone(prepared).detach(), labels)
+    save_weights(network, root / paths.classifier(*where) / "seed0.safetensors")
+
+    files.write_json(root / paths.representation("made_up", representation) / "provenance.json", {"network": record})
+    training = {"method": classifier, "settings": block, "augmentation": augmentation, "recipe": {"epochs": 1}}
+    provenance = {"code": "0+0", "params": {"classifier": training}}
+    files.write_json(root / paths.predictions(*where) / "provenance.json", provenance)
+    model = Predictor(network, config, 1.0)
+    with torch.no_grad():
+        logits = {
+            f"{split}_logits": model.logits(torch.from_numpy(arrays[f"{split}_images"])).numpy()
+            for split in ("holdout", "test")
+        }
+    labels = {f"{split}_labels": arrays[f"{split}_labels"] for split in ("holdout", "test")}
+    with files.atomic(root / paths.predictions(*where) / "seed0.npz") as stream:
+        np.savez(stream, **logits, **labels)
+    return Cell(dataset="made_up", representation=representation, classifier=classifier, seed=0)
+
+
+def saved(root: Path, cell: Cell) -> dict[str, np.ndarray]:
+    """The logits that the stages saved."""
+    with np.load(root / paths.predictions(cell.dataset, cell.representation, cell.classifier) / "seed0.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture
+def no_onnx(monkeypatch):
+    """The translation takes seconds, and most tests are not about it."""
+
+    def refuse(*_):
+        raise UserError("not wanted here")
+
+    monkeypatch.setattr(exporting, "to_onnx", refuse)
+
+
+@pytest.fixture
+def model(tmp_path, request) -> Path:
+    """An exported folder, without ONNX."""
+    request.getfixturevalue("no_onnx")
+    export(make_cell(tmp_path), tmp_path / "model", root=tmp_path)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """The test images of the cell that `model` has made, as files in folders."""
+    images = np.load(tmp_path / paths.longtail("made_up") / "test_images.npy")
+    for i, image in enumerate(images):
+        path = tmp_path / f"pictures/{i % 3}/{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[:, :, 0]).save(path)
+    return tmp_path / "pictures"
+
+
+def call(*arguments: object, cwd: Path, module: str = "predict") -> subprocess.CompletedProcess:
+    """Run a command as a user does, in any folder."""
+    command = [sys.executable, "-m", f"tailcal.{module}", *map(str, arguments)]
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("classifier", CELLS)
+def test_the_onnx_file_gives_the_calibrated_probabilities_of_any_batch(classifier, tmp_path):
+    cell = make_cell(tmp_path, classifier, **({"distance": "euclidean"} if classifier == "ncm" else {}))
+    card = export(cell, tmp_path / "model", root=tmp_path)
+    assert card.onnx == files.sha256(tmp_path / "model/model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model/model.onnx", providers=["CPUExecutionProvider"])
+    (images,), (probabilities,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(uint8)", [8, 8, 1])
+    assert (probabilities.name, probabilities.type) == ("probabilities", "tensor(float)")
+
+    pixels = np.load(tmp_path / paths.longtail("made_up") / "test_images.npy")
+    expected = softmax(saved(tmp_path, cell)["test_logits"] / card.temperature)
+    _, rebuilt = predict.load(tmp_path / "model")
+    for n in (1, 30):
+        found = session.run(None, {"images": pixels[:n]})[0]
+        np.testing.assert_allclose(found, expected[:n], rtol=0, atol=1e-5)
+        with torch.no_grad():
+            np.testing.assert_allclose(found, rebuilt(torch.from_numpy(pixels[:n])), rtol=0, atol=1e-5)
+    assert str(ROOT).encode() not in (tmp_path / "model/model.onnx").read_bytes()
+
+
+@pytest.mark.usefixtures("no_onnx")
+@pytest.mark.parametrize("classifier", CELLS)
+def test_the_folder_gives_the_networks_probabilities(classifier, tmp_path):
+    cell = make_cell(tmp_path, classifier)
+    card = export(cell, tmp_path / "model", root=tmp_path)
+    assert card.temperature != 1
+    pixels = torch.from_numpy(np.load(tmp_path / paths.longtail("made_up") / "test_images.npy"))
+    loaded, rebuilt = predict.load(tmp_path / "model")
+    assert loaded == card
+    with torch.no_grad():
+        probabilities = rebuilt(pixels)
+        one_by_one = torch.cat([rebuilt(pixel[None]) for pixel in pixels[:5]])
+    expected = softmax(saved(tmp_path, cell)["test_logits"] / card.temperature)
+    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(30))
+    torch.testing.assert_close(one_by_one, probabilities[:5], rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_the_temperature_suits_the_held_out_logits_and_no_others(tmp_path):
+    cell = make_cell(tmp_path)
+    found = export(cell, tmp_path / "model", root=tmp_path).temperature
+    arrays = saved(tmp_path, cell)
+    grid = np.exp(np.linspace(np.log(0.01), np.log(100), 2001))
+    best = grid[np.argmin([nll(arrays["holdout_logits"] / T, arrays["holdout_labels"]) for T in grid])]
+    assert found == pytest.approx(best, rel=0.01)
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_without_a_hold_out_there_is_no_rule(tmp_path):
+    cell = make_cell(tmp_path, holdout=0)
+    card = export(cell, tmp_path / "model", root=tmp_path)
+    assert (card.rule, card.fitted, card.temperature) == ("none", {}, 1.0)
+    with pytest.raises(UserError, match="made_up holds none out: use none"):
+        export(cell, tmp_path / "other", "temperature", tmp_path)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_no_rule_on_request(tmp_path):
+    assert export(make_cell(tmp_path), tmp_path / "model", "none", tmp_path).rule == "none"
+
+
+def test_the_card_says_what_the_model_is(model):
+    card = json.loads((model / "model.json").read_text())
+    assert card["class_names"] == NAMES
+    assert card["train_counts"] == COUNTS
+    assert (card["image_size"], card["channels"]) == (8, 1)
+    assert (card["augmentation"]["mean"], card["augmentation"]["std"]) == (DIGITS["mean"], DIGITS["std"])
+    assert card["network"] == {"backbone": "resnet8", "head": "linear", "channels": 1, "num_classes": 4}
+    assert (card["classifier"], card["settings"]) == ("joint", {})
+    assert card["cell"] == {"dataset": "made_up", "representation": "ce", "classifier": "joint", "seed": 0}
+    assert card["weights"] == files.sha256(model / "model.safetensors")
+    assert {"tailcal", "torch", "numpy", "python"} <= set(card["versions"])
+    assert card["provenance"]["code"] == "0+0"
+
+
+def test_without_the_packages_all_but_onnx_is_written_and_a_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.onnx").write_text("of an earlier export")
+    card = export(make_cell(tmp_path), tmp_path / "model", root=tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "pip install onnx onnxscript" in said
+    assert card.onnx is None
+    assert not (tmp_path / "model/model.onnx").exists()
+    assert predict.load(tmp_path / "model")[0] == card
+
+
+def test_a_network_that_cannot_be_translated_is_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OnnxExporterError("Failed.\nNext steps:\n- ask") from ValueError("No ONNX function found for x\nmore")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    export(make_cell(tmp_path), tmp_path / "model", root=tmp_path)
+    said = capsys.readouterr().err
+    assert said.endswith("left out: torch cannot translate this network (No ONNX function found for x)\n")
+    assert said.count("\n") == 1
+
+
+def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, str]]:
+    """What a user may find in a cell: the file, its bytes (None: it is not there), what is said."""
+    folder = (cell.dataset, cell.representation, cell.classifier)
+    weights = root / paths.classifier(*folder) / "seed0.safetensors"
+    state = load_file(weights)
+    other = weights.with_name("other.safetensors")
+    save_file(state | {"head.bias": state["head.bias"] + 1.0}, other)
+    wider = weights.with_name("wider.safetensors")
+    save_file(state | {"head.bias": torch.zeros(5)}, wider)
+    logits = root / paths.predictions(*folder) / "seed0.npz"
+    made = logits.with_name("provenance.json")
+    trained = json.loads(made.read_text())["params"]["classifier"]
+
+    def provenance(**changed) -> bytes:
+        return json.dumps({"params": {"classifier": trained | changed}}).encode()
+
+    stage1 = root / paths.representation(*folder[:2]) / "provenance.json"
+    meta = root / paths.longtail(cell.dataset) / "meta.json"
+    return {
+        "no weights": (weights, None, "is missing: run `dvc repro`"),
+        "cut weights": (weights, weights.read_bytes()[:2000], "is damaged"),
+        "other weights": (weights, other.read_bytes(), "does not give the logits that were saved with it"),
+        "wider weights": (weights, wider.read_bytes(), "of another network"),
+        "no logits": (logits, None, "is missing: run `dvc repro`"),
+        "cut logits": (logits, logits.read_bytes()[:200], "is damaged"),
+        "no record": (made, None, "is missing: run `dvc repro`"),
+        "old record": (made, provenance(augmentation={"pad": 1}), "params.classifier.augmentation"),
+        "other method": (made, provenance(method="nope"), "no classifier 'nope'"),
+        "other settings": (made, provenance(settings={"rho": 1.0}), "settings.rho"),
+        "no network": (stage1, b"{}", "is damaged (no network)"),
+        "unknown network": (stage1, b'{"network": {"backbone": "nope"}}', "has no network"),
+        "no meta": (meta, b"[]", "is damaged (no class_names)"),
+        "no images": (meta.with_name("holdout_images.npy"), None, "is missing"),
+    }
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_what_is_wrong_with_a_cell_is_one_line_and_writes_nothing(tmp_path):
+    cell = make_cell(tmp_path)
+    for what, (path, content, says) in wrong_cells(tmp_path, cell).items():
+        whole = path.read_bytes()
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            export(cell, tmp_path / "model", root=tmp_path)
+        path.write_bytes(whole)
+        assert "\n" not in str(error.value), what
+        assert says in str(error.value), what
+        assert "/".join(path.parts[-2:]) in str(error.value) or "nope" in says or "network" in says, what
+        assert not (tmp_path / "model").exists(), what
+    export(cell, tmp_path / "model", root=tmp_path)
+
+
+def test_images_that_are_not_square_are_refused():
+    path = Path("holdout_images.npy")
+    with pytest.raises(UserError, match="only square ones"):
+        exporting.check_images(np.zeros((2, 8, 6, 3), np.uint8), path)
+    with pytest.raises(UserError, match="only square ones"):
+        exporting.check_images(np.zeros((2, 8, 8, 4), np.uint8), path)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def run(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    predict.main()
+
+
+def test_confidences_are_softmax_of_logits_by_temperature(tmp_path, model, pictures, monkeypatch, capsys):
+    out = tmp_path / "new/predictions.csv"
+    run(monkeypatch, "--model", model, "--out", out, "--top", 3, "--batch-size", 7, pictures)
+    assert capsys.readouterr().out == f"{out}: 30 images\n"
+    rows = table(out)
+    assert list(rows[0]) == ["file", "class", "confidence", "class_2", "confidence_2", "class_3", "confidence_3"]
+    assert [row["file"] for row in rows] == [str(path) for path in sorted(pictures.rglob("*.png"))]
+    card, _ = predict.load(model)
+    cell = Cell(dataset="made_up", representation="ce", classifier="joint", seed=0)
+    logits = saved(tmp_path, cell)["test_logits"]
+    for row in rows:
+        z = logits[int(Path(row["file"]).stem)].astype(np.float64) / card.temperature
+        p = np.exp(z) / np.exp(z).sum()
+        for rank, suffix in enumerate(("", "_2", "_3")):
+            k = np.argsort(-p)[rank]
+            assert row[f"class{suffix}"] == NAMES[k]
+            assert float(row[f"confidence{suffix}"]) == pytest.approx(p[k], abs=2e-6)
+
+
+def test_top_is_at_most_every_class_and_files_count_once(tmp_path, model, pictures, monkeypatch):
+    file = sorted(pictures.rglob("*.png"))[0]
+    run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", "--top", 99, file, pictures / "0", file)
+    rows = table(tmp_path / "out.csv")
+    assert len(rows) == 10
+    assert sum(float(rows[0][f"confidence{rank}"]) for rank in ("", "_2", "_3", "_4")) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.usefixtures("model")
+def test_bad_images_are_named_and_the_others_are_predicted(tmp_path, pictures):
+    (pictures / "0/torn.PNG").write_bytes((pictures / "0/00.png").read_bytes()[:60])
+    (pictures / "notes.txt").write_text("no image, and not looked at")
+    (pictures / "0/._00.png").write_text("what some systems leave behind")
+    (tmp_path / "elsewhere").mkdir()
+    ran = call("--model", "../model", "../pictures", "none.jpg", "--device", "cpu", cwd=tmp_path / "elsewhere")
+    assert ran.returncode == 1
+    lines = ran.stderr.splitlines()
+    assert [line.split(": ")[:2] for line in lines[:2]] == [["error", "../pictures/0/torn.PNG"], ["error", "none.jpg"]]
+    assert lines[2:] == ["error: 2 of 32 files could not be read as images; they are named above"]
+    assert ran.stdout == "predictions.csv: 30 images\n"
+    assert len(table(tmp_path / "elsewhere/predictions.csv")) == 30
+
+
+def test_when_no_image_can_be_read_nothing_is_written(tmp_path, model, monkeypatch):
+    bad = tmp_path / "bad.png"
+    bad.write_text("no image")
+    with pytest.raises(UserError, match="none of the 1 files"):
+        run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", bad)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_folder_without_images_is_one_line(tmp_path, model, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no images in this folder"):
+        run(monkeypatch, "--model", model, tmp_path / "empty")
+
+
+def test_a_file_name_that_is_no_text_keeps_its_bytes():
+    name = b"caf\xe9,1.png"
+    assert predict.line([name.decode("utf-8", "surrogateescape"), "x"]) == b'"caf\xe9,1.png",x\n'
+
+
+def change(**changed):
+    return lambda content: json.dumps(json.loads(content) | changed).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "says"),
+    [
+        ("model.json", None, "--model must be a folder made by"),
+        ("model.json", lambda content: content[:50], "model.json is damaged"),
+        ("model.json", lambda content: b"\xff" + content, "model.json is damaged"),
+        ("model.json", lambda _: b"[]", "model.json: "),
+        ("model.json", change(format=2), "model.json: format: "),
+        ("model.json", change(rule="none"), "rule none does not go with"),
+        ("model.json", change(fitted={"temperature": 0.0}), "model.json: fitted.temperature: "),
+        ("model.json", change(train_counts=[1, 2]), "4 class_names, but 2 train_counts"),
+        ("model.json", change(classifier="os"), "no classifier 'os'"),
+        ("model.json", change(settings={"tau": 1.0}), "model.json: settings.tau: unknown key"),
+        ("model.json", change(network={"backbone": "nope"}), "has no network"),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("model.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1]), "model.safetensors is damaged"),
+        ("model.safetensors", lambda content: content[:1000], "model.safetensors is damaged"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_one_line(model, name, edit, says):
+    path = model / name
+    path.unlink() if edit is None else path.write_bytes(edit(path.read_bytes()))
+    with pytest.raises(UserError) as error:
+        predict.load(model)
+    assert "\n" not in str(error.value)
+    assert says in str(error.value)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("module", [exporting, predict])
+def test_the_commands_explain_themselves(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    assert f"{module.__name__} --" in capsys.readouterr().out
+
+
+def test_a_mistake_at_the_command_line_is_one_line(tmp_path):
+    cell = ("--dataset", "made_up", "--representation", "ce", "--classifier", "joint")
+    ran = call(*cell, "--out", "model", cwd=tmp_path, module="export")
+    assert ran.returncode == 1
+    assert ran.stderr == "error: data/lt/made_up/meta.json is missing: run `dvc repro` to make it\n"
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here, asking for a CUDA device is no mistake")
+def test_a_device_that_is_not_there_is_one_line():
+    assert predict.choose_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
+        predict.choose_device("cuda")
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_the_export_command_says_what_it_made(tmp_path, monkeypatch, capsys):
+    def said(*more: str) -> str:
+        cell = ("--dataset", "made_up", "--representation", "ce", "--classifier", "joint", "--root", str(tmp_path))
+        monkeypatch.setattr(sys, "argv", ["export", *cell, "--out", str(tmp_path / "model"), *more])
+        exporting.main()
+        return capsys.readouterr().out
+
+    make_cell(tmp_path)
+    assert "made_up/ce/joint seed 0, calibrated with temperature" in said()
+    assert said("--rule", "none").endswith("seed 0, not calibrated (rule none)\n")
+    make_cell(tmp_path, holdout=0)
+    assert "not calibrated: made_up holds no images out" in said()
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_large_images_are_cropped_as_in_the_evaluation(tmp_path):
+    """What is read is as large as the stored images; the network then takes what `augment.plain` makes of it."""
+    colours = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    large = {"kind": "resized_crop", "size": 16, "min_area": 0.1, "flip": True, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
+    cell = make_cell(tmp_path, size=20, augmentation=large | colours)
+    card = export(cell, tmp_path / "model", root=tmp_path)
+    assert (card.image_size, card.channels) == (20, 3)
+    pixels = torch.from_numpy(np.load(tmp_path / paths.longtail("made_up") / "test_images.npy"))
+    with torch.no_grad():
+        found = predict.load(tmp_path / "model")[1](pixels)
+    expected = softmax(saved(tmp_path, cell)["test_logits"] / card.temperature)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
