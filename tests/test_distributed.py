@@ -1,11 +1,13 @@
 """Two processes (gloo, on the CPU) against one: the same losses and weights but for rounding, whatever the loss."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -69,3 +71,26 @@ def test_alone_there_is_nothing_to_share():
     assert distributed.share(network, True) is network
     assert distributed.is_first()
     assert distributed.record(True) == {}
+
+
+@pytest.mark.pipeline
+def test_a_stage_started_with_two_processes_ends_as_with_one(project):
+    cell = ("--dataset", "digits_lt", "--representation", "ce")
+    one, two = project(name="one"), project(("processes: 1", "processes: 2"), name="two")
+    for p in (one, two):
+        p.stage("download", "--dataset", "digits_lt")
+        p.stage("subsample", "--dataset", "digits_lt")
+        p.stage("represent", *cell)
+    folder = "data/representations/digits_lt/ce"
+    losses = [pd.read_csv(p.root / folder / "history.csv")["loss"] for p in (one, two)]
+    assert losses[1].tolist() == pytest.approx(losses[0].tolist(), rel=0.02, abs=0.002)
+    told = json.loads((two.root / folder / "provenance.json").read_text())
+    assert (told["processes"], told["sync_bn"]) == (2, True)
+    assert "processes" not in json.loads((one.root / folder / "provenance.json").read_text())
+
+    odd = project(("processes: 1", "processes: 2"), ("batch_size: 64", "batch_size: 63"), name="odd")
+    shutil.copytree(two.root / "data", odd.root / "data", dirs_exist_ok=True)
+    shutil.rmtree(odd.root / "data/representations")
+    said = odd.stage("represent", *cell, ok=False)
+    assert "error: params.yaml: recipes.digits.batch_size is 63, which 2 processes cannot share evenly" in said
+    assert not (odd.root / folder).exists()
