@@ -54,9 +54,7 @@ def test_from_disk_the_memory_is_bounded_by_the_steps_ahead_and_not_by_the_data(
         highest = max(highest, anonymous_memory())
         step_bytes = batch.numel()
     assert images.nbytes > 30 * (AHEAD + 3) * step_bytes
-    assert (
-        highest - before < 10 * (AHEAD + 3) * step_bytes
-    )  # allocators keep some of it
+    assert highest - before < 10 * (AHEAD + 3) * step_bytes  # allocators keep some of it
     assert data.waited > 0
 
 
