@@ -4,6 +4,7 @@ Every other stage depends on its own file of these, so that a change reruns what
 """
 
 import shutil
+from pathlib import Path
 
 from stages import paths
 from tailcal import errors, files, method, params, posthoc, settings, sources
@@ -20,11 +21,20 @@ def main() -> None:
     resolved = {}
     for name in dict.fromkeys([*p.grid.datasets, *p.datasets]):
         dataset = params.dataset(p, name)
-        resolved["download", name] = sources.configure(dataset).model_dump()
+        source = sources.configure(dataset)
+        means = len(dataset.augmentation.mean)
+        if getattr(source, "channels", means) != means:
+            raise errors.UserError(
+                f"{dataset.key('augmentation.mean')} has {means} values, and source.channels is {source.channels}: "
+                "mean and std must have one value a channel"
+            )
+        if name in p.grid.datasets and dataset.pretrained and not Path(dataset.pretrained.file).is_file():
+            raise errors.UserError(f"{dataset.key('pretrained.file')}: there is no file {dataset.pretrained.file}")
+        resolved["download", name] = source.model_dump()
         resolved["subsample", name] = {
             "imbalance": dataset.imbalance.model_dump(),
             "holdout_per_class": dataset.holdout_per_class,
-            "channels": len(dataset.augmentation.mean),
+            "channels": means,
         }
         for representation in p.representations:
             training = settings.training(p, name, representation, "representations")

@@ -92,5 +92,6 @@ def test_a_stage_started_with_two_processes_ends_as_with_one(project):
     shutil.copytree(two.root / "data", odd.root / "data", dirs_exist_ok=True)
     shutil.rmtree(odd.root / "data/representations")
     said = odd.stage("represent", *cell, ok=False)
-    assert "error: params.yaml: recipes.digits.batch_size is 63, which 2 processes cannot share evenly" in said
+    assert said.startswith("error: params.yaml: recipes.digits.batch_size is 63, which 2 processes cannot share evenly")
+    assert said.count("\n") == 1, said
     assert not (odd.root / folder).exists()

@@ -161,6 +161,23 @@ def test_the_training_stage_never_opens_the_test_split(project):
     assert (p.root / "data/classifiers/digits_lt/ce/crt/seed1.safetensors").exists()  # trained before it was looked for
 
 
+def test_without_a_holdout_a_cell_is_measured_and_says_what_is_missing(project):
+    """As in every published preset: nothing held out, so the rules that are fitted are absent."""
+    p = project(("holdout_per_class: 20", "holdout_per_class: 0"))
+    p.stage("download", "--dataset", "digits_lt")
+    p.stage("subsample", "--dataset", "digits_lt")
+    p.stage("represent", *CELL)
+    for classifier in ("mislas", "ncm"):
+        p.stage("calibrate", *CELL, "--classifier", classifier)
+        p.stage("evaluate", *CELL, "--classifier", classifier)
+        with np.load(p.root / f"data/predictions/digits_lt/ce/{classifier}/seed0.npz") as z:
+            assert z["holdout_logits"].shape == (0, 10)
+            assert z["test_logits"].shape == (500, 10)
+        cell = json.loads((p.root / f"metrics/cells/digits_lt/ce/{classifier}.json").read_text())
+        assert set(cell["posthoc"]) == {"logit_adjustment", "pn_transductive"}
+        assert set(cell["posthoc_absent"]) == {"temperature", "vector_scaling", "class_temperature", "pn_inductive"}
+
+
 def test_a_file_where_a_folder_should_be_is_one_line(project):
     p = project()
     (p.root / "data/raw").mkdir(parents=True)

@@ -42,6 +42,12 @@ def test_whole_gives_every_image_once_in_order(placement):
     np.testing.assert_allclose(torch.cat(parts).numpy(), images.transpose(0, 3, 1, 2) / np.float32(255), rtol=1e-6)
 
 
+@pytest.mark.parametrize("placement", ["device", "host", "disk"])
+def test_no_images_are_one_empty_batch(placement):
+    nothing = Images(np.zeros((0, 4, 4, 3), np.uint8), np.zeros(0, np.int64), AUGMENTATION, CPU, placement)
+    assert [part.shape for part in nothing.whole(3)] == [(0, 3, 4, 4)]
+
+
 def test_from_disk_the_memory_is_bounded_by_the_steps_ahead_and_not_by_the_data(tmp_path):
     """600 MB of images in steps of 3 MB: what is held stays near (AHEAD + 1) steps."""
     shape = (3052, 256, 256, 3)

@@ -10,8 +10,13 @@ With `sync_bn` batch norm sees the whole batch too, and the loss curve is that o
 it, batch norm sees a process's share, as is customary.
 """
 
+import ctypes
 import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -23,14 +28,38 @@ from tailcal.params import PARAMS
 
 
 def launch(module: str, processes: int) -> None:
-    """Start `python -m module` with the present arguments again, as `processes` processes, if that is still to be done.
+    """Run `python -m module` with the present arguments as `processes` processes on this machine, and exit as they do.
 
-    Does not return then: this process becomes torchrun. Under torchrun, or for one process, there is nothing to do.
+    Does nothing, and returns, for one process and in a process that was started so (by this or by torchrun). If one
+    ends badly the others are stopped; they end with this process, however it ends.
     """
     if processes == 1 or "RANK" in os.environ:
         return
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", module)
-    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv[1:]])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *sys.argv[1:]],
+            env=os.environ | meeting | {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            preexec_fn=_end_with_parent,
+        )
+        for rank in range(processes)
+    ]
+    while all(process.poll() in (None, 0) for process in started) and any(p.poll() is None for p in started):
+        time.sleep(0.1)
+    codes = [process.poll() for process in started]
+    for process in started:
+        process.kill()
+        process.wait()
+    if any(code is not None and code < 0 for code in codes):
+        sys.exit("error: one of the processes was killed; run the same command again to go on from the last checkpoint")
+    sys.exit(max(code or 0 for code in codes))
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends (Linux: PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def join(device: torch.device) -> torch.device:

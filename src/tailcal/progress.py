@@ -11,14 +11,17 @@ LOG_SECONDS = 15.0
 class Progress:
     """Counts epochs and shows epoch, loss, images a second and the time left.
 
-    On a terminal this is one tqdm bar. Elsewhere a line is printed every `LOG_SECONDS` and one at the end.
+    On a terminal this is one tqdm bar. Elsewhere a line is printed every `LOG_SECONDS` and one at the end. `silent`:
+    nothing at all, for all but the first of several processes.
     """
 
-    def __init__(self, title: str, epochs: int, done: int, images_per_epoch: int):
+    def __init__(self, title: str, epochs: int, done: int, images_per_epoch: int, silent: bool = False):
         self.title, self.epochs, self.images = title, epochs, images_per_epoch
         self.first, self.started = done, time.monotonic()
         self.printed = self.started
-        self.bar = None
+        self.bar, self.silent = None, silent
+        if silent:
+            return
         if done < epochs and sys.stderr.isatty():
             self.bar = tqdm(total=epochs, initial=done, desc=title, unit="epoch", dynamic_ncols=True, leave=True)
         if 0 < done < epochs:
@@ -26,6 +29,8 @@ class Progress:
 
     def epoch(self, done: int, loss: float) -> None:
         """Say that `done` epochs are finished and what the last one's mean loss was."""
+        if self.silent:
+            return
         now = time.monotonic()
         per_epoch = (now - self.started) / (done - self.first)
         rate = self.images / max(per_epoch, 1e-9)

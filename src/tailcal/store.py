@@ -128,8 +128,11 @@ class Images:
         return Batch(normalise(images, self.mean, self.std), labels, labels)
 
     def whole(self, batch_size: int) -> Iterator[Tensor]:
-        """All images in order, without augmentation and normalised: float32 [up to batch_size, C, H, W]."""
-        for start in range(0, self.count, batch_size):
+        """All images in order, without augmentation and normalised: float32 [up to batch_size, C, H, W].
+
+        Of no images, one empty batch: a hold-out may be empty, and its logits still have K columns.
+        """
+        for start in range(0, max(self.count, 1), batch_size):
             stop = min(start + batch_size, self.count)
             if self.placement == "device":
                 images = self._images[start:stop]

@@ -103,7 +103,7 @@ def train(replica: Replica, data: Images, recipe: Recipe, runtime: Runtime) -> t
     if size % distributed.size():
         raise UserError(
             f"{replica.recipe_key}.batch_size is {size}, which {distributed.size()} processes cannot share evenly "
-            f"({replica.title})"
+            f"({replica.title}): use a multiple of {distributed.size()}"
         )
     total = total_steps(len(labels), recipe)
     epochs = math.ceil(total / steps)  # a budget of iterations may end within an epoch
@@ -115,7 +115,7 @@ def train(replica: Replica, data: Images, recipe: Recipe, runtime: Runtime) -> t
         start, history = saved["epoch"], saved["history"]
 
     shared = distributed.share(network, runtime.sync_bn)
-    bar = Progress(replica.title, epochs, start, steps * size)
+    bar = Progress(replica.title, epochs, start, steps * size, silent=not distributed.is_first())
     last_saved = time.monotonic()
     for epoch in range(start, epochs):
         method.set_mode(network)
