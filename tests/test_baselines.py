@@ -158,7 +158,7 @@ def test_a_margin_is_taken_off_the_label_alone():
 def test_ldam_gives_the_network_a_scaled_cosine_head():
     network, _ = prepared("ldam_drw", scale=20.0)
     assert isinstance(network.head, Cosine)
-    assert network.head.norms().tolist() == [20.0] * 4
+    assert network.head.scale.tolist() == [20.0] * 4
     features = network.backbone(IMAGES)
     expected = 20 * F.cosine_similarity(features[:, None], network.head.direction[None], dim=2)
     torch.testing.assert_close(network(IMAGES), expected)
