@@ -192,7 +192,7 @@ def test_nothing_reads_a_value_back():
     assert aa.cutout(images, torch.zeros(len(images), 2, dtype=torch.int64, device="meta"), 16).shape == images.shape
 
 
-@pytest.mark.parametrize(
+other_images = pytest.mark.parametrize(
     ("images", "says"),
     [
         (torch.zeros(2, 2, 8, 8, dtype=torch.uint8), r"1 or 3 channels, got \[2, 2, 8, 8\]"),
@@ -200,6 +200,9 @@ def test_nothing_reads_a_value_back():
         (torch.zeros(2, 3, 8, 8), "must be uint8, got torch.float32"),
     ],
 )
+
+
+@other_images
 def test_other_images_are_refused(images, says):
     drawn = aa.draw_policies(2, Draws(0, 0, torch.Generator()))
     with pytest.raises(ValueError, match=says):

@@ -13,6 +13,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from tailcal import largeaugment as la
 from tailcal.draws import Draws
+from tests.test_autoaugment import other_images
 
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
 SHAPES = [(3, 48, 48), (3, 40, 61), (1, 61, 40)]
@@ -340,14 +341,7 @@ def test_the_draws_read_no_value_back(monkeypatch):
     la.draw_blur(4, draws)
 
 
-@pytest.mark.parametrize(
-    ("images", "says"),
-    [
-        (torch.zeros(2, 2, 8, 8, dtype=torch.uint8), r"1 or 3 channels, got \[2, 2, 8, 8\]"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"\[B, C, H, W\]"),
-        (torch.zeros(2, 3, 8, 8), "must be uint8, got torch.float32"),
-    ],
-)
+@other_images
 def test_other_images_are_refused(images, says):
     chosen, jitter = torch.ones(2, dtype=torch.bool), la.draw_jitter(2, Draws(0, 0, torch.Generator()))
     for call in (
