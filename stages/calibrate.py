@@ -4,6 +4,7 @@ The classifiers are trained and written before the test split is opened.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from stages import paths
 from stages.represent import HISTORY
 from tailcal import (
     checkpoint,
+    costs,
     distributed,
     errors,
     files,
     method,
     models,
     params,
+    predictions,
     provenance,
     settings,
     splits,
@@ -40,7 +43,7 @@ def main() -> None:
     distributed.launch("stages.calibrate", p.runtime.processes)
     dataset = params.dataset(p, args.dataset)
     training = settings.training(p, args.dataset, args.classifier, "classifiers")
-    device = train.prepare(p.runtime)
+    device = train.prepare(p.runtime, p.precision)
     longtail = paths.longtail(args.dataset)
     counts = torch.tensor(splits.read_meta(longtail)["train_counts"])
     data = store.Images(*splits.read_split(longtail, "train"), dataset.augmentation, device, p.runtime.placement)
@@ -52,14 +55,13 @@ def main() -> None:
         "params": {
             "dataset": upstream["params"]["dataset"],
             "representation": upstream["params"]["representation"],
-            "classifier": training.record(),
+            "classifier": training.record() | {"precision": p.precision},
         },
         "data": upstream["data"],
         "device": device.type,
         "versions": provenance.versions(),
         "stage1": {key: upstream[key] for key in ("code", "device", "versions")},
     }
-    starts = {seed: stage1 / f"seed{seed}.safetensors" for seed in p.seeds}
     depends = {**record, "starts": upstream["weights"]}
     scratch = (
         paths.SCRATCH
@@ -68,50 +70,62 @@ def main() -> None:
         / checkpoint.fingerprint(depends)
     )
 
-    networks, histories = {}, []
-    out = paths.classifier(args.dataset, args.representation, args.classifier)
-    for seed, start in starts.items():
+    def make(start: Path) -> tuple[models.Network, method.Method]:
+        network = models.build(**upstream["network"])
+        weights.load_weights(network, start, upstream["weights"].get(start.stem))
+        return network, method.load(args.classifier)(training.settings, counts)
 
-        def make(start: Path = start) -> tuple[models.Network, method.Method]:
-            network = models.build(**upstream["network"])
-            weights.load_weights(network, start, upstream["weights"].get(start.stem))
-            return network, method.load(args.classifier)(training.settings, counts)
-
-        replica = train.Replica(
+    replicas = [
+        train.Replica(
             f"calibrate {args.dataset}/{args.representation}/{args.classifier} seed {seed}",
             seed,
-            make,
+            partial(make, stage1 / f"seed{seed}.safetensors"),
             scratch / f"seed{seed}.pt",
             training.recipe_key,
         )
-        networks[seed], history = train.train(replica, data, training.recipe, p.runtime)
-        if distributed.is_first():
-            weights.save_weights(networks[seed], out / f"seed{seed}.safetensors")
-        histories += history
+        for seed in p.seeds
+    ]
+    trained = dict(zip(p.seeds, train.train(replicas, data, training.recipe, p.runtime, p.precision), strict=True))
     if not distributed.is_first():
         return
-    files.write_text(
-        out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g")
-    )
+    out = paths.classifier(args.dataset, args.representation, args.classifier)
+    checksums = {}
+    for seed, one in trained.items():
+        name = f"seed{seed}.safetensors"
+        checksums[name] = weights.save_weights(one.network, out / name)
+    history = pd.DataFrame([epoch for one in trained.values() for epoch in one.history], columns=HISTORY)
+    files.write_text(out / "history.csv", history.to_csv(index=False, float_format="%.6g"))
 
     placed = {
         split: store.Images(*splits.read_split(longtail, split), dataset.augmentation, device, p.runtime.placement)
         for split in ("holdout", "test")
     }
-    predictions = paths.predictions(args.dataset, args.representation, args.classifier)
-    for seed, network in networks.items():
-        arrays = {}
-        for split, images in placed.items():
-            arrays[f"{split}_logits"] = train.predict(network, images)
-            if not np.isfinite(arrays[f"{split}_logits"]).all():
+    logits = {
+        split: train.predict([one.network for one in trained.values()], images, p.runtime)
+        for split, images in placed.items()
+    }
+    folder = paths.predictions(args.dataset, args.representation, args.classifier)
+    for i, seed in enumerate(trained):
+        for split in logits:
+            if not np.isfinite(logits[split][i]).all():
                 raise errors.UserError(
                     f"{args.dataset}/{args.representation}/{args.classifier} seed {seed}: its {split} logits are not "
                     f"finite numbers: milder settings of {args.classifier} usually help"
                 )
-            arrays[f"{split}_labels"] = images.labels.cpu().numpy()
-        with files.atomic(predictions / f"seed{seed}.npz") as stream:
-            np.savez(stream, **arrays)
-    files.write_json(predictions / "provenance.json", record | distributed.record(p.runtime.sync_bn))
+        labels = {split: images.labels.cpu().numpy() for split, images in placed.items()}
+        path = folder / f"seed{seed}.npz"
+        predictions.Predictions(logits["test"][i], labels["test"], logits["holdout"][i], labels["holdout"]).write(path)
+        checksums[path.name] = files.sha256(path)
+    files.write_json(
+        folder / "provenance.json", record | distributed.record(p.runtime.sync_bn) | {"checksums": checksums}
+    )
+    costs.write(
+        paths.costs("calibrate", args.dataset, args.representation, args.classifier),
+        train.machine(device),
+        data.placement,
+        p.runtime.replicas,
+        {seed: one.cost for seed, one in trained.items()},
+    )
     checkpoint.keep_only(scratch)
 
 

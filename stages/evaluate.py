@@ -4,9 +4,6 @@ It reads predictions and nothing else, so a new metric or post-hoc rule retrains
 """
 
 import argparse
-import zipfile
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +11,15 @@ import numpy as np
 import pandas as pd
 
 from stages import paths
-from tailcal import errors, files, params, posthoc
+from tailcal import errors, files, params, posthoc, predictions
 from tailcal.errors import UserError
 from tailcal.longtail import shot_groups
 from tailcal.metrics.accuracy import confusion, per_class_accuracy
 from tailcal.metrics.calibration import reliability_bins
 from tailcal.metrics.cell import measure, over_seeds
-from tailcal.metrics.scores import check, softmax
+from tailcal.metrics.scores import softmax
+from tailcal.predictions import Predictions
 from tailcal.tables import HEADLINE
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """One seed's logits [N, K] and labels [N], of the test split and of the hold-out (which may be empty)."""
-
-    test_logits: np.ndarray
-    test_labels: np.ndarray
-    holdout_logits: np.ndarray
-    holdout_labels: np.ndarray
 
 
 def read_classes(folder: Path) -> tuple[list[str], np.ndarray]:
@@ -47,36 +35,9 @@ def read_classes(folder: Path) -> tuple[list[str], np.ndarray]:
     return names, counts_K
 
 
-def read_predictions(path: Path, K: int) -> Predictions:
-    """One seed's predictions, checked: every array there, K classes, finite logits, labels in range."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            predictions = Predictions(**{name: archive[name] for name in Predictions.__dataclass_fields__})
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
-    except KeyError as error:
-        raise UserError(f"{path} is damaged ({error.args[0]}): delete it and run `dvc repro`") from None
-    except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        # AttributeError and TypeError: another kind of file, such as a bare array, loads but has no members.
-        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
-    for split, logits_NK, labels_N in (
-        ("test", predictions.test_logits, predictions.test_labels),
-        ("holdout", predictions.holdout_logits, predictions.holdout_labels),
-    ):
-        if logits_NK.shape[1:] != (K,):
-            raise UserError(f"{path}: {split}_logits has shape {list(logits_NK.shape)}: the data set has {K} classes")
-        if split == "holdout" and len(logits_NK) == 0 and labels_N.shape == (0,):
-            continue
-        try:
-            check(logits_NK, labels_N)
-        except ValueError as error:
-            raise UserError(f"{path}: {split}: {error}") from None
-    return predictions
-
-
-def read_cell(folder: Path, seeds: list[int], K: int) -> list[Predictions]:
+def read_cell(folder: Path, checksums: dict[str, str], seeds: list[int], K: int) -> list[Predictions]:
     """The predictions of every seed; all seeds must have been tested on the same samples."""
-    cell = [read_predictions(folder / f"seed{seed}.npz", K) for seed in seeds]
+    cell = [predictions.read(folder / f"seed{seed}.npz", checksums.get(f"seed{seed}.npz"), K) for seed in seeds]
     for seed, run in zip(seeds, cell, strict=True):
         if not np.array_equal(run.test_labels, cell[0].test_labels):
             raise UserError(
@@ -176,8 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     names, counts_K = read_classes(paths.longtail(where["dataset"]))
     folder = paths.predictions(**where)
-    cell = read_cell(folder, p.seeds, len(names))
     provenance = files.read_json(folder / "provenance.json")
+    if not isinstance(provenance, dict) or not isinstance(checksums := provenance.pop("checksums", None), dict):
+        raise UserError(f"{folder}/provenance.json is damaged (no checksums): delete it and run `dvc repro`")
+    cell = read_cell(folder, checksums, p.seeds, len(names))
 
     plots = paths.cell_plots(**where)
     write_table(plots / "reliability.csv", reliability_table(cell, p.seeds, p.evaluate.bins))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 SETTINGS = Path("data/settings")
+COSTS = Path("data/costs")
 DOWNLOADS = Path("data/downloads")
 SCRATCH = Path(".scratch")
 SUMMARY = Path("metrics/summary.json")
@@ -11,11 +12,17 @@ TABLE_TEXT = Path("metrics/table.md")
 FIGURES = Path("plots/figures")
 RELIABILITY = Path("plots/reliability.json")
 REPORT = Path("plots/report.html")
+COSTS_PAGE = Path("plots/costs.html")
 
 
 def settings(stage: str, *cell: str) -> Path:
     """What one stage of a cell goes by, as `check` resolved it: the file that DVC compares."""
     return SETTINGS / stage / f"{'-'.join(cell)}.json"
+
+
+def costs(stage: str, *cell: str) -> Path:
+    """What the trainings of a cell took on the machine that ran them; not tracked."""
+    return COSTS / stage / f"{'-'.join(cell)}.json"
 
 
 def raw(dataset: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from stages import paths
-from tailcal import figures, page, params, tables
+from tailcal import costs, figures, page, params, tables
 from tailcal.errors import UserError, run
 from tailcal.files import read_json, write_json, write_text
 from tailcal.tables import Cell
@@ -45,6 +45,7 @@ def main() -> None:
         for dataset in grid.datasets
     ]
     write_text(paths.REPORT, page.render(grid, sections))
+    write_text(paths.COSTS_PAGE, page.render_costs(costs.rows(paths.COSTS)))
 
 
 def _write_numbers(cells: dict[str, list[Cell]], epochs: dict[str, list[int]]) -> None:

@@ -9,6 +9,7 @@ import torch
 from stages import paths
 from tailcal import (
     checkpoint,
+    costs,
     distributed,
     errors,
     files,
@@ -45,7 +46,7 @@ def main() -> None:
     distributed.launch("stages.represent", p.runtime.processes)
     dataset = params.dataset(p, args.dataset)
     training = settings.training(p, args.dataset, args.representation, "representations")
-    device = train.prepare(p.runtime)
+    device = train.prepare(p.runtime, p.precision)
     meta = splits.read_meta(paths.longtail(args.dataset))
     counts = torch.tensor(meta["train_counts"])
     split = splits.read_split(paths.longtail(args.dataset), "train")
@@ -62,7 +63,7 @@ def main() -> None:
         ),
         "params": {
             "dataset": {"source": meta["source"]} | dataset.model_dump(include={"imbalance", "holdout_per_class"}),
-            "representation": training.record(),
+            "representation": training.record() | {"precision": p.precision},
         },
         "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")} | begins,
         "device": device.type,
@@ -79,27 +80,31 @@ def main() -> None:
             load_pretrained(network.backbone, Path(training.pretrained.file))
         return network, Method(training.settings, counts)
 
-    histories, written = [], {}
-    for seed in p.seeds:
-        replica = train.Replica(
+    replicas = [
+        train.Replica(
             f"represent {args.dataset}/{args.representation} seed {seed}",
             seed,
             make,
             scratch / f"seed{seed}.pt",
             training.recipe_key,
         )
-        network, history = train.train(replica, data, training.recipe, p.runtime)
-        if distributed.is_first():
-            weights.save_weights(network, out / f"seed{seed}.safetensors")
-            written[f"seed{seed}"] = files.sha256(out / f"seed{seed}.safetensors")
-        histories += history
+        for seed in p.seeds
+    ]
+    trained = dict(zip(p.seeds, train.train(replicas, data, training.recipe, p.runtime, p.precision), strict=True))
     if not distributed.is_first():
         return
-    files.write_text(
-        out / "history.csv", pd.DataFrame(histories, columns=HISTORY).to_csv(index=False, float_format="%.6g")
-    )
+    written = {f"seed{s}": weights.save_weights(t.network, out / f"seed{s}.safetensors") for s, t in trained.items()}
+    history = pd.DataFrame([epoch for one in trained.values() for epoch in one.history], columns=HISTORY)
+    files.write_text(out / "history.csv", history.to_csv(index=False, float_format="%.6g"))
     made = {"network": network_record | {"head": Method.head}, "weights": written}
     files.write_json(out / "provenance.json", record | distributed.record(p.runtime.sync_bn) | made)
+    costs.write(
+        paths.costs("represent", args.dataset, args.representation),
+        train.machine(device),
+        data.placement,
+        p.runtime.replicas,
+        {seed: one.cost for seed, one in trained.items()},
+    )
     checkpoint.keep_only(scratch)
 
 

@@ -28,7 +28,7 @@ TINY = [  # digits_lt, two cells, two seeds, a few epochs
     ("epochs: 60\n", "epochs: 8\n"),
     ("- 48\n      - 54\n", "- 6\n"),
     ("epochs: 10\n", "epochs: 2\n"),
-    ("threads: 2", "threads: 1"),  # the tests run side by side already
+    ("replicas: 2", "replicas: 1"),  # the tests run side by side already
 ]
 
 

@@ -27,7 +27,7 @@ def main() -> None:
 
         recipe = RECIPE.model_copy(update={"epochs": int(epochs), "sam_rho": 0.05 if name == "fsgl" else 0.0})
         replica = train.Replica(name, 0, make, Path(out) / "scratch" / f"{name}.pt", "recipe")
-        network, history = train.train(replica, images(), recipe, runtime)
+        ((network, history, _),) = train.train([replica], images(), recipe, runtime)
         if distributed.is_first():
             Path(out, f"{name}.json").write_text(json.dumps([row["loss"] for row in history]))
             torch.save(network.state_dict(), Path(out, f"{name}.pt"))

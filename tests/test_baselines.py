@@ -30,6 +30,11 @@ SETTINGS = {
 }
 
 
+def at(progress: float) -> torch.Tensor:
+    """The share of the epochs that is over, as a training step gets it."""
+    return torch.tensor(progress, dtype=torch.float64)
+
+
 def config(name: str, **settings):
     return load(name).Config(augmentation="standard", **SETTINGS[name] | settings)
 
@@ -87,7 +92,7 @@ def test_focal_gradient_is_that_of_the_plain_formula():
 
 def test_focal_method():
     network, method = prepared("focal", gamma=2.0)
-    loss, logits = method.loss(network, BATCH, 0.0)
+    loss, logits = method.loss(network, BATCH, at(0.0))
     assert torch.equal(logits, network(IMAGES))
     torch.testing.assert_close(loss, focal(logits, LABELS, 2.0))
     assert abs(loss - F.cross_entropy(logits, LABELS)) > 0.01
@@ -95,7 +100,7 @@ def test_focal_method():
 
 def test_class_balanced_naive():
     network, method = prepared("class_balanced", beta=0.99)
-    loss, logits = method.loss(network, BATCH, 0.0)
+    loss, logits = method.loss(network, BATCH, at(0.0))
     weights = [(1 - 0.99) / (1 - 0.99**n) for n in COUNTS.tolist()]
     total = sum(weights[y] * -log_p(z, y) for z, y in rows(logits))
     assert loss.item() == pytest.approx(total / sum(weights[y] for y in LABELS.tolist()), rel=1e-5)
@@ -106,7 +111,7 @@ def test_class_balanced_naive():
 )
 def test_class_balanced_limits_are_cross_entropy(counts, beta):
     network, method = prepared("class_balanced", counts, beta=beta)
-    loss, logits = method.loss(network, BATCH, 0.0)
+    loss, logits = method.loss(network, BATCH, at(0.0))
     torch.testing.assert_close(loss, F.cross_entropy(logits, LABELS))
 
 
@@ -117,7 +122,7 @@ def test_log_priors_by_hand():
 @pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
 def test_logit_adjustment_naive(tau):
     network, method = prepared("logit_adjustment", tau=tau)
-    loss, logits = method.loss(network, BATCH, 0.0)
+    loss, logits = method.loss(network, BATCH, at(0.0))
     assert torch.equal(logits, network(IMAGES)), "the test logits are not shifted"
     pi = [n / sum(COUNTS.tolist()) for n in COUNTS.tolist()]
     shifted = [[v + tau * math.log(p) for v, p in zip(z, pi, strict=True)] for z in logits.tolist()]
@@ -127,13 +132,13 @@ def test_logit_adjustment_naive(tau):
 
 def test_logit_adjustment_at_one_is_balanced_softmax_and_at_zero_cross_entropy():
     network, method = prepared("logit_adjustment", tau=1.0)
-    loss, logits = method.loss(network, BATCH, 0.0)
+    loss, logits = method.loss(network, BATCH, at(0.0))
     torch.testing.assert_close(loss, balanced_softmax(logits, LABELS, COUNTS))
     network, method = prepared("logit_adjustment", tau=0.0)
-    loss, logits = method.loss(network, BATCH, 0.0)
+    loss, logits = method.loss(network, BATCH, at(0.0))
     torch.testing.assert_close(loss, F.cross_entropy(logits, LABELS))
     network, method = prepared("logit_adjustment", torch.full((4,), 3), tau=1.0)
-    loss, logits = method.loss(network, BATCH, 0.0)
+    loss, logits = method.loss(network, BATCH, at(0.0))
     torch.testing.assert_close(loss, F.cross_entropy(logits, LABELS))
 
 
@@ -179,32 +184,32 @@ def test_ldam_naive_and_drw_switches_at_its_start():
     before = [naive_ldam(network, [1.0] * 4)] * 3
     after = [naive_ldam(network, [1e-4 / (1 - 0.9999**n) for n in COUNTS.tolist()])] * 3
     early, late = [0.0, 159 / 200, math.nextafter(0.8, 0)], [160 / 200, 161 / 200, 199 / 200]
-    assert [method.loss(network, BATCH, p)[0].item() for p in early] == pytest.approx(before, rel=1e-4)
-    assert [method.loss(network, BATCH, p)[0].item() for p in late] == pytest.approx(after, rel=1e-4)
+    assert [method.loss(network, BATCH, at(p))[0].item() for p in early] == pytest.approx(before, rel=1e-4)
+    assert [method.loss(network, BATCH, at(p))[0].item() for p in late] == pytest.approx(after, rel=1e-4)
     assert abs(before[0] - after[0]) > 0.01
 
 
 def test_ldam_switches_after_four_fifths_of_the_epochs_whatever_their_number():
     network, method = prepared("ldam_drw")
-    deferred = method.loss(network, BATCH, 0.0)[0]
+    deferred = method.loss(network, BATCH, at(0.0))[0]
     for epochs in (5, 10, 60, 200):
         start = epochs * 4 // 5
-        losses = [method.loss(network, BATCH, epoch / epochs)[0] for epoch in (start - 1, start, epochs - 1)]
+        losses = [method.loss(network, BATCH, at(epoch / epochs))[0] for epoch in (start - 1, start, epochs - 1)]
         assert [bool(loss != deferred) for loss in losses] == [False, True, True]
 
 
 def test_ldam_without_a_margin_is_cross_entropy_on_the_cosine_logits():
     network, method = prepared("ldam_drw", max_margin=0.0)
-    loss, logits = method.loss(network, BATCH, 0.0)
+    loss, logits = method.loss(network, BATCH, at(0.0))
     assert torch.equal(logits, network(IMAGES))
     torch.testing.assert_close(loss, F.cross_entropy(logits, LABELS))
     weights = effective_number_weights(COUNTS, 0.9999)
-    torch.testing.assert_close(method.loss(network, BATCH, 0.9)[0], F.cross_entropy(logits, LABELS, weight=weights))
+    torch.testing.assert_close(method.loss(network, BATCH, at(0.9))[0], F.cross_entropy(logits, LABELS, weight=weights))
 
 
 def test_a_margin_makes_the_loss_larger_and_leaves_the_test_logits_alone():
     network, method = prepared("ldam_drw")
-    loss, logits = method.loss(network, BATCH, 0.0)
+    loss, logits = method.loss(network, BATCH, at(0.0))
     assert torch.equal(logits, network(IMAGES))
     assert loss > F.cross_entropy(logits, LABELS) + 1
 
@@ -227,19 +232,19 @@ def test_a_step_goes_down_and_trains_the_whole_network(name):
     network, method = prepared(name)
     (group,) = method.setup(network)
     assert {id(p) for p in group.parameters} == {id(p) for p in network.parameters()}
-    before, _ = method.loss(network, BATCH, 0.0)
+    before, _ = method.loss(network, BATCH, at(0.0))
     gradients = torch.autograd.grad(before, group.parameters)
     with torch.no_grad():
         for parameter, gradient in zip(group.parameters, gradients, strict=True):
             assert gradient.abs().sum() > 0
             parameter -= 1e-4 * gradient
-    assert method.loss(network, BATCH, 0.0)[0] < before
+    assert method.loss(network, BATCH, at(0.0))[0] < before
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_batch_of_one_image_has_a_finite_loss(name):
     network, method = prepared(name)
-    loss, logits = method.loss(network, Batch(IMAGES[:1], LABELS[:1], LABELS[:1]), 0.9)
+    loss, logits = method.loss(network, Batch(IMAGES[:1], LABELS[:1], LABELS[:1]), at(0.9))
     assert loss.isfinite()
     assert logits.shape == (1, 4)
 
@@ -250,7 +255,7 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(name):
     network, method = prepared(name)
     network, method = network.to("meta"), method.to("meta")
     for progress in (0.0, 0.9):
-        loss, _ = method.loss(network, Batch(IMAGES.to("meta"), LABELS.to("meta"), LABELS.to("meta")), progress)
+        loss, _ = method.loss(network, Batch(IMAGES.to("meta"), LABELS.to("meta"), LABELS.to("meta")), at(progress))
         loss.backward()
         assert loss.device.type == "meta"
 

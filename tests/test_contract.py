@@ -18,6 +18,7 @@ from tailcal.store import Images
 from tests.test_dvc import ROOT
 
 COUNTS = [12, 6, 3]
+CPU = torch.device("cpu")
 AUGMENTATION = PadCrop(kind="pad_crop", pad=1, flip=False, cutout=3, mean=[0.5], std=[0.25])
 RECIPE = Recipe.model_validate(
     {
@@ -31,7 +32,15 @@ RECIPE = Recipe.model_validate(
         "schedule": {"shape": "cosine", "warmup": 0, "warmup_lr": 0.0},
     }
 )
-RUNTIME = Runtime(device="cpu", threads=1, processes=1, sync_bn=True, placement="device", checkpoint_seconds=0.0)
+RUNTIME = Runtime(
+    device="cpu",
+    replicas=1,
+    processes=1,
+    sync_bn=True,
+    placement="device",
+    cuda_graphs=False,
+    checkpoint_seconds=0.0,
+)
 BLOCKS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
@@ -41,20 +50,33 @@ def config_of(name):
     return configure(name, BLOCKS[stage][name], stage)
 
 
-def images(placement="device") -> Images:
+def images(placement="device", device=CPU) -> Images:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), COUNTS)
     pixels = rng.integers(0, 256, (len(labels), 8, 8, 1), dtype=np.uint8)
-    return Images(pixels, labels, AUGMENTATION, torch.device("cpu"), placement)
+    return Images(pixels, labels, AUGMENTATION, device, placement)
+
+
+def replica_of(name, tmp_path, seed=0, head="linear", cls=None):
+    def make():
+        return build("resnet8", head, 1, 3), (cls or load(name))(config_of(name), torch.tensor(COUNTS))
+
+    return train.Replica(name, seed, make, tmp_path / name / f"seed{seed}.pt", "recipe")
+
+
+def trained(replica, recipe=RECIPE, placement="device"):
+    ((network, history, _),) = train.train([replica], images(placement), recipe, RUNTIME)
+    return network, history
 
 
 def run(name, tmp_path, seed=0, epochs=3, sam_rho=0.0):
-    def make():
-        return build("resnet8", "linear", 1, 3), load(name)(config_of(name), torch.tensor(COUNTS))
-
-    replica = train.Replica(name, seed, make, tmp_path / name / f"seed{seed}.pt", "recipe")
     recipe = RECIPE.model_copy(update={"epochs": epochs, "sam_rho": sam_rho})
-    return train.train(replica, images(), recipe, RUNTIME)
+    return trained(replica_of(name, tmp_path, seed), recipe)
+
+
+def predict(network, data):
+    (logits,) = train.predict([network], data, RUNTIME)
+    return logits
 
 
 @pytest.mark.parametrize("name", names())
@@ -62,7 +84,7 @@ def test_it_trains_and_predicts(name, tmp_path):
     network, history = run(name, tmp_path)
     assert len(history) == (3 if load(name).trained else 0)
     assert all(np.isfinite(row["loss"]) for row in history)
-    logits = train.predict(network, images())
+    logits = predict(network, images())
     assert logits.shape == (sum(COUNTS), 3)
     assert logits.dtype == np.float32
     assert np.isfinite(logits).all()
@@ -85,7 +107,7 @@ def test_gradient_reaches_exactly_what_it_says_it_trains(name):
     batch = method.mix(views, draws)
     reached = set()
     for _ in range(2):  # a gate between two equal things takes no gradient at the very start
-        loss, logits = method.loss(network, batch, 0.5)
+        loss, logits = method.loss(network, batch, torch.tensor(0.5, dtype=torch.float64))
         assert loss.shape == ()
         assert logits.shape == (21, 3)
         network.zero_grad()
@@ -134,18 +156,14 @@ def test_it_finishes_with_the_head_that_it_names(name, tmp_path):
     network, _ = run(name, tmp_path, epochs=1)
     fresh = build("resnet8", load(name).head, 1, 3)
     fresh.load_state_dict(network.state_dict())
-    assert np.array_equal(train.predict(fresh, images()), train.predict(network, images()))
+    assert np.array_equal(predict(fresh, images()), predict(network, images()))
 
 
 @pytest.mark.parametrize("classifier", names("classifiers"))
 @pytest.mark.parametrize("head", HEADS)
 def test_every_classifier_goes_on_every_head(classifier, head, tmp_path):
-    def make():
-        return build("resnet8", head, 1, 3), load(classifier)(config_of(classifier), torch.tensor(COUNTS))
-
-    replica = train.Replica(classifier, 0, make, tmp_path / "seed0.pt", "recipe")
-    network, _ = train.train(replica, images(), RECIPE, RUNTIME)
-    assert np.isfinite(train.predict(network, images())).all()
+    network, _ = trained(replica_of(classifier, tmp_path, head=head))
+    assert np.isfinite(predict(network, images())).all()
 
 
 @pytest.mark.parametrize("name", [n for n in names() if load(n).trained])
@@ -194,14 +212,10 @@ def test_a_budget_of_iterations_ends_within_an_epoch(tmp_path):
             assert not logits.requires_grad
             steps.append(len(batch.labels))
 
-    def make():
-        return build("resnet8", "linear", 1, 3), Counting(config_of("ce"), torch.tensor(COUNTS))
-
     values = RECIPE.model_dump(exclude_none=True) | {"iterations": 7}
     values.pop("epochs")
     recipe = Recipe.model_validate(values)
-    replica = train.Replica("counting", 0, make, tmp_path / "seed0.pt", "recipe")
-    _, history = train.train(replica, images(), recipe, RUNTIME)
+    _, history = trained(replica_of("ce", tmp_path, cls=Counting), recipe)
     assert steps == [8] * 7  # 3 + 3 + 1 full batches of the 21 images
     assert [row["lr"] for row in history] == pytest.approx([learning_rate(recipe, spent) for spent in (0, 3, 6)])
 
@@ -214,11 +228,7 @@ def test_each_view_and_each_sampler_gets_its_own_draws(tmp_path):
             seen.append(batches)
             return super().mix(batches, draws)
 
-    def make():
-        return build("resnet8", "linear", 1, 3), Watching(config_of("fsgl"), torch.tensor(COUNTS))
-
-    recipe = RECIPE.model_copy(update={"epochs": 1})
-    train.train(train.Replica("watching", 0, make, tmp_path / "seed0.pt", "recipe"), images(), recipe, RUNTIME)
+    trained(replica_of("fsgl", tmp_path, cls=Watching), RECIPE.model_copy(update={"epochs": 1}))
     one, two, other_one, other_two = seen[0]
     assert torch.equal(one.labels, two.labels)
     assert torch.equal(other_one.labels, other_two.labels)
@@ -229,26 +239,16 @@ def test_each_view_and_each_sampler_gets_its_own_draws(tmp_path):
 @pytest.mark.parametrize("name", ["fsgl", "mislas", "ncm"])
 @pytest.mark.parametrize("placement", ["host", "disk"])
 def test_where_the_images_lie_makes_no_difference(name, placement, tmp_path):
-    def make():
-        return build("resnet8", "linear", 1, 3), load(name)(config_of(name), torch.tensor(COUNTS))
-
     (here, told), (there, told_there) = (
-        train.train(
-            train.Replica(name, 0, make, tmp_path / where / "seed0.pt", "recipe"), images(where), RECIPE, RUNTIME
-        )
-        for where in ("device", placement)
+        trained(replica_of(name, tmp_path / where), placement=where) for where in ("device", placement)
     )
     assert told == told_there
     assert all(torch.equal(value, there.state_dict()[key]) for key, value in here.state_dict().items())
-    assert np.array_equal(train.predict(here, images("device")), train.predict(here, images(placement)))
+    assert np.array_equal(predict(here, images("device")), predict(here, images(placement)))
 
 
 def test_a_training_that_diverges_in_its_very_last_step_is_refused(tmp_path):
-    def make():
-        return build("resnet8", "linear", 1, 3), load("ce")(config_of("ce"), torch.tensor(COUNTS))
-
     # One step with a rate that leaves no weight a number: the only loss is measured before, and is finite.
     recipe = RECIPE.model_copy(update={"epochs": None, "iterations": 1, "lr": float("nan")})
-    replica = train.Replica("diverging", 0, make, tmp_path / "seed0.pt", "recipe")
-    with pytest.raises(UserError, match=r"diverging: the loss or a weight became nan in epoch 1; .*lower lr"):
-        train.train(replica, images(), recipe, RUNTIME)
+    with pytest.raises(UserError, match=r"ce: the loss or a weight became nan in epoch 1; .*lower lr"):
+        trained(replica_of("ce", tmp_path), recipe)

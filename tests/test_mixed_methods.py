@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tailcal.draws import Draws
+from tailcal.draws import Draws, derive
 from tailcal.method import Batch, load
 from tailcal.methods.bagmar import accumulate, adjust
 from tailcal.methods.fsgl import consistency, cross_entropy, feature_scale, label_weights, scaling_factors
@@ -153,9 +153,8 @@ def test_fsgl_against_a_loop_over_samples(gamma, progress):
     batch = method.mix(given, Draws(0, 5, torch.Generator()))
     loss, logits = method.loss(network, batch, progress)
 
-    draws = Draws(0, 5, torch.Generator())
-    lam = draws.beta(1.0)
-    centre = int(draws.host.integers(8)), int(draws.host.integers(8))
+    generator = np.random.default_rng(derive(0, "host", 5))
+    lam, centre = generator.beta(1.0, 1.0), (int(generator.integers(8)), int(generator.integers(8)))
     top, bottom, left, right = box(lam, centre, 8, 8)
     heads, weights = network.head, label_weights(COUNTS, 1.2).double()
     ranks = {0: 0, 3: 1, 2: 2, 1: 3}

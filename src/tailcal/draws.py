@@ -5,9 +5,13 @@ who trains beside it.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+
+HostDraw = Callable[[np.random.Generator], Sequence[float]]
 
 
 def derive(*parts: int | str) -> int:
@@ -19,18 +23,30 @@ def derive(*parts: int | str) -> int:
 class Draws:
     """The random numbers of one training step.
 
-    `device` is a torch.Generator on the device, for draws as large as the batch. `host` is a NumPy generator, for the
-    few scalars a step needs (mixup's lambda); it never waits for the device.
+    `device` is a torch.Generator on the device, for draws as large as the batch. The few numbers that a step draws on
+    the host (mixup's lambda) come as tensors too: a step that reads them from there can be recorded and replayed, and
+    never waits for the device.
     """
 
     def __init__(self, seed: int, step: int, generator: torch.Generator):
         self.device = generator.manual_seed(derive(seed, "device", step))
-        self.host = np.random.default_rng(derive(seed, "host", step))
+        self._host = np.random.default_rng(derive(seed, "host", step))
 
-    def permutation(self, n: int) -> torch.Tensor:
+    def permutation(self, n: int) -> Tensor:
         """A random permutation of 0..n-1, int64 [n], on the device."""
-        return torch.randperm(n, generator=self.device, device=self.device.device)
+        keys = torch.rand(n, generator=self.device, device=self.device.device, dtype=torch.float64)
+        return keys.argsort()
 
-    def beta(self, alpha: float) -> float:
-        """One draw of Beta(alpha, alpha)."""
-        return float(self.host.beta(alpha, alpha))
+    def host(self, draw: HostDraw) -> Tensor:
+        """What `draw` takes from a NumPy generator, as a float64 tensor [number of values] on the device.
+
+        A step must call this with the same functions in the same order each time.
+        """
+        values = torch.tensor(draw(self._host), dtype=torch.float64)
+        if self.device.device.type == "cuda":
+            values = values.pin_memory()  # from pageable memory the copy would wait for the device
+        return values.to(self.device.device, non_blocking=True)
+
+    def beta(self, alpha: float) -> Tensor:
+        """One draw of Beta(alpha, alpha), a float64 scalar."""
+        return self.host(lambda generator: [generator.beta(alpha, alpha)])[0]

@@ -1,8 +1,6 @@
 """The one kind of error a user sees: a line that says what is wrong, where, and what would be right."""
 
-import os
 import sys
-import time
 from collections.abc import Callable
 
 
@@ -18,9 +16,6 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":  # of several processes with the same mistake, the first one tells it
-            time.sleep(1)
-            sys.exit(1)
         sys.exit(f"error: {error}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

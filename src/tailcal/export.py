@@ -15,8 +15,6 @@ a time can be exported: pn_transductive, say, needs all test images together.
 import argparse
 import sys
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ import torch
 from pydantic import ConfigDict
 
 import tailcal
-from tailcal import errors, files, posthoc, provenance
+from tailcal import errors, files, posthoc, predictions, provenance
 from tailcal.errors import UserError
 from tailcal.params import Augmentation, Strict, validate
 from tailcal.predict import CARD, ONNX, WEIGHTS, Card, Cell, Predictor, build
@@ -61,29 +59,6 @@ def read_trained(path: Path) -> Trained:
         return validate(Trained, read_field(path, "params", "classifier"), "params.classifier", path)
     except UserError as error:
         raise UserError(f"{error}; run `dvc repro` to make it with this version of tailcal") from None
-
-
-def read_logits(path: Path) -> dict[str, np.ndarray]:
-    """A seed's saved predictions: {holdout,test}_logits [N, K] and {holdout,test}_labels [N].
-
-    Raises UserError naming the file when it is missing or damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {f"{s}_{kind}": archive[f"{s}_{kind}"] for s in ("holdout", "test") for kind in ("logits", "labels")}
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
-    except (
-        ValueError,
-        EOFError,
-        OSError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
 
 
 def check_images(images: np.ndarray, path: Path) -> tuple[int, int]:
@@ -167,29 +142,29 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
     meta = root / f"data/lt/{cell.dataset}/meta.json"
     stage1 = root / f"data/representations/{where}/provenance.json"
     weights = root / f"data/classifiers/{where}/{cell.classifier}/seed{cell.seed}.safetensors"
-    predictions = root / f"data/predictions/{where}/{cell.classifier}"
+    predicted = root / f"data/predictions/{where}/{cell.classifier}"
 
     names, counts = read_field(meta, "class_names"), read_field(meta, "train_counts")
     record = read_field(stage1, "network")
-    made = predictions / "provenance.json"
+    made = predicted / "provenance.json"
     trained = read_trained(made)
-    logits = predictions / f"seed{cell.seed}.npz"
-    saved = read_logits(logits)
-    split = "holdout" if len(saved["holdout_labels"]) else "test"
+    checksums = read_field(made, "checksums")
+    logits = predicted / f"seed{cell.seed}.npz"
+    saved = predictions.read(logits, checksums.get(logits.name), len(names))
+    split = "holdout" if len(saved.holdout_labels) else "test"
     if rule == "temperature" and split == "test":
         raise UserError(f"--rule temperature is fitted on held-out images, and {cell.dataset} holds none out: use none")
 
     network = build(record, trained.method, trained.settings, counts, made)
-    # Stage 2 keeps no checksum of these weights; what shows that they are the right ones is `check_logits`.
-    load_weights(network, weights, files.sha256(weights) if weights.is_file() else None)
+    load_weights(network, weights, checksums.get(weights.name))
     images_path = meta.parent / f"{split}_images.npy"
     images = files.read_array(images_path, mmap=True)
     size, channels = check_images(images, images_path)
-    check_logits(Predictor(network, trained.augmentation, 1.0), images, saved[f"{split}_logits"], weights)
+    check_logits(Predictor(network, trained.augmentation, 1.0), images, getattr(saved, f"{split}_logits"), weights)
 
     fitted = {}
     if split == "holdout" and rule != "none":
-        fitted["temperature"] = fit_temperature(counts, saved["holdout_logits"], saved["holdout_labels"], logits)
+        fitted["temperature"] = fit_temperature(counts, saved.holdout_logits, saved.holdout_labels, logits)
     model = Predictor(network, trained.augmentation, fitted.get("temperature", 1.0))
     try:
         onnx = to_onnx(model, size, channels)

@@ -89,16 +89,18 @@ def sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
-def verify(path: Path, expected: str | None, remove: Path | None = None) -> None:
+REPRO = "run `dvc repro`"
+
+
+def verify(path: Path, expected: str | None, remove: Path | None = None, again: str = REPRO) -> None:
     """Check a file's SHA-256, before anything in it is parsed: a flipped bit may sit in its header.
 
     Raises UserError naming the file when it is missing or other than `expected`; `remove` is what to delete then (by
-    default the file itself).
+    default the file itself), `again` how such a file is made.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `dvc repro` to make it")
+        raise UserError(f"{path} is missing: {again} to make it")
     if (found := sha256(path)) != expected:
         raise UserError(
-            f"{path} is damaged: its SHA-256 is {found}, expected {expected}; "
-            f"delete {remove or 'it'} and run `dvc repro`"
+            f"{path} is damaged: its SHA-256 is {found}, expected {expected}; delete {remove or 'it'} and {again}"
         )

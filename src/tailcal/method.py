@@ -95,13 +95,14 @@ class Method(nn.Module):
         del draws
         return batches[0]
 
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
-        """The paper's equation: the batch-mean loss and the logits [B, K]. `progress` is in [0, 1) over the epochs."""
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """The paper's equation: the batch-mean loss and the logits [B, K]. `progress` is the share of the
+        epochs that is over, a float64 scalar in [0, 1)."""
         del progress
         logits = network(batch.images)
         return F.cross_entropy(logits, batch.targets), logits
 
-    def ascent_loss(self, network: Network, batch: Batch, progress: float) -> Tensor:
+    def ascent_loss(self, network: Network, batch: Batch, progress: Tensor) -> Tensor:
         """The loss that SAM climbs before it descends `loss`; only used where a recipe asks for SAM."""
         return self.loss(network, batch, progress)[0]
 
@@ -127,7 +128,8 @@ class Representation(Method):
 class Classifier(Method):
     """Stage 2: the backbone takes no gradient and stays in evaluation mode; the head learns, or is computed.
 
-    By default images are drawn class-balanced.
+    By default images are drawn class-balanced. With `shifted_bn` in a method's settings, the backbone's batch norms run
+    in training mode: their running statistics follow this stage's images, and still no gradient is taken.
     """
 
     stage = "classifiers"
@@ -148,7 +150,7 @@ class Classifier(Method):
         raise NotImplementedError(f"{type(self).__module__} must say what learns")
 
     def set_mode(self, network: Network) -> None:
-        network.eval()
+        network.train(getattr(self.config, "shifted_bn", False))
         network.head.train()
 
 

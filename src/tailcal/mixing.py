@@ -1,16 +1,18 @@
 """Mixing of batches: images and soft targets."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def soft_targets(labels: Tensor, partner_labels: Tensor, lam: float, num_classes: int) -> Tensor:
+def soft_targets(labels: Tensor, partner_labels: Tensor, lam: Tensor | float, num_classes: int) -> Tensor:
     """lambda e_y + (1 - lambda) e_y', float [B, K]. Cross-entropy is linear in its target, so the loss of this target
     is lambda L(z, y) + (1 - lambda) L(z, y')."""
-    own, other = F.one_hot(labels, num_classes), F.one_hot(partner_labels, num_classes)
+    own, other = F.one_hot(labels, num_classes).float(), F.one_hot(partner_labels, num_classes).float()
     return lam * own + (1 - lam) * other
 
 
@@ -25,8 +27,16 @@ def box(lam: float, centre: tuple[int, int], height: int, width: int) -> tuple[i
     return top, bottom, left, right
 
 
-def cutmix(images: Tensor, others: Tensor, edges: tuple[int, int, int, int]) -> Tensor:
-    """Replace the same box of every image by that of its partner in `others`. Both float [B, C, H, W]."""
+def draw_box(generator: np.random.Generator, height: int, width: int) -> tuple[float, int, int, int, int]:
+    """lambda ~ Beta(1, 1) and the edges of a box for it around a uniform pixel: (lambda, top, bottom, left, right)."""
+    lam = float(generator.beta(1.0, 1.0))
+    centre = int(generator.integers(height)), int(generator.integers(width))
+    return lam, *box(lam, centre, height, width)
+
+
+def cutmix(images: Tensor, others: Tensor, edges: Sequence[Tensor | int]) -> Tensor:
+    """Replace the same box of every image by that of its partner in `others`. Both float [B, C, H, W]; edges: (top,
+    bottom, left, right), ends exclusive."""
     top, bottom, left, right = edges
     rows = torch.arange(images.shape[2], device=images.device)[:, None]
     columns = torch.arange(images.shape[3], device=images.device)
@@ -34,7 +44,9 @@ def cutmix(images: Tensor, others: Tensor, edges: tuple[int, int, int, int]) -> 
     return torch.where(inside, others, images)
 
 
-def mixup(images: Tensor, labels: Tensor, partner: Tensor, lam: float, num_classes: int) -> tuple[Tensor, Tensor]:
+def mixup(
+    images: Tensor, labels: Tensor, partner: Tensor, lam: Tensor | float, num_classes: int
+) -> tuple[Tensor, Tensor]:
     """mixup (Zhang et al. 2018): x' = lambda x + (1 - lambda) x_r and the soft targets of it.
 
     images float [B, C, H, W], labels int64 [B], partner int64 [B] (the permutation r), lam in [0, 1].

@@ -1,7 +1,7 @@
 """SGD, SAM around it, and learning-rate schedules.
 
-SGD is written here, not taken from torch.optim: the whole update is three fused calls, and importing torch.optim's
-wrapper pulls in the compiler, which costs each stage more time than a small training takes.
+SGD is called here by its kernel: the whole update is one fused call, and importing torch.optim pulls in the compiler,
+ which costs each stage more time than a small training takes.
 """
 
 import math
@@ -34,8 +34,10 @@ class SGD:
         self.after_backward = after_backward
         self.velocities = [[torch.zeros_like(p) for p in group.parameters] for group in groups]
 
-    def step(self, lr: float, loss: Loss, ascent: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """One update at base learning rate `lr`. Returns the loss and the logits that it was made from, detached.
+    def step(self, lr: Tensor, loss: Loss, ascent: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """One update at base learning rate `lr`, a float32 scalar.
+
+        Returns the loss and the logits that it was made from, detached.
 
         `ascent` is not called: it is there so that every optimiser is stepped in the same way.
         """
@@ -52,12 +54,20 @@ class SGD:
         return value, logits
 
     @torch.no_grad()
-    def _update(self, lr: float) -> None:
+    def _update(self, lr: Tensor) -> None:
         for group, velocity in zip(self.groups, self.velocities, strict=True):
-            gradient = torch._foreach_add([p.grad for p in group.parameters], group.parameters, alpha=self.weight_decay)
-            torch._foreach_mul_(velocity, self.momentum)
-            torch._foreach_add_(velocity, gradient)
-            torch._foreach_add_(group.parameters, velocity, alpha=-lr * group.lr_factor)
+            torch._fused_sgd_(
+                group.parameters,
+                [p.grad for p in group.parameters],
+                velocity if self.momentum else [],  # without momentum the kernel takes none
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+                lr=lr * group.lr_factor,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+            )
 
     def _zero_grad(self) -> None:
         for group in self.groups:
@@ -94,7 +104,7 @@ class SAM(SGD):
         super().__init__(groups, momentum, weight_decay, after_backward)
         self.rho = rho
 
-    def step(self, lr: float, loss: Loss, ascent: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def step(self, lr: Tensor, loss: Loss, ascent: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """One update: climb the gradient of `ascent()` by rho, and descend with the gradient of `loss()` there."""
         self._zero_grad()
         ascent().backward()

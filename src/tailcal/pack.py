@@ -35,7 +35,7 @@ import numpy as np
 
 from tailcal import files, images, longtail, provenance, rows
 from tailcal.errors import UserError
-from tailcal.progress import LOG_SECONDS
+from tailcal.progress import Progress
 from tailcal.sources import Listing
 
 SPLITS = ("train", "test")
@@ -243,7 +243,8 @@ def _decode_missing(listing: Listing, stores: dict[str, _Store], bad: dict[str, 
     workers = min(listing.workers or len(os.sched_getaffinity(0)), -(-left // TASK))
     pending: dict[str, list[int]] = {split: [] for split in SPLITS}
     flushed = time.monotonic()
-    with _Progress(title, total, total - left) as progress, contextlib.closing(_run(tasks(), workers)) as results:
+    progress = Progress(title, "image", total, total - left)
+    with contextlib.closing(_run(tasks(), workers)) as results:
         try:
             for done in results:
                 pending[done.split] += done.rows
@@ -300,39 +301,6 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-class _Progress:
-    """A tqdm bar on a terminal; elsewhere a line every `LOG_SECONDS` and one at the end."""
-
-    def __init__(self, title: str, total: int, done: int):
-        from tqdm import tqdm
-
-        self.title, self.total, self.first, self.done = title, total, done, done
-        self.started = self.printed = time.monotonic()
-        if done:
-            print(f"{title}: goes on after {done:,} of {total:,} images", file=sys.stderr)
-        self.bar = tqdm(total=total, initial=done, desc=title, unit="image", dynamic_ncols=True, disable=None)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        self.bar.update(count)
-        now = time.monotonic()
-        if self.bar.disable and (self.done == self.total or now - self.printed >= LOG_SECONDS):
-            self.printed = now
-            rate = (self.done - self.first) / max(now - self.started, 1e-9)
-            left = f", {(self.total - self.done) / rate:,.0f} s left" if self.done < self.total else ""
-            print(
-                f"{self.title}: {self.done:,} of {self.total:,} images packed, {rate:,.0f} images/s{left}",
-                file=sys.stderr,
-                flush=True,
-            )
 
 
 def _count(bad: dict[str, Bad]) -> str:

@@ -52,6 +52,15 @@ def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diag
 
 def render(grid: Any, sections: list[dict[str, Any]]) -> str:
     """The page. `grid` has the lists datasets, representations and classifiers."""
+    return _fill("report.html", grid=grid, sections=sections, mark=tables.MARK)
+
+
+def render_costs(rows: list[dict[str, Any]]) -> str:
+    """The page of what the trainings took, from `tailcal.costs.rows`."""
+    return _fill("costs.html", rows=rows)
+
+
+def _fill(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -59,7 +68,7 @@ def render(grid: Any, sections: list[dict[str, Any]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(grid=grid, sections=sections, mark=tables.MARK) + "\n"
+    return environment.get_template(template).render(**values) + "\n"
 
 
 def _encoded(picture: Path) -> str:

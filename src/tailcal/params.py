@@ -51,14 +51,18 @@ class Grid(Strict):
     classifiers: Words
 
 
+Precision = Literal["float32", "tf32", "bf16"]
+
+
 class Runtime(Strict):
     """Where and how it runs. No stage tracks this block: changing it reruns nothing."""
 
     device: Literal["auto", "cpu", "cuda"]
-    threads: Annotated[int, Field(ge=1, le=1024)]
+    replicas: Annotated[int, Field(ge=1, le=1024)]
     processes: Annotated[int, Field(ge=1, le=1024)]
     sync_bn: bool
     placement: Literal["auto", "device", "host", "disk"]
+    cuda_graphs: bool
     checkpoint_seconds: Annotated[float, Field(ge=0)]
 
 
@@ -235,6 +239,7 @@ class Params(Strict):
     """The whole of params.yaml."""
 
     grid: Grid
+    precision: Precision
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), AfterValidator(_distinct)]
     runtime: Runtime
     recipes: dict[Word, Recipe]

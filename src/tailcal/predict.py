@@ -138,15 +138,8 @@ def load(folder: Path) -> tuple[Card, Predictor]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): export the model again") from None
     card = validate(Card, content, "", path)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise UserError(f"{weights} is missing: export the model again")
-    if (found := files.sha256(weights)) != card.weights:
-        raise UserError(
-            f"{weights} is damaged: its SHA-256 is {found}, {CARD} says {card.weights}; export the model again"
-        )
     network = build(card.network, card.classifier, card.settings, card.train_counts, path)
-    load_weights(network, weights, card.weights)
+    load_weights(network, folder / WEIGHTS, card.weights, again="export the model again")
     return card, Predictor(network, card.augmentation, card.temperature)
 
 

@@ -9,42 +9,41 @@ LOG_SECONDS = 15.0
 
 
 class Progress:
-    """Counts epochs and shows epoch, loss, images a second and the time left.
+    """Counts epochs or images and shows how many are done, images a second and the time left.
 
     On a terminal this is one tqdm bar. Elsewhere a line is printed every `LOG_SECONDS` and one at the end. `silent`:
     nothing at all, for all but the first of several processes.
     """
 
-    def __init__(self, title: str, epochs: int, done: int, images_per_epoch: int, silent: bool = False):
-        self.title, self.epochs, self.images = title, epochs, images_per_epoch
-        self.first, self.started = done, time.monotonic()
-        self.printed = self.started
+    def __init__(self, title: str, unit: str, total: int, done: int, images: int = 1, silent: bool = False):
+        """unit: what is counted; done: how many were done before; images: in one of them."""
+        self.title, self.unit, self.total, self.images = title, unit, total, images
+        self.first = self.done = done
+        self.started = self.printed = time.monotonic()
         self.bar, self.silent = None, silent
         if silent:
             return
-        if done < epochs and sys.stderr.isatty():
-            self.bar = tqdm(total=epochs, initial=done, desc=title, unit="epoch", dynamic_ncols=True, leave=True)
-        if 0 < done < epochs:
-            print(f"{title}: goes on after epoch {done} of {epochs}", file=sys.stderr)
+        if 0 < done < total:
+            print(f"{title}: goes on after {done:,} of {total:,} {unit}s", file=sys.stderr)
+        if done < total and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True)
 
-    def epoch(self, done: int, loss: float) -> None:
-        """Say that `done` epochs are finished and what the last one's mean loss was."""
+    def add(self, count: int, note: str = "") -> None:
+        """Say that `count` more are done; `note` is said with it."""
+        self.done += count
         if self.silent:
             return
         now = time.monotonic()
-        per_epoch = (now - self.started) / (done - self.first)
-        rate = self.images / max(per_epoch, 1e-9)
-        if self.bar:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} images/s", refresh=False)
-            self.bar.update(1)
-            if done == self.epochs:
+        seconds = max(now - self.started, 1e-9)
+        rate = (self.done - self.first) / seconds
+        speed = f"{rate * self.images:,.0f} images/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(", ".join(filter(None, [note, speed])), refresh=False)
+            self.bar.update(count)
+            if self.done == self.total:
                 self.bar.close()
-        elif done == self.epochs or now - self.printed >= LOG_SECONDS:
+        elif self.done == self.total or now - self.printed >= LOG_SECONDS:
             self.printed = now
-            left = per_epoch * (self.epochs - done)
-            remaining = f", {left:.0f} s left" if done < self.epochs else f", {now - self.started:.1f} s"
-            print(
-                f"{self.title}: epoch {done}/{self.epochs}, loss {loss:.4f}, {rate:,.0f} images/s{remaining}",
-                file=sys.stderr,
-                flush=True,
-            )
+            end = f"{seconds:.1f} s" if self.done == self.total else f"{(self.total - self.done) / rate:,.0f} s left"
+            said = [f"{self.done:,} of {self.total:,} {self.unit}s", note, speed, end]
+            print(f"{self.title}: {', '.join(filter(None, said))}", file=sys.stderr, flush=True)

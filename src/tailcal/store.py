@@ -9,7 +9,6 @@ holds of its own is bounded: AHEAD + 1 steps of uint8 batches, whatever the size
 """
 
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
@@ -65,7 +64,6 @@ class Images:
         self.count, self.channels = len(images), images.shape[3]
         self.labels = torch.from_numpy(np.array(labels)).to(device)
         self.mean, self.std = (torch.tensor(v, device=device) for v in (augmentation.mean, augmentation.std))
-        self.waited = 0.0  # seconds that steps have waited for their images
         if self.placement == "device":
             self._images = channels_first(images).to(device)
         elif self.placement == "host":
@@ -91,9 +89,7 @@ class Images:
             asked = (reader.submit(self._read, rows) for rows in zip(*drawn, strict=True))
             ahead = list(islice(asked, AHEAD))
             while ahead:
-                began = time.perf_counter()
                 batches, copied = ahead.pop(0).result()
-                self.waited += time.perf_counter() - began
                 ahead += islice(asked, 1)
                 if copied:
                     current = torch.cuda.current_stream(self.device)

@@ -2,43 +2,54 @@
 
 import math
 import os
-import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tailcal import checkpoint, distributed
+from tailcal.costs import Cost
 from tailcal.draws import Draws, derive
+from tailcal.engine import executor, side_by_side
 from tailcal.errors import UserError
 from tailcal.method import Method
 from tailcal.models import Network
 from tailcal.optim import learning_rate, optimiser
-from tailcal.params import PARAMS, Recipe, Runtime
+from tailcal.params import PARAMS, Precision, Recipe, Runtime
 from tailcal.progress import Progress
 from tailcal.store import Images
 
 EVALUATION_BATCH = 1024
+T = TypeVar("T")
+_INITIALISING = threading.Lock()  # first weights come from torch's one global generator
 
 
-def prepare(runtime: Runtime) -> torch.device:
+def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
     """Choose the device and make torch deterministic there. Raises UserError when there is no such device."""
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{PARAMS}: runtime.device: is cuda, but torch sees no CUDA device here; use auto or cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-    torch.set_num_threads(runtime.threads)
+    torch.set_num_threads(1)  # sums are split by thread, so that their last bits would depend on the number of cores
     torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = False
     on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
     return distributed.join(torch.device("cuda" if on_gpu else "cpu"))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a training ran on, and the most memory it has taken there (None on a CPU), in bytes."""
+    if device.type == "cpu":
+        return {"name": f"CPU, {os.cpu_count()} cores", "gpu_memory": None}
+    return {"name": torch.cuda.get_device_name(device), "gpu_memory": torch.cuda.max_memory_allocated(device)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,14 @@ class Replica:
     make: Callable[[], tuple[Network, Method]]  # from torch's global generator, which `train` seeds
     scratch: Path
     recipe_key: str
+
+
+class Trained(NamedTuple):
+    """A network after its last epoch; its history, a dict(epoch, seed, lr, loss, train_accuracy) an epoch; its cost."""
+
+    network: Network
+    history: list[dict[str, Any]]
+    cost: Cost
 
 
 def steps_per_epoch(n: int, recipe: Recipe) -> int:
@@ -74,37 +93,39 @@ def agreement(logits: Tensor, targets: Tensor) -> Tensor:
     return targets.gather(1, predicted[:, None]).mean()
 
 
-def train(replica: Replica, data: Images, recipe: Recipe, runtime: Runtime) -> tuple[Network, list[dict[str, Any]]]:
-    """Train one network, going on from its checkpoint if there is one.
+def train(
+    replicas: list[Replica], data: Images, recipe: Recipe, runtime: Runtime, precision: Precision = "float32"
+) -> list[Trained]:
+    """Train networks side by side, each going on from its checkpoint if there is one.
 
-    Returns the network after the last epoch, and the history: a dict(epoch, seed, lr, loss, train_accuracy) an epoch.
-    The result is a function of (code, recipe, data, seed): interruptions leave no trace in it. Where several processes
-    train together (`tailcal.distributed`), each calls this and each gets the same network.
+    A network is a function of (code, recipe, data, its seed): interruptions and neighbours leave no trace in it. Where
+    several processes train together (`tailcal.distributed`), each calls this and each gets the same networks.
+    precision: of the forward pass and its gradients, bf16 only there; weights and updates are float32 always.
     """
-    torch.manual_seed(derive(replica.seed, "initialisation"))
-    network, method = replica.make()
-    groups = method.setup(network)  # before the device, so that every first weight comes from the one generator
-    device = data.device
+    trainings = [partial(_training, replica, data, recipe, runtime, precision) for replica in replicas]
+    # Processes that share a network meet at each step, so they must take the steps of all networks in the same order.
+    return side_by_side(trainings, data.device, runtime.replicas if distributed.size() == 1 else 1)
+
+
+def _training(
+    replica: Replica, data: Images, recipe: Recipe, runtime: Runtime, precision: Precision
+) -> Generator[None, None, Trained]:
+    """The one training loop; pauses after every step."""
+    with _INITIALISING:
+        torch.manual_seed(derive(replica.seed, "initialisation"))
+        network, method = replica.make()
+        groups = method.setup(network)  # before the device, so that every first weight comes from the one generator
+    device, cost = data.device, Cost()
     network, method = network.to(device), method.to(device)
     if not method.trained:
         if method.fitted:
             method.fit(network, over_batches(network.backbone, data), data.labels)
-        return network, []
+        return Trained(network, [], cost)
 
     optimise = optimiser(groups, recipe, partial(distributed.sum_gradients, network.backbone))
-    generator = torch.Generator(device)
     labels = data.labels.cpu().numpy()
     steps, size = steps_per_epoch(len(labels), recipe), recipe.batch_size
-    if size > len(labels):
-        raise UserError(
-            f"{replica.recipe_key}.batch_size is {size}, but the training split has {len(labels)} images "
-            f"({replica.title}): use {len(labels)} or fewer"
-        )
-    if size % distributed.size():
-        raise UserError(
-            f"{replica.recipe_key}.batch_size is {size}, which {distributed.size()} processes cannot share evenly "
-            f"({replica.title}): use a multiple of {distributed.size()}"
-        )
+    _require_batches(size, len(labels), replica)
     total = total_steps(len(labels), recipe)
     epochs = math.ceil(total / steps)  # a budget of iterations may end within an epoch
     start, history = 0, []
@@ -112,44 +133,60 @@ def train(replica: Replica, data: Images, recipe: Recipe, runtime: Runtime) -> t
         network.load_state_dict(saved["network"])
         method.load_state_dict(saved["method"])
         optimise.load_state(saved["optimiser"])
-        start, history = saved["epoch"], saved["history"]
+        start, history, cost = saved["epoch"], saved["history"], Cost(**saved["cost"])
 
     shared = distributed.share(network, runtime.sync_bn)
-    bar = Progress(replica.title, epochs, start, steps * size, silent=not distributed.is_first())
-    last_saved = time.monotonic()
-    for epoch in range(start, epochs):
-        method.set_mode(network)
-        first, stop = epoch * steps, min((epoch + 1) * steps, total)
-        lr = learning_rate(recipe, epoch if recipe.epochs else first)
-        progress = epoch / epochs
-        drawn = [
-            sampler(labels, derive(replica.seed, "sampler", i), first * size, stop * size).reshape(-1, size)
+    # What changes from epoch to epoch, and the sums over one: tensors, so that a step never waits for the device.
+    lr, progress = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.float64)
+    sums = torch.zeros(2, device=device)  # of losses, of training accuracies
+
+    def step(pairs: list[tuple[Tensor, Tensor]], draws: Draws) -> None:
+        views = [data.prepare(*pair, method.config.augmentation, draws) for pair in pairs for _ in range(method.views)]
+        batch = method.mix(views, draws)
+
+        def forward(loss: Callable[..., T]) -> T:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+                return loss(shared, batch, progress)
+
+        loss, logits = optimise.step(lr, partial(forward, method.loss), partial(forward, method.ascent_loss))
+        logits = logits.float()
+        method.observe(logits, batch)
+        sums.add_(torch.stack([loss, agreement(logits, batch.targets)]))
+
+    def drawn(epoch: int) -> list[np.ndarray]:
+        """The images of an epoch's steps, from each sampler: int64 [steps, batch size]."""
+        first, stop = epoch * steps * size, min((epoch + 1) * steps, total) * size
+        return [
+            sampler(labels, derive(replica.seed, "sampler", i), first, stop).reshape(-1, size)
             for i, sampler in enumerate(method.samplers())
         ]
-        sums = torch.zeros(2, device=device)  # of losses, of training accuracies
-        for step, pairs in enumerate(data.steps(drawn), start=first):
-            draws = Draws(replica.seed, step, generator)
-            views = [
-                data.prepare(*pair, method.config.augmentation, draws) for pair in pairs for _ in range(method.views)
-            ]
-            batch = method.mix(views, draws)
-            loss, logits = optimise.step(
-                lr,
-                partial(method.loss, shared, batch, progress),
-                partial(method.ascent_loss, shared, batch, progress),
-            )
-            method.observe(logits, batch)
-            sums += torch.stack([loss, agreement(logits, batch.targets)])
 
-        mean_loss, accuracy = (sums / (stop - first)).tolist()
+    execute = executor(step, replica.seed, device, runtime.cuda_graphs and distributed.size() == 1)
+    bar = Progress(replica.title, "epoch", epochs, start, steps * size, silent=not distributed.is_first())
+    last_saved = began = time.monotonic()
+    coming = drawn(start) if start < epochs else []
+    for epoch in range(start, epochs):
+        method.set_mode(network)
+        rate = learning_rate(recipe, epoch if recipe.epochs else epoch * steps)
+        lr.fill_(rate)
+        progress.fill_(epoch / epochs)
+        sums.zero_()
+        taken = len(coming[0])
+        for number, pairs in enumerate(cost.waiting(data.steps(coming)), start=epoch * steps):
+            execute(pairs, number)
+            yield
+        if epoch + 1 < epochs:
+            coming = drawn(epoch + 1)  # while the device is still at work
+
+        mean_loss, accuracy = (sums / taken).tolist()
         checkpoint.require_finite(mean_loss, replica.title, epoch, replica.scratch)
         history.append(
-            {"epoch": epoch + 1, "seed": replica.seed, "lr": lr, "loss": mean_loss, "train_accuracy": accuracy}
+            {"epoch": epoch + 1, "seed": replica.seed, "lr": rate, "loss": mean_loss, "train_accuracy": accuracy}
         )
-        bar.epoch(epoch + 1, mean_loss)
-        if distributed.is_first() and (
-            epoch + 1 == epochs or time.monotonic() - last_saved >= runtime.checkpoint_seconds
-        ):
+        now = time.monotonic()
+        cost.images, cost.seconds, began = cost.images + taken * size, cost.seconds + now - began, now
+        bar.add(1, f"loss {mean_loss:.4f}")
+        if distributed.is_first() and (epoch + 1 == epochs or now - last_saved >= runtime.checkpoint_seconds):
             checkpoint.save(
                 replica.scratch,
                 {
@@ -158,17 +195,29 @@ def train(replica: Replica, data: Images, recipe: Recipe, runtime: Runtime) -> t
                     "optimiser": optimise.state(),
                     "epoch": epoch + 1,
                     "history": history,
+                    "cost": asdict(cost),
                 },
             )
             last_saved = time.monotonic()
-    if data.placement != "device" and distributed.is_first():
-        waited = f"steps waited {data.waited:.1f} s for them"
-        print(f"{replica.title}: images on the {data.placement}, {waited}", file=sys.stderr)
     method.finish(network)
     # The last step's loss was measured before its update, so the weights are looked at as well.
     finite = torch.stack([value.isfinite().all() for value in network.state_dict().values()]).all()
     checkpoint.require_finite(0.0 if finite else math.nan, replica.title, epochs - 1, replica.scratch)
-    return network, history
+    return Trained(network, history, cost)
+
+
+def _require_batches(size: int, images: int, replica: Replica) -> None:
+    """Raise UserError when batches of `size` cannot be drawn from so many images, or not shared among processes."""
+    if size > images:
+        raise UserError(
+            f"{replica.recipe_key}.batch_size is {size}, but the training split has {images} images "
+            f"({replica.title}): use {images} or fewer"
+        )
+    if size % distributed.size():
+        raise UserError(
+            f"{replica.recipe_key}.batch_size is {size}, which {distributed.size()} processes cannot share evenly "
+            f"({replica.title}): use a multiple of {distributed.size()}"
+        )
 
 
 @torch.no_grad()
@@ -178,6 +227,12 @@ def over_batches(module: nn.Module, data: Images) -> Tensor:
     return torch.cat([module(images) for images in data.whole(EVALUATION_BATCH)])
 
 
-def predict(network: Network, data: Images) -> np.ndarray:
-    """Logits of a whole split, unaugmented, with the network in evaluation mode: float32 [N, K]."""
-    return over_batches(network, data).float().cpu().numpy()
+def predict(networks: list[Network], data: Images, runtime: Runtime) -> list[np.ndarray]:
+    """Each network's logits of a whole split, unaugmented, in evaluation mode: float32 [N, K]."""
+
+    def predicting(network: Network) -> Generator[None, None, np.ndarray]:
+        logits = over_batches(network, data).cpu().numpy()
+        yield
+        return logits
+
+    return side_by_side([partial(predicting, network) for network in networks], data.device, runtime.replicas)

@@ -1,5 +1,6 @@
 """Network weights as safetensors: nothing in such a file can be executed."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -8,28 +9,28 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from tailcal.errors import UserError
-from tailcal.files import verify, write_bytes
+from tailcal.files import REPRO, verify, write_bytes
 
 
-def save_weights(network: nn.Module, path: Path) -> None:
-    """Write all weights and buffers atomically."""
-    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}))
+def save_weights(network: nn.Module, path: Path) -> str:
+    """Write all weights and buffers atomically; returns the file's SHA-256."""
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()})
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
-def load_weights(network: nn.Module, path: Path, expected: str) -> None:
-    """Load weights in place, from a file whose SHA-256 must be `expected`.
+def load_weights(network: nn.Module, path: Path, expected: str | None, again: str = REPRO) -> None:
+    """Load weights in place, from a file whose SHA-256 must be `expected`; `again` is how such a file is made.
 
     Raises UserError naming the file when it is missing, damaged or of another network.
     """
-    verify(path, expected)
+    verify(path, expected, again=again)
     try:
         state: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
+        raise UserError(f"{path} is damaged ({error}): delete it and {again}") from None
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"{path} holds the weights of another network ({reason}): delete it and run `dvc repro`"
-        ) from None
+        raise UserError(f"{path} holds the weights of another network ({reason}): delete it and {again}") from None

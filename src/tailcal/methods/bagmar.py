@@ -55,7 +55,7 @@ class Method(Representation):
         """The logits that the loss sees."""
         return adjust(logits, getattr(self, self.config.accumulation), self.config.lambda1)
 
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         del progress
         logits = network(batch.images)
         return F.cross_entropy(self.adjusted(logits), batch.labels), logits

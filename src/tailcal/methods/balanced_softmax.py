@@ -22,7 +22,7 @@ def balanced_softmax(logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
 class Method(Representation):
     """Cross-entropy on the shifted logits; the test logits are not shifted."""
 
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         del progress
         logits = network(batch.images)
         return balanced_softmax(logits, batch.targets, self.counts), logits

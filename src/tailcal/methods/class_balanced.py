@@ -25,7 +25,7 @@ class Method(Representation):
         super().__init__(config, counts)
         self.register_buffer("weights", effective_number_weights(counts, config.beta), persistent=False)
 
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         del progress
         logits = network(batch.images)
         return weighted_cross_entropy(logits, batch.labels, self.weights), logits

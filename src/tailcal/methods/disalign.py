@@ -64,7 +64,7 @@ class Method(Classifier):
         network.head = Aligned(network.head)
         return [ParameterGroup([network.head.scale, network.head.offset, *network.head.gate.parameters()])]
 
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         del progress
         logits = network(batch.images)
         return weighted_cross_entropy(logits, batch.labels, self.weights), logits

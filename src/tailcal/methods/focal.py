@@ -34,7 +34,7 @@ class Method(Representation):
 
         gamma: Annotated[float, Field(ge=0, le=100)]
 
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         del progress
         logits = network(batch.images)
         return focal(logits, batch.labels, self.config.gamma), logits

@@ -14,6 +14,7 @@ climbs L without c S. The rebalanced classifier is the one used at test. gamma =
 to this file.
 """
 
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tailcal.draws import Draws
 from tailcal.losses import require_counts
 from tailcal.method import Batch, ParameterGroup, Representation, Trained
-from tailcal.mixing import box, cutmix, soft_targets
+from tailcal.mixing import cutmix, draw_box, soft_targets
 from tailcal.models import Network
 from tailcal.models.heads import Linear
 from tailcal.samplers import Reweighted, Sampler, instance
@@ -108,15 +109,14 @@ class Method(Representation):
 
     def mix(self, batches: list[Batch], draws: Draws) -> Batch:
         one, two, other_one, other_two = batches
-        lam = draws.beta(1.0)
         height, width = one.images.shape[2:]
-        centre = int(draws.host.integers(height)), int(draws.host.integers(width))
+        lam, *edges = draws.host(partial(draw_box, height=height, width=width))
         mixed = lam * one.images + (1 - lam) * other_one.images
-        cut = cutmix(two.images, other_two.images, box(lam, centre, height, width))
+        cut = cutmix(two.images, other_two.images, edges)
         targets = soft_targets(one.labels, other_one.labels, lam, len(self.counts))
         return Batch(torch.stack([mixed, cut]), one.labels, targets)
 
-    def classification(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, list[Tensor]]:
+    def classification(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, list[Tensor]]:
         """L without c S, and the scaled features of both views."""
         a = 1 - progress**2
         features = [feature_scale(network.backbone(view), batch.targets, self.factors) for view in batch.images]
@@ -124,12 +124,12 @@ class Method(Representation):
         rebalanced = sum(cross_entropy(network.head.rebalanced(f), batch.targets * self.weights) for f in features)
         return a * plain + (1 - a) * rebalanced, features
 
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         value, features = self.classification(network, batch, progress)
         z_mix, z_cut = (network.head.projector(f) for f in features)
         p_mix, p_cut = network.head.predictor(z_mix), network.head.predictor(z_cut)
         agreement = consistency(p_mix, z_cut) + consistency(p_cut, z_mix)
         return value + self.config.consistency * agreement, network.head(features[0])
 
-    def ascent_loss(self, network: Network, batch: Batch, progress: float) -> Tensor:
+    def ascent_loss(self, network: Network, batch: Batch, progress: Tensor) -> Tensor:
         return self.classification(network, batch, progress)[0]

@@ -66,8 +66,8 @@ class Method(Representation):
         network.head.rescale(torch.full((network.head.out_features,), self.config.scale))
         return super().setup(network)
 
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         logits = network(batch.images)
-        weights = self.weights if progress >= self.config.drw_start else torch.ones_like(self.weights)
+        weights = torch.where(progress >= self.config.drw_start, self.weights, 1.0)
         adjusted = subtract_margins(logits, batch.labels, self.margins)
         return weighted_cross_entropy(adjusted, batch.labels, weights), logits

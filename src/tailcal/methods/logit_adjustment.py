@@ -37,7 +37,7 @@ class Method(Representation):
         super().__init__(config, counts)
         self.register_buffer("shift", config.tau * log_priors(counts), persistent=False)
 
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         del progress
         logits = network(batch.images)
         return F.cross_entropy(logits + self.shift, batch.targets), logits

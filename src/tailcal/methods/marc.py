@@ -64,11 +64,7 @@ class Method(Classifier):
         network.head = CalibratedMargins(network.head, network.head.norms())
         return [ParameterGroup([network.head.scale, network.head.shift])]
 
-    def set_mode(self, network: Network) -> None:
-        network.train(self.config.shifted_bn)
-        network.head.train()
-
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         del progress
         logits = network(batch.images)
         return weighted_cross_entropy(logits, batch.labels, self.weights), logits

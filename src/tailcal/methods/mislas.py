@@ -92,11 +92,7 @@ class Method(Classifier):
             ParameterGroup(list(network.head.inner.parameters()), self.config.lr_factor),
         ]
 
-    def set_mode(self, network: Network) -> None:
-        network.train(self.config.shifted_bn)
-        network.head.train()
-
-    def loss(self, network: Network, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
         del progress
         logits = network(batch.images)
         return label_aware_smoothing(logits, batch.labels, self.factors), logits

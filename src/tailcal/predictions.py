@@ -1,0 +1,56 @@
+"""One seed's predictions as a file: logits of the test split, never seen in training, and of the hold-out."""
+
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tailcal.errors import UserError
+from tailcal.files import atomic, verify
+from tailcal.metrics.scores import check
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits float32 [N, K] and labels int64 [N] of the test split and of the hold-out, which may be empty."""
+
+    test_logits: np.ndarray
+    test_labels: np.ndarray
+    holdout_logits: np.ndarray
+    holdout_labels: np.ndarray
+
+    def write(self, path: Path) -> None:
+        """Write them atomically, as .npz."""
+        with atomic(path) as stream:
+            np.savez(stream, **asdict(self))
+
+
+def read(path: Path, expected: str | None, K: int) -> Predictions:
+    """The predictions of a file whose SHA-256 must be `expected`, for a data set of K classes.
+
+    Raises UserError naming the file when it is missing, damaged, of other classes, or holds no finite logits.
+    """
+    verify(path, expected)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            predictions = Predictions(**{name: archive[name] for name in Predictions.__dataclass_fields__})
+    except KeyError as error:
+        raise UserError(f"{path} is damaged ({error.args[0]}): delete it and run `dvc repro`") from None
+    except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        # AttributeError and TypeError: another kind of file, such as a bare array, loads but has no members.
+        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
+    for split, logits_NK, labels_N in (
+        ("test", predictions.test_logits, predictions.test_labels),
+        ("holdout", predictions.holdout_logits, predictions.holdout_labels),
+    ):
+        if logits_NK.shape[1:] != (K,):
+            raise UserError(f"{path}: {split}_logits has shape {list(logits_NK.shape)}: the data set has {K} classes")
+        if split == "holdout" and len(logits_NK) == 0 and labels_N.shape == (0,):
+            continue
+        try:
+            check(logits_NK, labels_N)
+        except ValueError as error:
+            raise UserError(f"{path}: {split}: {error}") from None
+    return predictions
