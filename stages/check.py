@@ -35,6 +35,7 @@ def main() -> None:
             "imbalance": dataset.imbalance.model_dump(),
             "holdout_per_class": dataset.holdout_per_class,
             "channels": means,
+            "pad": getattr(dataset.augmentation, "pad", 0),
         }
         for representation in p.representations:
             training = settings.training(p, name, representation, "representations")
