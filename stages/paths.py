@@ -4,6 +4,7 @@ from pathlib import Path
 
 SETTINGS = Path("data/settings")
 DOWNLOADS = Path("data/downloads")
+PRETRAINED = Path("data/pretrained")
 SCRATCH = Path(".scratch")
 SUMMARY = Path("metrics/summary.json")
 TABLE = Path("metrics/table.csv")
