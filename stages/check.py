@@ -3,11 +3,29 @@
 Every other stage depends on its own file of these, so that a change reruns what it concerns and nothing else.
 """
 
+import os
 import shutil
 from pathlib import Path
 
 from stages import paths
 from tailcal import errors, files, method, params, posthoc, settings, sources
+
+
+def pretrained(dataset: params.Dataset) -> dict[str, str]:
+    """The block `pretrained` with its file's SHA-256, so that another file of the same name reruns stage 1.
+
+    DVC runs this stage when something in PRETRAINED has changed, so the file must lie there; a link will do. Raises
+    UserError when it does not, and when there is no such file.
+    """
+    key, file = dataset.key("pretrained.file"), dataset.pretrained.file
+    if paths.PRETRAINED not in Path(os.path.normpath(file)).parents:
+        raise errors.UserError(
+            f"{key}: must lie in {paths.PRETRAINED}, where DVC sees it change (a link to a file elsewhere will do), "
+            f"got {file}"
+        )
+    if not Path(file).is_file():
+        raise errors.UserError(f"{key}: there is no file {file}")
+    return dataset.pretrained.model_dump() | {"sha256": files.sha256(Path(file))}
 
 
 def main() -> None:
@@ -28,17 +46,17 @@ def main() -> None:
                 f"{dataset.key('augmentation.mean')} has {means} values, and source.channels is {source.channels}: "
                 "mean and std must have one value a channel"
             )
-        if name in p.grid.datasets and dataset.pretrained and not Path(dataset.pretrained.file).is_file():
-            raise errors.UserError(f"{dataset.key('pretrained.file')}: there is no file {dataset.pretrained.file}")
+        begins = {"pretrained": pretrained(dataset)} if name in p.grid.datasets and dataset.pretrained else {}
         resolved["download", name] = source.model_dump()
         resolved["subsample", name] = {
             "imbalance": dataset.imbalance.model_dump(),
             "holdout_per_class": dataset.holdout_per_class,
             "channels": means,
+            "pad": getattr(dataset.augmentation, "pad", 0),
         }
         for representation in p.representations:
             training = settings.training(p, name, representation, "representations")
-            resolved["represent", name, representation] = training.record()
+            resolved["represent", name, representation] = training.record() | begins
         for classifier in p.classifiers:
             resolved["calibrate", name, classifier] = settings.training(p, name, classifier, "classifiers").record()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 SETTINGS = Path("data/settings")
 COSTS = Path("data/costs")
 DOWNLOADS = Path("data/downloads")
+PRETRAINED = Path("data/pretrained")
 SCRATCH = Path(".scratch")
 SUMMARY = Path("metrics/summary.json")
 TABLE = Path("metrics/table.csv")

@@ -1,6 +1,7 @@
 """Cut one data set's long-tailed training split, its hold-out and its test split: data/lt/<dataset>."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,35 @@ def train_counts(available: np.ndarray, dataset: params.Dataset, class_names: li
         raise UserError(f"{dataset.key('imbalance')}: {error}") from None
 
 
+def check_augmentation(dataset: params.Dataset, shape: tuple[int, ...]) -> None:
+    """Raise UserError unless the data set's augmentation fits images of `shape`, which is (N, H, W, C)."""
+    _, height, width, channels = shape
+    augmentation = dataset.augmentation
+    if channels != (means := len(augmentation.mean)):
+        raise UserError(
+            f"{dataset.key('augmentation.mean')} has {means} values: the images have "
+            f"{channels} channels, so mean and std must have {channels} each"
+        )
+    # A crop that is shifted by a whole image's side shows nothing of it.
+    if augmentation.kind == "pad_crop" and augmentation.pad >= min(height, width):
+        raise UserError(
+            f"{dataset.key('augmentation.pad')} is {augmentation.pad}: the images have {height}x{width} pixels, "
+            f"so must be at most {min(height, width) - 1}"
+        )
+
+
+def warn_of_holdout(dataset: params.Dataset, available: np.ndarray, class_names: list[str]) -> None:
+    """One line on stderr when the hold-out takes half or more of a class; `available` (int [K]) counts its images."""
+    k, held_out = int(available.argmin()), dataset.holdout_per_class
+    if 2 * held_out >= available[k]:
+        print(
+            f"warning: {dataset.key('holdout_per_class')} is {held_out}: it takes {held_out} of the {available[k]} "
+            f"images of {longtail.class_title(k, class_names)}, the rarest, and leaves {available[k] - held_out} to "
+            "train on; fewer, or 0, would leave more",
+            file=sys.stderr,
+        )
+
+
 def main() -> None:
     """Check the raw arrays, choose the images, write the three splits and meta.json."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -86,15 +116,10 @@ def main() -> None:
     meta, raw = read_raw(paths.raw(name))
     class_names = meta["class_names"]
 
-    channels, means = raw["train_images"].shape[3], len(dataset.augmentation.mean)
-    if channels != means:
-        raise UserError(
-            f"{dataset.key('augmentation.mean')} has {means} values: the images have "
-            f"{channels} channels, so mean and std must have {channels} each"
-        )
-
+    check_augmentation(dataset, raw["train_images"].shape)
     available = np.bincount(raw["train_labels"], minlength=len(class_names))
     counts = train_counts(available, dataset, class_names)
+    warn_of_holdout(dataset, available, class_names)
     train, holdout = longtail.subset_indices(
         raw["train_labels"], counts, dataset.imbalance.seed, dataset.holdout_per_class, class_names
     )

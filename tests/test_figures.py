@@ -1,8 +1,14 @@
 """The pictures open, are not blank, are the same at every run, and say the numbers they are drawn from."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager, get_data_path
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from tailcal import figures
@@ -44,6 +50,9 @@ DRAWINGS = {
     ),
     "accuracy of 100 classes": lambda path: figures.per_class_accuracy(
         {cell: report_inputs.classes(_generator(), 100) for cell in GRID}, "many classes", path
+    ),
+    "accuracy of one panel": lambda path: figures.per_class_accuracy(
+        {GRID[0]: report_inputs.classes(_generator(), 30)}, "names", path
     ),
     "training": lambda path: figures.training_curves(
         {name: report_inputs.history(_generator()) for name in report_inputs.REPRESENTATIONS}, "stage 1", path
@@ -129,6 +138,106 @@ def test_many_classes_are_averaged_over_neighbouring_ranks(drawn, tmp_path):
     assert line.get_xdata()[0] == 5.5
     assert line.get_ydata()[0] == pytest.approx(classes["accuracy"][:10].mean(), abs=0.02)
     assert len(line.get_xdata()) == 10
+
+
+NAMES = ["猫", "cat 猫", "кошка", "a_b", "$\\frac{$", "犬の 写真 dog", "x", "y", "z", "long " * 9 + "猫"]
+WITHOUT_FONT = ["#0", "cat #1", "кошка", "a_b", "$\\frac{$", "dog #5", "x", "y", "z"]
+
+
+def _named(names):
+    return report_inputs.classes(_generator(), len(names)).assign(name=names)
+
+
+def _labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+@pytest.fixture
+def only_its_own_font(monkeypatch):
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", _font_entries())
+
+
+def _font_entries():
+    """What matplotlib brings along, whatever else this machine has."""
+    return [font for font in font_manager.fontManager.ttflist if font.fname.startswith(get_data_path())]
+
+
+@pytest.fixture
+def font_with_a_cat(tmp_path, monkeypatch):
+    """An installed font with no other character than 猫."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 800), (800, 800), (800, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("猫"): "cat"})
+    builder.setupGlyf({".notdef": pen.glyph(), "cat": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Only a Cat", "styleName": "Regular"})
+    builder.setupOS2(usWeightClass=400)
+    builder.setupPost()
+    builder.save(tmp_path / "cat.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", _font_entries())
+    font_manager.fontManager.addfont(tmp_path / "cat.ttf")
+
+
+@pytest.mark.usefixtures("only_its_own_font")
+@pytest.mark.filterwarnings("error")
+def test_names_that_no_font_can_draw_become_numbers(tmp_path, drawn, caplog):
+    classes = _named(NAMES)
+    figures.class_counts(classes, "counts", tmp_path / "unused.png")
+    figures.per_class_accuracy({("ce", "joint"): classes}, "accuracy", tmp_path / "unused.png")
+    counts, accuracy = drawn
+    long = ("long " * 9)[:32]
+    assert _labels(counts.axes[0].yaxis) == [*WITHOUT_FONT, f"{long}… #9"]
+    assert _labels(accuracy.axes[0].xaxis) == [*WITHOUT_FONT, f"{long[:20]}… #9"]
+    assert classes["name"].tolist() == NAMES
+    for figure in drawn:
+        FigureCanvasAgg(figure).draw()
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("font_with_a_cat")
+@pytest.mark.filterwarnings("error")
+def test_an_installed_font_stands_in_for_what_the_first_one_lacks(tmp_path, drawn, caplog):
+    figures.class_counts(_named(NAMES), "counts", tmp_path / "unused.png")
+    axis = drawn[0].axes[0].yaxis
+    assert _labels(axis)[:6] == ["猫", "cat 猫", "кошка", "a_b", "$\\frac{$", "dog #5"]
+    assert axis.get_ticklabels()[0].get_fontfamily() == ["DejaVu Sans", "Only a Cat"]
+    FigureCanvasAgg(drawn[0]).draw()
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("font_with_a_cat")
+def test_names_that_the_first_font_can_draw_are_drawn_in_it_alone(tmp_path, drawn):
+    figures.class_counts(_named(["ant", "bée", "кот"]), "counts", tmp_path / "unused.png")
+    assert drawn[0].axes[0].yaxis.get_ticklabels()[0].get_fontfamily() == ["DejaVu Sans"]
+
+
+@pytest.mark.parametrize(("number", "named"), [(30, True), (31, False)])
+def test_few_classes_are_named_below_the_lowest_panels(tmp_path, drawn, number, named):
+    cells = {(name, "joint"): report_inputs.classes(_generator(), number) for name in "abcde"}
+    figures.per_class_accuracy(cells, "five", tmp_path / "unused.png")
+    panels = {axes.get_title(): axes for axes in drawn[0].axes if axes.get_title()}
+    assert list(panels) == list("abcde")
+    FigureCanvasAgg(drawn[0]).draw()
+    shown = {name: any(label.get_visible() for label in axes.get_xticklabels()) for name, axes in panels.items()}
+    assert shown == {"a": False, "b": False, "c": False, "d": True, "e": True}
+    assert (_labels(panels["e"].xaxis)[3:5] == ["class 3", "class 4"]) == named
+    assert len(panels["a"].lines[0].get_xdata()) == (30 if named else 10)
+
+
+def test_the_names_below_a_panel_do_not_overlap(tmp_path, drawn):
+    for names in ("0123456789", ["airplane", "automobile", *"abcdefgh"], ["a very long name indeed"] * 30):
+        cells = {(name, "joint"): _named(list(names)) for name in "abcde"}
+        figures.per_class_accuracy(cells, "five", tmp_path / "unused.png")
+        FigureCanvasAgg(drawn[-1]).draw()
+        boxes = [label.get_window_extent() for label in drawn[-1].axes[-1].get_xticklabels()]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+        assert all(box.y0 > 0 for box in boxes)
 
 
 def test_no_accuracy_of_a_class_lies_outside_its_panel(drawn, tmp_path):

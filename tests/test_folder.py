@@ -25,10 +25,12 @@ def make(root, *paths):
 
 
 def load(root, **keys):
-    config = folder.Config.model_validate({"kind": "folder", "path": str(root), "size": 8, "channels": 3, **keys})
+    block = {"kind": "folder", "path": str(root), "size": 8, "channels": 3, **keys}
+    config = sources.configure(DIGITS.model_copy(update={"source": block}))
     return sources.load(config, Path("downloads"))
 
 
+KEY = f"{params.PARAMS}: datasets.digits_lt.source.path"
 SPLIT = ("train/b/1.png", "train/a/2.png", "train/a/1.png", "test/a/9.png", "test/b/8.png")
 
 
@@ -59,7 +61,8 @@ def test_one_tree_is_split_by_its_seed(tmp_path):
     assert load(tmp_path, test_per_class=3, seed=1).test_files != got.test_files
     assert load(tmp_path, test_per_class=4).class_names == ["x", "y"]
     with pytest.raises(
-        UserError, match=rf"^{tmp_path}: .*test_per_class 5: class 1 \(y\) has 5 images, so must be at most 4"
+        UserError,
+        match=rf"^{KEY}: {tmp_path}: source.test_per_class is 5: class 1 \(y\) has 5 images, so must be at most 4",
     ):
         load(tmp_path, test_per_class=5)
 
@@ -102,7 +105,7 @@ def test_linked_classes_and_images_are_taken(tmp_path):
         (
             [],
             {},
-            "{root}: has no folder train: must hold train/<class>/ and test/<class>/, or <class>/ with a test_per",
+            "{root}: has no folder train: must hold train/<class>/ and test/<class>/, or <class>/ with a sou",
         ),
         (["train/a/1.png", "train/b/1.png"], {}, "{root}: has no folder test: must"),
         ([*SPLIT, "train/c/1.png"], {}, "{root}: class c is in train and not in test: every class must be in both"),
@@ -113,24 +116,36 @@ def test_linked_classes_and_images_are_taken(tmp_path):
         (["train/a/1.png", "test/a/1.png"], {}, "{root}/train: has 1 class folders: must have at least 2"),
         (["a.png", "b.png"], {"test_per_class": 1}, "{root}: has 0 class folders: must have at least 2"),
         (["a/1.png", "b/"], {"test_per_class": 1}, "{root}/b: has no images"),
-        (SPLIT, {"test_per_class": 1}, "{root}: is split into train and test already: test_per_class must be 0"),
+        (SPLIT, {"test_per_class": 1}, "{root}: is split into train and test already: source.test_per_class must"),
         ([*SPLIT, "train/n\nn/1.png"], {}, "{root}/train: the class folder 'n\\nn' must have a printable name"),
     ],
 )
 def test_faults(tmp_path, paths, keys, message):
     make(tmp_path, *paths)
-    with pytest.raises(UserError, match=f"^{re.escape(message.format(root=tmp_path))}") as caught:
+    with pytest.raises(UserError, match=f"^{re.escape(f'{KEY}: {message}'.format(root=tmp_path))}") as caught:
         load(tmp_path, **keys)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("keys", [{}, {"test_per_class": 1}])
 def test_no_such_folder(tmp_path, keys):
-    with pytest.raises(UserError, match=rf"^{tmp_path}/none.*: there is no such folder$"):
+    with pytest.raises(UserError, match=rf"^{KEY}: {tmp_path}/none: there is no such folder$"):
         load(tmp_path / "none", **keys)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=rf"^{tmp_path}/file.*: is not a folder$"):
+    with pytest.raises(UserError, match=rf"^{KEY}: {tmp_path}/file: is not a folder$"):
         load(tmp_path / "file", **keys)
+
+
+def test_two_folders_that_read_the_same(tmp_path):
+    """An accent may be a character of its own, as file systems of other machines write it."""
+    make(tmp_path, *SPLIT, "train/caf\u00e9/1.png", "train/cafe\u0301/1.png", "train/b  c/1.png", "train/b c/1.png")
+    with pytest.raises(
+        UserError, match=rf"^{KEY}: {tmp_path}/train: the class folders 'b  c' and 'b c' read the same: rename one, or"
+    ):
+        load(tmp_path)
+    (tmp_path / "train/b  c").rename(tmp_path / "c")
+    with pytest.raises(UserError, match=r"the class folders 'cafe\\u0301' and 'caf\\xe9' read the same"):
+        load(tmp_path)
 
 
 def test_a_class_name_outside_utf8(tmp_path):

@@ -99,6 +99,28 @@ def test_a_file_without_batch_counters_loads(tmp_path):
     assert torch.equal(ours.conv1.weight, state["conv1.weight"])
 
 
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_of_a_training_script_loads(tmp_path, wrap, prefix):
+    """Weights among other things, and the names that DataParallel makes."""
+    torch.manual_seed(0)
+    theirs = reference("resnet10")
+    state = {prefix + name: value for name, value in theirs.state_dict().items()}
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1).state_dict()
+    path = tmp_path / "checkpoint.pth"
+    torch.save({wrap: state, "epoch": 3, "arch": "resnet10", "optimizer": optimizer} if wrap else state, path)
+    ours = BACKBONES["resnet10"](3)
+    load_pretrained(ours, path)
+    theirs.fc = torch.nn.Identity()
+    assert torch.equal(ours.eval()(IMAGES), theirs.eval()(IMAGES))
+
+
+def test_a_tensor_called_model_is_no_wrap(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": torch.zeros(1)}, path)
+    assert one_line(BACKBONES["resnet10"](3), path).endswith("(its first tensor is called model)")
+
+
 def one_line(backbone: torch.nn.Module, path) -> str:
     """What loading a wrong file says; it must have loaded nothing."""
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
@@ -132,8 +154,19 @@ def test_what_is_no_file_of_weights_is_one_line(tmp_path):
         path.write_bytes(b"")
         assert "damaged" in one_line(ours, path)
     path = tmp_path / "checkpoint.pth"
-    torch.save({"state_dict": ours.state_dict(), "epoch": 3}, path)
-    assert "must hold a state_dict" in one_line(ours, path)
+    torch.save({"weights": ours.state_dict(), "epoch": 3}, path)
+    says = (
+        "holds a dict of 'weights' (OrderedDict), 'epoch' (int): must hold a state_dict, names and tensors and nothing"
+    )
+    assert f"{path} {says} else, by itself or as its state_dict or model" in one_line(ours, path)
+    torch.save({"model": {"a": 1}} | dict.fromkeys("bcdefg", 0), path)
+    assert "a dict of 'model' (dict), 'b' (int), 'c' (int), 'd' (int), 'e' (int) and 2 more: must" in one_line(
+        ours, path
+    )
+    torch.save([1], path)
+    assert "holds a list: must hold a state_dict" in one_line(ours, path)
+    torch.save({"state_dict": {"module.encoder_q.conv1.weight": torch.zeros(1)}}, path)
+    assert one_line(ours, path).endswith("(its first tensor is called encoder_q.conv1.weight)")
     torch.save(torch.nn.Linear(1, 1), path)
     assert "more than tensors" in one_line(ours, path)
     whole = path.read_bytes()

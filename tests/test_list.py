@@ -10,6 +10,7 @@ from tailcal.errors import UserError
 from tests.test_sources import DIGITS
 
 TRAIN = b"train/n1/a.jpg 0\ntrain/n2/b c.jpg 1\ntrain/n1/d.jpg 0\n"
+KEY = f"{params.PARAMS}: datasets.digits_lt.source"
 TEST = b"val/a.jpg 1\nval/b.jpg 0\n"
 
 
@@ -63,8 +64,8 @@ def test_a_path_that_begins_with_a_hash(tmp_path):
 def test_class_names(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufeffcrane \r\n猫\r\n\r\n".encode())
     assert load(tmp_path, class_names="names.txt").class_names == ["crane", "猫"]
-    (tmp_path / "names.txt").write_text("crane\ncrane\n")  # two of ImageNet's classes are called crane
-    assert load(tmp_path, class_names=str(tmp_path / "names.txt")).class_names == ["crane", "crane"]
+    (tmp_path / "names.txt").write_text("crane\nCrane\n")
+    assert load(tmp_path, class_names=str(tmp_path / "names.txt")).class_names == ["crane", "Crane"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,8 @@ def test_class_names(tmp_path):
     ],
 )
 def test_faults(tmp_path, train, message):
-    with pytest.raises(UserError, match=f"^{re.escape(f'{tmp_path}/{message}'.format(root=tmp_path))}") as caught:
+    line = f"{KEY}.{message.split('.')[0]}: {tmp_path}/{message}".format(root=tmp_path)
+    with pytest.raises(UserError, match=f"^{re.escape(line)}") as caught:
         load(tmp_path, train)
     assert "\n" not in str(caught.value)
 
@@ -108,6 +110,10 @@ def test_faults(tmp_path, train, message):
     ("names", "message"),
     [
         (b"a\n", r"train\.txt line 2: the label 1 must lie in 0\.\.0, since names\.txt has 1 names"),
+        # Two of ImageNet's classes are called crane. An accent may be a character of its own, and looks the same.
+        (b"crane\ncrane\n", r"names\.txt line 2: crane is the name of class 0 already \(line 1\): every class must"),
+        ("caf\u00e9\ncafe\u0301\n".encode(), r"names\.txt line 2: cafe\u0301 is the name of class 0 already"),
+        (b"a  b\na b\n", r"names\.txt line 2: a b is the name of class 0 already"),
         (b"a\nb\nc\n", r"train\.txt: 1 of the 3 labels have no line, the first is class 2 \(c\)"),
         (b"a\n\nb\n", r"names\.txt line 2: must be the name of class 1, got ''"),
         (b"a\nb\tc\n", r"names\.txt line 2: must be the name of class 1, got 'b\\tc'"),
@@ -117,16 +123,34 @@ def test_faults(tmp_path, train, message):
 )
 def test_faults_of_class_names(tmp_path, names, message):
     (tmp_path / "names.txt").write_bytes(names)
-    with pytest.raises(UserError, match=message):
+    key = "class_names" if message.startswith("names") else "train"
+    with pytest.raises(UserError, match=rf"^{KEY}\.{key}: {tmp_path}/{message}"):
         load(tmp_path, class_names="names.txt")
 
 
 @pytest.mark.parametrize("key", ["train", "test", "class_names"])
 def test_missing_files(tmp_path, key):
-    with pytest.raises(UserError, match=rf"^{tmp_path}/none\.txt: there is no such file$"):
-        load(tmp_path, **{key: "none.txt"})
-    with pytest.raises(UserError, match=rf"^{tmp_path}/none: there is no such folder$"):
-        load(tmp_path, root=str(tmp_path / "none"))
+    for name, wrong in (
+        ("none.txt", "there is no such file"),
+        ("train.txt/none.txt", "there is no such file"),
+        (".", "is a folder: must be a text file"),
+    ):
+        with pytest.raises(UserError, match=rf"^{KEY}\.{key}: {tmp_path / name}: {wrong}$"):
+            load(tmp_path, **{key: name})
+    with pytest.raises(UserError, match=rf"^{KEY}\.{key}: ~nobody_here/x: there is no such home folder$"):
+        load(tmp_path, **{key: "~nobody_here/x"})
+
+
+def test_root_must_be_a_folder(tmp_path):
+    for name, wrong in (("none", "there is no such folder"), ("train.txt", "is not a folder")):
+        with pytest.raises(UserError, match=rf"^{KEY}\.root: {tmp_path}/{name}: {wrong}$"):
+            load(tmp_path, root=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("key", ["root", "train", "test", "class_names"])
+def test_a_place_that_the_system_refuses_is_named(tmp_path, key):
+    with pytest.raises(UserError, match=rf"^{KEY}\.{key}: .*x: cannot be read \(File name too long\)$"):
+        load(tmp_path, **{key: "x" * 300})
 
 
 def test_a_missing_key_is_named():

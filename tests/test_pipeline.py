@@ -1,5 +1,6 @@
 """The pipeline run as a user runs it, in copies of the project with a tiny grid."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score
+
+from tailcal.models import BACKBONES
+from tests.conftest import edit
 
 pytestmark = pytest.mark.pipeline
 CELL = ("--dataset", "digits_lt", "--representation", "ce")
@@ -159,6 +164,35 @@ def test_the_training_stage_never_opens_the_test_split(project):
         "calibrate", *CELL, "--classifier", "crt", ok=False
     )
     assert (p.root / "data/classifiers/digits_lt/ce/crt/seed1.safetensors").exists()  # trained before it was looked for
+
+
+def test_another_file_of_pretrained_weights_reruns_stage_1(project):
+    """And the same bytes with another date, or behind a link, rerun nothing."""
+    begins = "pretrained: {file: data/pretrained/w.safetensors, trains: last_block}"
+    p = project(("    backbone: resnet8\n", f"    backbone: resnet10\n    {begins}\n"))
+    assert "pretrained.file: there is no file data/pretrained/w.safetensors" in p.stage("check", ok=False)
+    file, stage = p.root / "data/pretrained/w.safetensors", ("dvc", "repro", "represent@digits_lt-ce")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_file(BACKBONES["resnet10"](1).state_dict(), file)
+        output = p.run(*stage)
+        assert "Running stage 'check'" in output
+        assert "Running stage 'represent@digits_lt-ce'" in output
+        settings = json.loads((p.root / "data/settings/represent/digits_lt-ce.json").read_text())
+        assert settings["pretrained"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    os.utime(file, (0, 0))
+    assert "Running stage" not in p.run(*stage)
+    file.rename(p.root / "elsewhere")
+    file.symlink_to(p.root / "elsewhere")
+    assert "Running stage" not in p.run(*stage)
+    torch.manual_seed(2)
+    save_file(BACKBONES["resnet10"](1).state_dict(), p.root / "elsewhere")
+    assert list(json.loads(p.run("dvc", "status", "--json", "check").splitlines()[-1])) == ["check"]
+
+    edit(p.root / "params.yaml", [("data/pretrained/w.safetensors", "elsewhere")])
+    output = p.stage("check", ok=False)
+    assert "datasets.digits_lt.pretrained.file: must lie in data/pretrained, where DVC sees it change" in output
+    assert output.count("\n") == 1
 
 
 def test_without_a_holdout_a_cell_is_measured_and_says_what_is_missing(project):

@@ -1,6 +1,7 @@
 """The report says the numbers of the grid's cells, and nothing else."""
 
 import base64
+import html
 import json
 import os
 import re
@@ -104,9 +105,8 @@ def test_rules_absent_for_one_reason_share_a_sentence():
 
 def _page_tables():
     """The page's tables of rules: {title: {column: texts}}, the best as the page marks it."""
-    html = paths.REPORT.read_text()
     tables = {}
-    for title, body in re.findall(r"<h4>(.*?)</h4>(.*?)</table>", html, re.DOTALL):
+    for title, body in re.findall(r"<h4>(.*?)</h4>(.*?)</table>", _html(), re.DOTALL):
         names = re.findall(r"<th>(.*?)</th>", body)
         rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL)[1:]]
         tables[title] = dict(zip(names, zip(*rows, strict=True), strict=True))
@@ -138,6 +138,72 @@ def test_the_best_rule_of_a_cell_is_marked_and_a_transductive_one_does_not_compe
     assert first["ECE, %"] == eces
     assert first["Top-1 accuracy, %"] == ["<strong>50.00</strong>"] * 6 + ["50.00"], "equal is equally good"
     assert first["Few-shot accuracy, %"] == ["—"] * 7
+
+
+def _class_table():
+    """The page's section of classes: (its summary, {column: texts})."""
+    summary, body = re.search(r"<summary>(Test accuracy.*?)</summary>(.*?)</details>", _html(), re.DOTALL).groups()
+    titles = [html.unescape(title).replace("\xa0", " ") for title in re.findall(r"<th>(.*?)</th>", body)]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL)[1:]]
+    return summary, dict(zip(titles, zip(*rows, strict=True), strict=True))
+
+
+def _html():
+    return paths.REPORT.read_text()
+
+
+def _per_class(representation, classifier):
+    path = paths.cell_plots("digits_lt", representation, classifier) / "per_class.csv"
+    return path, pd.read_csv(path, keep_default_na=False)
+
+
+def test_page_has_every_class_by_name_from_the_most_frequent_on():
+    for cell in product(*SMALL.values()):
+        path, classes = _per_class(*cell)
+        classes["name"] = ["猫 <b>", *classes["name"][1:]]
+        classes.iloc[::-1].to_csv(path, index=False)
+    report.main()
+    summary, table = _class_table()
+    assert summary == "Test accuracy of every class of digits_lt"
+    assert list(table)[5:] == ["ce / joint", "ce / mislas", "mixup / joint", "mixup / mislas"]
+    classes = _per_class("ce", "joint")[1].sort_values("train_count", ascending=False)
+    assert table["class"][:3] == ("猫 &lt;b&gt;", "a rather $long$ name of a class, past any axis", "null")
+    assert table["number"] == tuple("0123456789")
+    assert table["shot group"] == tuple(classes["group"])
+    assert table["training images"] == tuple(map(str, classes["train_count"]))
+    assert set(table["test images"]) == {"50"}
+    for cell in product(*SMALL.values()):
+        accuracies = _per_class(*cell)[1].sort_values("class")["accuracy"]
+        assert table[" / ".join(cell)] == tuple(f"{100 * accuracy:.1f} ± 1.0" for accuracy in accuracies)
+
+
+@pytest.mark.parametrize("number", [100, 101])
+def test_of_very_many_classes_the_page_has_the_least_accurate(tmp_path, number):
+    report_inputs.write(tmp_path, representations=("ce",), classifiers=("joint", "crt"), number=number)
+    means = sum(_per_class("ce", name)[1]["accuracy"] for name in ("joint", "crt")) / 2
+    report.main()
+    summary, table = _class_table()
+    listed = sorted(map(int, table["number"]))
+    if number == 100:
+        assert listed == list(range(100))
+    else:
+        assert listed == sorted(sorted(range(101), key=lambda k: means[k])[:50])
+        assert summary.endswith(
+            "the 50 classes of the lowest accuracy, averaged over the cells, among the 101 of digits_lt"
+        )
+    assert [int(count) for count in table["training images"]] == sorted(map(int, table["training images"]))[::-1]
+    assert "plots/cells/digits_lt/&lt;representation&gt;/&lt;classifier&gt;/per_class.csv" in _html()
+
+
+def test_classes_have_no_deviation_where_there_is_none_or_no_room(tmp_path):
+    report_inputs.write(tmp_path, representations=("ce",), classifiers=("joint",), seeds=1)
+    path, classes = _per_class("ce", "joint")
+    classes.assign(accuracy_std="").to_csv(path, index=False)
+    report.main()
+    assert "±" not in "".join(_class_table()[1]["ce / joint"])
+    report_inputs.write(tmp_path, representations=("ce", "mixup", "fsgl"), classifiers=("joint", "crt", "lws"))
+    report.main()
+    assert "±" not in "".join(_class_table()[1]["ce / joint"])
 
 
 @pytest.mark.parametrize("rules", [report_inputs.RULES, ("temperature",)])
@@ -213,14 +279,14 @@ def test_reliability_records_are_numbers_pooled_over_seeds():
 
 def test_page_is_self_contained():
     report.main()
-    html = paths.REPORT.read_text()
-    assert not re.search(r"""(src|href)\s*=(?!"data:)|url\(|@import|<script|<link""", html)
-    images = [base64.b64decode(image) for image in re.findall(r"data:image/png;base64,([^\"]+)", html)]
+    page = _html()
+    assert not re.search(r"""(src|href)\s*=(?!"data:)|url\(|@import|<script|<link""", page)
+    images = [base64.b64decode(image) for image in re.findall(r"data:image/png;base64,([^\"]+)", page)]
     assert len(images) == 5 + 4
     assert all(image.startswith(b"\x89PNG") for image in images)
     assert (paths.cell_plots("digits_lt", "ce", "mislas") / "reliability.png").read_bytes() in images
     for fact in ("sha256:0123456789abcdef", "aa4ca0a", "2.4.6"):
-        assert html.count(fact) == 1, "what all cells share is said once"
+        assert page.count(fact) == 1, "what all cells share is said once"
 
 
 def test_page_escapes_what_it_is_given():

@@ -88,7 +88,9 @@ def test_digits_split_follows_its_seed(configured_digits, tmp_path):
 
 def test_digits_need_a_training_image(configured_digits, tmp_path):
     sources.load(configured_digits.model_copy(update={"test_per_class": 173}), tmp_path)
-    with pytest.raises(UserError, match="test_per_class 174: class 8 has 174 images, so at most 173"):
+    with pytest.raises(
+        UserError, match=r"source\.test_per_class is 174: class 8 has 174 images, so must be at most 173 "
+    ):
         sources.load(configured_digits.model_copy(update={"test_per_class": 174}), tmp_path)
 
 

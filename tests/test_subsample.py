@@ -316,6 +316,10 @@ def test_arrays_that_are_not_a_data_set(project, arrays, message):
             {"augmentation__mean": [0.5] * 3, "augmentation__std": [0.5] * 3},
             r"datasets\.digits_lt\.augmentation\.mean has 3 values: the images have 1 channels",
         ),
+        (
+            {"augmentation__pad": 2},
+            r"datasets\.digits_lt\.augmentation\.pad is 2: the images have 2x2 pixels, so must be at most 1$",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_data(project, keys, message):
@@ -324,6 +328,20 @@ def test_settings_that_do_not_fit_the_data(project, keys, message):
         project.cut(**keys)
     assert "\n" not in str(caught.value)
     assert not paths.longtail(NAME).exists()
+
+
+def test_a_holdout_of_half_a_rare_class_is_warned_of(project, capsys):
+    labels = np.repeat([0, 1, 2], [60, 20, 10])
+    project.put_raw(train_labels=labels)
+    natural = {"profile": "natural", "factor": 1.0, "seed": 0}
+    meta, _ = project.cut(holdout_per_class=4, imbalance=natural)
+    assert capsys.readouterr().err == ""
+    meta, _ = project.cut(holdout_per_class=5)
+    assert meta["train_counts"] == [55, 15, 5]
+    assert capsys.readouterr().err == (
+        "warning: params.yaml: datasets.digits_lt.holdout_per_class is 5: it takes 5 of the 10 images of class 2 "
+        "(cat), the rarest, and leaves 5 to train on; fewer, or 0, would leave more\n"
+    )
 
 
 @pytest.mark.parametrize("stage", [download, subsample])

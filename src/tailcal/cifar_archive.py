@@ -19,14 +19,13 @@ from pydantic import Field
 
 from tailcal import files
 from tailcal.errors import UserError
-from tailcal.params import Strict
-from tailcal.sources import Raw
+from tailcal.sources import Raw, Source
 
 TIMEOUT_SECONDS = 60
 BLOCK = 1 << 20
 
 
-class ArchiveConfig(Strict):
+class ArchiveConfig(Source):
     """`url` names a mirror; the checksum stays the official one.
 
     A mirror gives the same bytes, so `url` is left out of what the artefacts record: changing it reruns no training.

@@ -10,11 +10,12 @@ those of history.csv. Mappings keep the order of the grid.
 
 from collections.abc import Mapping
 from itertools import cycle
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
+from matplotlib import font_manager, get_data_path, rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -37,14 +38,15 @@ ACCURACY, INK = "#A9C4DE", "#333333"
 # The colour and the hatch of a gap, unlike any colour of the other pictures.
 OVER, UNDER = ("#C1272D", "////"), ("#5B2A86", "\\\\\\\\")
 
-NAMED_CLASSES = 30  # with more classes than this, names no longer fit beside the bars
-RANKED_CLASSES = 20  # with more classes than this, accuracies are averaged over neighbouring frequency ranks
+NAMED_CLASSES = 30  # more classes than this are not named, and accuracies averaged over neighbouring frequency ranks
 RANK_GROUPS = 10
+LEVEL_CHARACTERS = 40  # names that need more than this beside each other are written upwards
 WIDE_RANGE = 8  # largest over smallest ECE, from which on their axis is logarithmic
 
+FONT = "DejaVu Sans"  # comes with matplotlib
 # Every setting that a user's own matplotlibrc might change, and text taken literally: class names may hold a $.
 STYLE = {
-    "font.family": "DejaVu Sans",
+    "font.family": FONT,
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.labelsize": 11,
@@ -183,7 +185,7 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
 @rc_context(STYLE)
 def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
     """Training images a class, the most frequent first, coloured by shot group; names where they fit."""
-    ranked = classes.sort_values("train_count", ascending=False, kind="stable").reset_index(drop=True)
+    ranked = _ranked(classes)
     colours = ranked["group"].map(GROUP_COLOURS)
     named = len(ranked) <= NAMED_CLASSES
     figure = Figure(figsize=(8, 1.6 + 0.3 * len(ranked)) if named else (9, 4.8), layout="constrained")
@@ -192,7 +194,8 @@ def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
     if named:
         bars = axes.barh(ranked.index, ranked["train_count"], color=colours)
         axes.bar_label(bars, padding=4)
-        axes.set_yticks(ranked.index, [_cut(name) for name in ranked["name"]])
+        names, families = _drawable(ranked, 36)
+        axes.set_yticks(ranked.index, names, fontfamily=families)
         axes.set(ylim=(len(ranked) - 0.4, -0.6), xlabel="training images")
         axes.margins(x=0.08)
     else:
@@ -209,12 +212,21 @@ def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
 
 @rc_context(STYLE)
 def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Path) -> None:
-    """Test accuracy a class against its frequency rank: a panel a representation, a line a classifier."""
+    """Test accuracy a class against its frequency rank: a panel a representation, a line a classifier.
+
+    Up to NAMED_CLASSES classes are named below the lowest panels; more are averaged over groups of ranks.
+    """
     rows, columns = _axes_of(cells)
     colours = dict(zip(columns, cycle(CLASSIFIER_COLOURS), strict=False))
     markers = _markers(columns)
-    figure = Figure(figsize=(max(1.5 + 4 * len(rows), 7), 4.8), layout="constrained")
-    panels = figure.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
+    names, families = _drawable(_ranked(cells[rows[0], columns[0]]), 24)
+    named, upright = len(names) <= NAMED_CLASSES, len(names) * max(map(len, names)) > LEVEL_CHARACTERS
+    across = min(2, len(rows))  # wide enough for names, also on a page
+    down = ceil(len(rows) / across)
+    below = 0.07 * max(map(len, names)) if named and upright else 0.2
+    figure = Figure(figsize=(max(5.2 * across, 7), 1.1 + 2.8 * down + below), layout="constrained")
+    panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel())
+    spare = panels.pop(1) if len(panels) > len(rows) else None  # at the top, so that the lowest row is full
     figure.suptitle(title, fontweight="bold")
     for axes, row in zip(panels, rows, strict=True):
         for column in columns:
@@ -231,14 +243,22 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
                 clip_on=False,
             )
         axes.set_title(row, pad=10)
-        axes.set_xlabel(_rank_label(len(rank), len(cells[row, columns[0]])))
         axes.grid(True)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if named:
+            axes.set_xticks(rank, names, fontfamily=families, fontsize=9, rotation=90 if upright else 0)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set(xlabel=_rank_label(len(rank), len(names)), ylabel="test accuracy")
+        axes.label_outer()
         _percent(axes.yaxis)
     # After the last line: a limit that is set stops the shared axis from growing.
     panels[0].set_ylim(top=1)
-    panels[0].set_ylabel("test accuracy")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(columns), 6))
+    handles, labels = panels[0].get_legend_handles_labels()
+    if spare:
+        spare.set_axis_off()
+        spare.legend(handles, labels, loc="center", ncols=ceil(len(columns) / 10))
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(columns), 6))
     _save(figure, path)
 
 
@@ -300,10 +320,58 @@ def _reliability_legend() -> list[Patch | Line2D]:
     ]
 
 
+def _ranked(classes: pd.DataFrame) -> pd.DataFrame:
+    """The classes from the most to the least frequent."""
+    return classes.sort_values("train_count", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _drawable(classes: pd.DataFrame, length: int) -> tuple[list[str], list[str]]:
+    """The names of classes as a picture can show them, and the fonts to draw them in.
+
+    Installed fonts stand in where FONT lacks a character. A name with characters that none has loses these and gains
+    the class's number: "cat #7". No name is longer than `length` characters.
+    """
+    missing = set("".join(classes["name"])) - _characters(FONT)
+    families = [FONT]
+    if missing:
+        known = {family: missing & _characters(family) for family in _installed()}
+        while best := max(sorted(known), key=lambda family: len(known[family] & missing), default=None):
+            if not known[best] & missing:
+                break
+            families.append(best)
+            missing -= known[best]
+    names = []
+    for name, k in zip(classes["name"], classes["class"], strict=True):
+        kept = " ".join("".join(" " if character in missing else character for character in name).split())
+        number = f" #{k}" if missing & set(name) else ""
+        names.append((_cut(kept if number else name, length - len(number)) + number).lstrip())
+    return names, families
+
+
+def _installed() -> set[str]:
+    """The families that have an upright regular font, but for matplotlib's own, which are mathematics and boxes."""
+    return {
+        font.name
+        for font in font_manager.fontManager.ttflist
+        if (font.style, font.stretch) == ("normal", "normal")
+        and font.weight in (400, "normal", "regular")
+        and not font.fname.startswith(get_data_path())
+    }
+
+
+def _characters(family: str) -> set[str]:
+    """What a font can draw; nothing if it cannot be read."""
+    try:
+        where = font_manager.findfont(font_manager.FontProperties(family=[family]), fallback_to_default=False)
+        return {chr(code) for code in font_manager.get_font(where).get_charmap()}
+    except (OSError, RuntimeError, ValueError):
+        return set()
+
+
 def _by_rank(classes: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Frequency ranks from 1 and the accuracy there; many classes are averaged over groups of neighbouring ranks."""
-    accuracy = classes.sort_values("train_count", ascending=False, kind="stable")["accuracy"].to_numpy(dtype=float)
-    groups = np.array_split(np.arange(len(accuracy)), RANK_GROUPS if len(accuracy) > RANKED_CLASSES else len(accuracy))
+    accuracy = _ranked(classes)["accuracy"].to_numpy(dtype=float)
+    groups = np.array_split(np.arange(len(accuracy)), RANK_GROUPS if len(accuracy) > NAMED_CLASSES else len(accuracy))
     return np.array([group.mean() + 1 for group in groups]), np.array([np.mean(accuracy[group]) for group in groups])
 
 
@@ -333,7 +401,7 @@ def _percent(*axes: Axis) -> None:
         axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g}%"))
 
 
-def _cut(name: str, length: int = 36) -> str:
+def _cut(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 

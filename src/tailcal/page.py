@@ -25,6 +25,8 @@ def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diag
 
     `figures` are the pictures by the names of CAPTIONS; `diagrams` the reliability diagrams, one a cell.
     """
+    classes, number = tables.class_table(cells), len(cells[0].classes)
+    worst = f"the {len(classes.rows)} classes of the lowest accuracy, averaged over the cells, among the {number:,}"
     provenance = [tables.flat(cell.metrics["provenance"]) for cell in cells]
     common = set.intersection(*(set(facts.items()) for facts in provenance))
     shared = {key: value for key, value in provenance[0].items() if (key, value) in common}
@@ -35,6 +37,8 @@ def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diag
         "notes": tables.notes(cells),
         "posthoc": tables.posthoc_tables(cells),
         "transductive": bool(tables.transductive(cells)),
+        "classes": classes,
+        "listed": worst if len(classes.rows) < number else "every class",
         "figures": [{"caption": CAPTIONS[name], "image": _encoded(path)} for name, path in figures.items()],
         "shared": shared,
         "representations": list(dict.fromkeys(cell.representation for cell in cells)),

@@ -25,6 +25,9 @@ NUMBERS = (
     "brier",
 )
 HEADLINE = ("top1", "few", "ece", "nll")
+LISTED_CLASSES = 100  # of more classes than this, the page lists only the WORST_CLASSES
+WORST_CLASSES = 50
+SPREAD_CELLS = 8  # with more cells than this, deviations beside every accuracy no longer fit
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,36 @@ def _by_rule(cell: Cell, number: Column, rules: list[str], apart: set[str]) -> l
     present = [mean for mean in means.values() if mean is not None]
     best = number.best(present) if len(present) > 1 else None
     return [(columns[rule].text(cell), best is not None and means.get(rule) == best) for rule in rules]
+
+
+def class_table(cells: list[Cell]) -> Table:
+    """A row a class, from the most to the least frequent, and a column a cell: test accuracy in %, nothing marked.
+
+    Of more than LISTED_CLASSES these are the WORST_CLASSES: those of the lowest accuracy, averaged over the cells.
+    """
+    classes = cells[0].classes
+    accuracies = pd.concat([cell.classes.set_index("class")["accuracy"] for cell in cells], axis=1)
+    if len(classes) > LISTED_CLASSES:
+        worst = accuracies.mean(axis=1).nsmallest(WORST_CLASSES).index
+        classes = classes[classes["class"].isin(worst)]
+    ranked = classes.sort_values("train_count", ascending=False, kind="stable")
+    texts = [_by_class(cell, spread=len(cells) <= SPREAD_CELLS) for cell in cells]
+    body = [
+        [row.group, row.name, str(row.number), str(row.train), str(row.test), *(text[row.number] for text in texts)]
+        for row in ranked.rename(columns={"class": "number", "train_count": "train", "test_count": "test"}).itertuples()
+    ]
+    header = ["shot group", "class", "number", "training images", "test images"]
+    header += [f"{cell.representation}\N{NO-BREAK SPACE}/ {cell.classifier}" for cell in cells]  # breaks behind the /
+    return Table(header, [[(text, False) for text in row] for row in body])
+
+
+def _by_class(cell: Cell, spread: bool) -> dict[int, str]:
+    """One cell's accuracies as `class_table` writes them, by the class's number."""
+    percent = 100 * cell.classes.set_index("class")[["accuracy", "accuracy_std"]].astype(float)
+    return {
+        number: f"{mean:.1f}" + (f" ± {deviation:.1f}" if spread and pd.notna(deviation) else "")
+        for number, mean, deviation in percent.itertuples()
+    }
 
 
 def rows(cells: list[Cell]) -> list[dict[str, Any]]:

@@ -41,9 +41,14 @@ BACKBONES = {
 }
 
 
+WRAPS = ("state_dict", "model")  # the keys under which training scripts save a network's weights among other things
+PARALLEL = "module."  # what torch's DataParallel puts before every name
+
+
 def load_pretrained(backbone: nn.Module, path: Path) -> None:
     """Load a file of torchvision's weights in place: its own .pth, or the same as .safetensors. Executes nothing in it.
 
+    The weights may lie under one of the keys WRAPS of a checkpoint, and their names may begin with PARALLEL.
     The classifier (`fc.*`) is left out, as the backbone has none; everything else must fit, or nothing is loaded.
     Raises UserError (one line) naming the file when it is missing, unreadable, or of another network.
     """
@@ -62,12 +67,14 @@ def load_pretrained(backbone: nn.Module, path: Path) -> None:
     ]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise UserError(f"{path} holds the weights of another network: {problems[0]}{more}")
+        strange = found and not set(wanted) & set(found)
+        first = f" (its first tensor is called {next(iter(found))})" if strange else ""
+        raise UserError(f"{path} holds the weights of another network: {problems[0]}{more}{first}")
     backbone.load_state_dict(found)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    """Names and tensors of a .safetensors or a .pth file. Raises UserError naming the file."""
+    """Names, without PARALLEL, and tensors of a .safetensors or a .pth file. Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"{path} is missing: no such file of pretrained weights")
     try:
@@ -77,9 +84,32 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} must hold a state_dict, names and tensors and nothing else")
-    return state
+    state = _unwrapped(state)
+    if not _is_state(state):
+        raise UserError(
+            f"{path} holds {_described(state)}: must hold a state_dict, names and tensors and nothing else, "
+            f"by itself or as its {' or '.join(WRAPS)}"
+        )
+    parallel = all(name.startswith(PARALLEL) for name in state)
+    return {name.removeprefix(PARALLEL): value for name, value in state.items()} if parallel else state
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def _unwrapped(loaded: Any) -> Any:
+    """What lies under the first of WRAPS that holds a state_dict, or else `loaded` itself."""
+    wraps = [loaded[key] for key in WRAPS if key in loaded] if isinstance(loaded, dict) else []
+    return next((value for value in wraps if _is_state(value)), loaded)
+
+
+def _described(loaded: Any, most: int = 5) -> str:
+    """What a file holds, on one line: the first few keys of a dict, each with its type."""
+    if not isinstance(loaded, dict):
+        return f"a {type(loaded).__name__}"
+    keys = [f"{key!r} ({type(value).__name__})" for key, value in list(loaded.items())[:most]]
+    return f"a dict of {', '.join(keys)}" + (f" and {len(loaded) - most} more" if len(loaded) > most else "")
 
 
 def freeze_but_last_block(backbone: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Where images come from. One module a kind of source; `source.kind` in params.yaml is the module's name.
 
-A source module declares `Config` (a `params.Strict` with the keys of its block, `kind` included) and
+A source module declares `Config` (a `Source` with the keys of its block, `kind` included) and
 `load(config, downloads) -> Raw | Listing`: arrays where the source holds arrays, a listing where it holds image files,
 which `tailcal.pack` then decodes. Heavy libraries are imported inside `load`, so that checking params stays cheap.
 
@@ -9,12 +9,15 @@ which `tailcal.pack` then decodes. Heavy libraries are imported inside `load`, s
 
 import importlib
 import pkgutil
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from tailcal.errors import UserError
 from tailcal.params import Dataset, Strict
@@ -54,7 +57,43 @@ class Listing:
     workers: int | None = None
 
 
-class ImageFiles(Strict):
+class Source(Strict):
+    """Base of every source's Config: it knows where its block stands, so that an error can name the key."""
+
+    _block: str = PrivateAttr(default="source")
+
+    def key(self, name: str) -> str:
+        """File and full key of a value of this block, as an error line begins: `presets/x.yaml: source.path`."""
+        return f"{self._block}.{name}"
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Begin what is raised inside with the key `name`: a UserError, and an OSError as one."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.key(name)}: {error}") from None
+        except OSError as error:
+            raise UserError(f"{self.key(name)}: {error.filename}: cannot be read ({error.strerror})") from None
+
+    def place(self, name: str, below: Path = Path()) -> Path:
+        """The path that the key `name` holds, relative to `below`, `~` being a home. Raises UserError without one."""
+        written = getattr(self, name)
+        try:
+            return below / Path(written).expanduser()
+        except RuntimeError:
+            raise UserError(f"{self.key(name)}: {written}: there is no such home folder") from None
+
+    def folder(self, name: str) -> Path:
+        """The folder that the key `name` holds. Raises UserError when there is none."""
+        folder = self.place(name)
+        with self.naming(name):
+            if not folder.is_dir():
+                raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}")
+        return folder
+
+
+class ImageFiles(Source):
     """What every source of image files has.
 
     The images become squares of `size` pixels with `channels` colours. With `strict`, one image that cannot be read
@@ -74,15 +113,30 @@ def kinds() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def configure(dataset: Dataset) -> Strict:
+def same_name(names: Sequence[str]) -> tuple[int, int] | None:
+    """The first two positions whose names a reader cannot tell apart, or None.
+
+    Names are compared in Unicode's canonical composition, a run of blanks as one.
+    """
+    first: dict[str, int] = {}
+    for k, name in enumerate(names):
+        before = first.setdefault(" ".join(unicodedata.normalize("NFC", name).split()), k)
+        if before != k:
+            return before, k
+    return None
+
+
+def configure(dataset: Dataset) -> Source:
     """Check a data set's `source` block with the Config of the module its `kind` names. Raises UserError."""
     kind = dataset.source.get("kind")
     if kind not in kinds():
         raise UserError(f"{dataset.key('source.kind')}: must be one of {', '.join(kinds())}, got {kind!r}")
-    return dataset.validate_block(importlib.import_module(f"{__name__}.{kind}").Config, dataset.source, "source")
+    config = dataset.validate_block(importlib.import_module(f"{__name__}.{kind}").Config, dataset.source, "source")
+    config._block = dataset.key("source")
+    return config
 
 
-def record(config: Strict) -> dict[str, Any]:
+def record(config: Source) -> dict[str, Any]:
     """What the artefacts say about their source: its block without `UNRECORDED`, the keys that name places.
 
     A change of those runs the download again, and when that gives the same bytes, no training.
@@ -90,6 +144,6 @@ def record(config: Strict) -> dict[str, Any]:
     return config.model_dump(exclude=getattr(config, "UNRECORDED", frozenset()))
 
 
-def load(config: Strict, downloads: Path) -> Raw | Listing:
+def load(config: Source, downloads: Path) -> Raw | Listing:
     """Fetch the images. `downloads` keeps archives between runs. Raises UserError when they cannot be had whole."""
     return importlib.import_module(f"{__name__}.{config.kind}").load(config, downloads)

@@ -8,11 +8,10 @@ from pydantic import Field
 
 from tailcal import longtail
 from tailcal.errors import UserError
-from tailcal.params import PARAMS, Strict
-from tailcal.sources import Raw
+from tailcal.sources import Raw, Source
 
 
-class Config(Strict):
+class Config(Source):
     """The digits have no test split of their own: `test_per_class` images of each class are set aside by `seed`."""
 
     kind: Literal["digits"]
@@ -30,8 +29,8 @@ def load(config: Config, downloads: Path) -> Raw:  # noqa: ARG001 (every source 
     available = np.bincount(labels, minlength=len(names))
     if config.test_per_class >= available.min():
         raise UserError(
-            f"{PARAMS}: a digits source has test_per_class {config.test_per_class}: class {available.argmin()} has "
-            f"{available.min()} images, so at most {available.min() - 1} leave one to train on"
+            f"{config.key('test_per_class')} is {config.test_per_class}: class {available.argmin()} has "
+            f"{available.min()} images, so must be at most {available.min() - 1} to leave one to train on"
         )
     # Grey levels 0..16 become 0..255: whole numbers, and no two levels fall together.
     images = (digits.images.astype(np.uint16) * 255 // 16).astype(np.uint8)[..., np.newaxis]

@@ -17,7 +17,7 @@ from pydantic import Field
 from tailcal import longtail
 from tailcal.errors import UserError
 from tailcal.images import EXTENSIONS, shown
-from tailcal.sources import ImageFiles, Listing
+from tailcal.sources import ImageFiles, Listing, same_name
 
 
 class Config(ImageFiles):
@@ -33,19 +33,14 @@ class Config(ImageFiles):
 def load(config: Config, downloads: Path) -> Listing:  # noqa: ARG001 (every source has this signature)
     """List the images of a folder, sorted by class and path; none is opened.
 
-    Raises UserError naming the folder or class: when there is no such folder, fewer than two classes, a class without
-    images or missing from one of the splits, or one with too few images to set `test_per_class` aside.
+    Raises UserError naming the key, and the folder or class: when there is no such folder, fewer than two classes, two
+    of the same name, a class without images or missing from one of the splits, or one with too few images to set
+    `test_per_class` aside.
     """
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        raise UserError(f"{root}: {'is not a folder' if root.exists() else 'there is no such folder'}")
+    root = config.folder("path")
     ignored: list[str] = []
-    if config.test_per_class:
-        names, files, labels = _one_split(root, config, ignored)
-        train, test = longtail.balanced_split(labels, len(names), config.test_per_class, config.seed, names)
-        splits = [([files[i] for i in part], labels[part]) for part in (train, test)]
-    else:
-        names, splits = _two_splits(root, ignored)
+    with config.naming("path"):
+        names, splits = _one_split(root, config, ignored) if config.test_per_class else _two_splits(root, ignored)
     if ignored:
         print(
             f"warning: {root}: {len(ignored):,} files or folders are not taken for images or classes, "
@@ -70,19 +65,20 @@ def load(config: Config, downloads: Path) -> Listing:  # noqa: ARG001 (every sou
 Split = tuple[list[str], np.ndarray]
 
 
-def _one_split(root: Path, config: Config, ignored: list[str]) -> tuple[list[str], list[str], np.ndarray]:
+def _one_split(root: Path, config: Config, ignored: list[str]) -> tuple[list[str], list[Split]]:
     names = _classes(root, "", ignored)
     if set(names) == {"train", "test"}:
-        raise UserError(f"{root}: is split into train and test already: test_per_class must be 0")
+        raise UserError(f"{root}: is split into train and test already: source.test_per_class must be 0")
     files, labels = _images(root, "", names, ignored)
     available = np.bincount(labels, minlength=len(names))
     if config.test_per_class >= available.min():
         raise UserError(
-            f"{root}: a folder source has test_per_class {config.test_per_class}: "
+            f"{root}: source.test_per_class is {config.test_per_class}: "
             f"{longtail.class_title(int(available.argmin()), names)} has {available.min()} images, "
             f"so must be at most {available.min() - 1} to leave one to train on"
         )
-    return names, files, labels
+    train, test = longtail.balanced_split(labels, len(names), config.test_per_class, config.seed, names)
+    return names, [([files[i] for i in part], labels[part]) for part in (train, test)]
 
 
 def _two_splits(root: Path, ignored: list[str]) -> tuple[list[str], list[Split]]:
@@ -91,7 +87,7 @@ def _two_splits(root: Path, ignored: list[str]) -> tuple[list[str], list[Split]]
         if not (root / split).is_dir():
             raise UserError(
                 f"{root}: has no folder {split}: must hold train/<class>/ and test/<class>/, or <class>/ with a "
-                "test_per_class above 0"
+                "source.test_per_class above 0"
             )
         of_split[split] = _classes(root, f"{split}/", ignored)
     for split, other in (("train", "test"), ("test", "train")):
@@ -117,7 +113,11 @@ def _classes(root: Path, below: str, ignored: list[str]) -> list[str]:
             names.append(entry.name)
     if len(names) < 2:
         raise UserError(f"{folder}: has {len(names)} class folders: must have at least 2, each with its images")
-    return sorted(names)
+    names = sorted(names)
+    if same := same_name(names):
+        one, other = (ascii(names[k]) for k in same)
+        raise UserError(f"{folder}: the class folders {one} and {other} read the same: rename one, or merge them")
+    return names
 
 
 def _images(root: Path, below: str, names: list[str], ignored: list[str]) -> Split:

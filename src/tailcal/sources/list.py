@@ -15,7 +15,7 @@ from pydantic import Field
 from tailcal import longtail
 from tailcal.errors import UserError
 from tailcal.images import shown
-from tailcal.sources import ImageFiles, Listing
+from tailcal.sources import ImageFiles, Listing, same_name
 
 LINE = re.compile(r"(.*[^ \t])[ \t]+([0-9]{1,9})[ \t]*")
 
@@ -37,38 +37,35 @@ class Config(ImageFiles):
 def load(config: Config, downloads: Path) -> Listing:  # noqa: ARG001 (every source has this signature)
     """Read the lists, in their own order; no image is opened. Without `class_names`, classes are called 0..K-1.
 
-    Raises UserError naming the file, and the line where there is one: for a line that is not a path below `root` and a
-    label, a label without a training image below the largest one, a label outside 0..K-1, a class without a test
-    image, a path that comes twice in a list or in both, and a number of class names other than K.
+    Raises UserError naming the key and the file, and the line where there is one: for a line that is not a path below
+    `root` and a label, a label without a training image below the largest one, a label outside 0..K-1, a class without
+    a test image, a path that comes twice in a list or in both, a class name that comes twice, and a number of class
+    names other than K.
     """
-    root = Path(config.root).expanduser()
-    if not root.is_dir():
-        raise UserError(f"{root}: {'is not a folder' if root.exists() else 'there is no such folder'}")
-    train_list, test_list = (root / Path(name).expanduser() for name in (config.train, config.test))
-    train, test = _read(train_list), _read(test_list)
-    _check_distinct([(train_list, train), (test_list, test)])
-
-    names = _read_names(root / Path(config.class_names).expanduser()) if config.class_names else None
-    K = len(names) if names else max(label for _, label, _ in train) + 1
-    for path, lines in ((train_list, train), (test_list, test)):
-        if outside := [(label, number) for _, label, number in lines if label >= K]:
-            label, number = outside[0]
-            known = f"{config.class_names} has {K} names" if names else f"the labels of {train_list} end at {K - 1}"
-            more = f" (and {len(outside) - 1} lines more)" if len(outside) > 1 else ""
-            raise UserError(f"{path} line {number}: the label {label} must lie in 0..{K - 1}, since {known}{more}")
-        present = {label for _, label, _ in lines}
-        if len(present) < K:
-            absent = next(k for k in range(K) if k not in present)
-            raise UserError(
-                f"{path}: {K - len(present)} of the {K} labels have no line, the first is "
-                f"{longtail.class_title(absent, names)}: every class needs at least one image"
-            )
+    root = config.folder("root")
+    files = {key: config.place(key, root) for key in ("train", "test")}
+    lines = {}
+    for key, path in files.items():
+        with config.naming(key):
+            lines[key] = _read(path)
+    names = None
+    if config.class_names:
+        path = config.place("class_names", root)
+        with config.naming("class_names"):
+            names = _read_names(path)
+    K = len(names) if names else max(label for _, label, _ in lines["train"]) + 1
+    known = f"{config.class_names} has {K} names" if names else f"the labels of {files['train']} end at {K - 1}"
+    first: dict[str, tuple[Path, int]] = {}
+    for key, path in files.items():
+        with config.naming(key):
+            _check_distinct(path, lines[key], first)
+            _check_labels(path, lines[key], K, known, names)
     return Listing(
         root,
-        [path for path, _, _ in train],
-        np.array([label for _, label, _ in train], np.int64),
-        [path for path, _, _ in test],
-        np.array([label for _, label, _ in test], np.int64),
+        [path for path, _, _ in lines["train"]],
+        np.array([label for _, label, _ in lines["train"]], np.int64),
+        [path for path, _, _ in lines["test"]],
+        np.array([label for _, label, _ in lines["test"]], np.int64),
         names or [str(k) for k in range(K)],
         config.size,
         config.channels,
@@ -83,8 +80,10 @@ Line = tuple[str, int, int]  # path, label, number of the line
 def _lines(path: Path) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder: must be a text file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: must be text in UTF-8") from None
     # Not `splitlines`, which also splits at characters that a name may contain.
@@ -114,20 +113,36 @@ def _read(path: Path) -> list[Line]:
     return read
 
 
-def _check_distinct(lists: list[tuple[Path, list[Line]]]) -> None:
-    """Raise UserError with the first path that comes a second time, in either list, and how many do."""
-    first: dict[str, tuple[Path, int]] = {}
+def _check_distinct(path: Path, lines: list[Line], first: dict[str, tuple[Path, int]]) -> None:
+    """Raise UserError with the first image that comes a second time, and how many do.
+
+    `first` says where each image came first, in this list and those before it, and is filled here.
+    """
     again = []
-    for path, lines in lists:
-        for name, _, number in lines:
-            if name in first:
-                again.append((path, number, name))
-            first.setdefault(name, (path, number))
+    for name, _, number in lines:
+        if name in first:
+            again.append((number, name))
+        first.setdefault(name, (path, number))
     if again:
-        path, number, name = again[0]
+        number, name = again[0]
         more = f" (and {len(again) - 1} paths more come again)" if len(again) > 1 else ""
         where, before = first[name]
         raise UserError(f"{path} line {number}: {shown(name)} is in {where} line {before} already{more}")
+
+
+def _check_labels(path: Path, lines: list[Line], K: int, known: str, names: list[str] | None) -> None:
+    """Raise UserError unless every label lies in 0..K-1 and each has a line; `known` says where K is from."""
+    if outside := [(label, number) for _, label, number in lines if label >= K]:
+        label, number = outside[0]
+        more = f" (and {len(outside) - 1} lines more)" if len(outside) > 1 else ""
+        raise UserError(f"{path} line {number}: the label {label} must lie in 0..{K - 1}, since {known}{more}")
+    present = {label for _, label, _ in lines}
+    if len(present) < K:
+        absent = next(k for k in range(K) if k not in present)
+        raise UserError(
+            f"{path}: {K - len(present)} of the {K} labels have no line, the first is "
+            f"{longtail.class_title(absent, names)}: every class needs at least one image"
+        )
 
 
 def _read_names(path: Path) -> list[str]:
@@ -139,4 +154,10 @@ def _read_names(path: Path) -> list[str]:
             raise UserError(f"{path} line {number}: must be the name of class {number - 1}, got {name!r}")
     if not names:
         raise UserError(f"{path}: holds no names")
+    if same := same_name(names):
+        one, other = same
+        raise UserError(
+            f"{path} line {other + 1}: {shown(names[other])} is the name of class {one} already (line {one + 1}): "
+            "every class must have a name of its own"
+        )
     return names
