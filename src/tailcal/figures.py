@@ -331,21 +331,23 @@ def _drawable(classes: pd.DataFrame, length: int) -> tuple[list[str], list[str]]
     Installed fonts stand in where FONT lacks a character. A name with characters that none has loses these and gains
     the class's number: "cat #7". No name is longer than `length` characters.
     """
-    missing = set("".join(classes["name"])) - _characters(FONT)
-    families = [FONT]
-    if missing:
-        known = {family: missing & _characters(family) for family in _installed()}
-        while best := max(sorted(known), key=lambda family: len(known[family] & missing), default=None):
-            if not known[best] & missing:
-                break
-            families.append(best)
-            missing -= known[best]
+    families, missing = _fonts_for(set("".join(classes["name"])))
     names = []
     for name, k in zip(classes["name"], classes["class"], strict=True):
         kept = " ".join("".join(" " if character in missing else character for character in name).split())
         number = f" #{k}" if missing & set(name) else ""
         names.append((_cut(kept if number else name, length - len(number)) + number).lstrip())
     return names, families
+
+
+def _fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
+    """FONT and as few installed ones as draw what can be drawn of `characters`; and those that none of them draws."""
+    families, missing = [FONT], characters - _characters(FONT)
+    known = {family: missing & _characters(family) for family in sorted(_installed())} if missing else {}
+    while any(found & missing for found in known.values()):
+        families.append(max(known, key=lambda family: len(known[family] & missing)))
+        missing = missing - known[families[-1]]
+    return families, missing
 
 
 def _installed() -> set[str]:
