@@ -13,7 +13,7 @@ from tailcal.files import read_json, write_json, write_text
 from tailcal.tables import Cell
 
 BINS = ("seed", "bin_lower", "bin_upper", "confidence", "accuracy", "count")
-CLASSES = ("class", "name", "train_count", "group", "accuracy")
+CLASSES = ("class", "name", "train_count", "test_count", "group", "accuracy", "accuracy_std")
 HISTORY = ("epoch", "seed", "loss", "train_accuracy")
 
 
