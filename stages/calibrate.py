@@ -24,6 +24,7 @@ from tailcal import (
     params,
     predictions,
     provenance,
+    seal,
     settings,
     splits,
     store,
@@ -85,7 +86,9 @@ def main() -> None:
         )
         for seed in p.seeds
     ]
-    trained = dict(zip(p.seeds, train.train(replicas, data, training.recipe, p.runtime, p.precision), strict=True))
+    with seal.training():
+        networks = train.train(replicas, data, training.recipe, p.runtime, p.precision)
+    trained = dict(zip(p.seeds, networks, strict=True))
     if not distributed.is_first():
         return
     out = paths.classifier(args.dataset, args.representation, args.classifier)

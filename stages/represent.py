@@ -17,6 +17,7 @@ from tailcal import (
     models,
     params,
     provenance,
+    seal,
     settings,
     splits,
     store,
@@ -36,6 +37,7 @@ def weights_digest(dataset: params.Dataset) -> str:
     return files.sha256(path)
 
 
+@seal.training()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
