@@ -95,7 +95,7 @@ def test_a_method_that_peeks_ends_its_stage(stage, project):
     method = p.root / f"src/tailcal/methods/{name}.py"
     method.write_text(
         method.read_text()
-        + "\n    def set_mode(self, network):\n        import numpy\n        numpy.load('data/lt/digits_lt/test_labels.npy')\n"
+        + "\n    def set_mode(self, network):\n        open('data/lt/digits_lt/test_labels.npy')\n"
         + "\n    def setup_head(self, network):\n        return self.set_mode(network)\n"
     )
     said = p.stage(stage, *cell, ok=False)
@@ -106,12 +106,8 @@ def test_a_method_that_peeks_ends_its_stage(stage, project):
 @pytest.mark.parametrize("name", posthoc.RULES)
 def test_a_rule_is_fitted_without_the_test_split_and_applied_without_its_labels(name):
     rule = posthoc.RULES[name]
-    assert list(inspect.signature(rule.fit).parameters) == [
-        "config",
-        "counts_K",
-        "holdout_logits_NK",
-        "holdout_labels_N",
-    ]
+    fitted_on = list(inspect.signature(rule.fit).parameters)[1:]
+    assert fitted_on == ["counts_K", "holdout_logits_NK", "holdout_labels_N"]
     assert list(inspect.signature(posthoc.Fitted.__call__).parameters) == ["self", "logits_NK"]
 
 
