@@ -101,7 +101,7 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     The checksum of each is verified, so a flipped bit is found; the memory taken is what the file holds. Raises
     UserError naming the file when it is missing or damaged, or lacks one of `names`.
     """
-    with _whole(path), zipfile.ZipFile(path) as archive:
+    with _whole(path), zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
         return {name: _member(archive, f"{name}.npy") for name in names}
 
 
@@ -131,6 +131,8 @@ def _whole(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
+    except PermissionError:
+        raise
     except Exception as error:  # numpy and zipfile raise a different type for each way in which a file can be damaged
         reason = " ".join(str(error).split())[:REASON] or type(error).__name__
         raise UserError(f"{path} is damaged ({reason}): delete it and run `dvc repro`") from None
