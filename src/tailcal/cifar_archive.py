@@ -56,7 +56,7 @@ def load(dataset: type, sha256: str, config: ArchiveConfig, downloads: Path) -> 
     ensure(config.url or dataset.url, archive, sha256)
     about = dataset.meta["filename"]
     md5 = {name: md5 for name, md5 in [*dataset.train_list, *dataset.test_list]} | {about: dataset.meta["md5"]}
-    content = _members(archive, dataset.base_folder, md5)
+    content = {name: _unpickle(batch, archive) for name, batch in _members(archive, dataset.base_folder, md5).items()}
     try:
         train, test = (
             _split([content[name] for name, _ in listed]) for listed in (dataset.train_list, dataset.test_list)
@@ -66,15 +66,15 @@ def load(dataset: type, sha256: str, config: ArchiveConfig, downloads: Path) -> 
         raise UserError(f"{archive}: a batch inside is not one of CIFAR's ({error!r})") from None
 
 
-def _members(archive: Path, folder: str, md5: dict[str, str]) -> dict[str, Any]:
-    """What the archive's files `folder/<name>` hold, by name, for every name in `md5`; the others are passed over."""
+def _members(archive: Path, folder: str, md5: dict[str, str]) -> dict[str, bytes]:
+    """The archive's files `folder/<name>`, by name, for every name in `md5`; the others are passed over."""
     found = {}
     try:
         with tarfile.open(archive) as tar:
             for entry in tar:
                 name = entry.name.removeprefix(f"{folder}/")
                 if entry.isfile() and name in md5:
-                    found[name] = _unpickle(_read(tar, entry, md5[name]))
+                    found[name] = _read(tar, entry, md5[name])
     except UserError as error:
         raise UserError(f"{archive}: {error}") from None
     except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
@@ -105,11 +105,11 @@ class _Batch(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _unpickle(content: bytes) -> Any:
+def _unpickle(content: bytes, archive: Path) -> Any:
     try:
         return _Batch(io.BytesIO(content), encoding="latin1").load()  # the batches were written by Python 2
     except Exception as error:  # unpickling raises a different type for each way in which a pickle can be wrong
-        raise UserError(f"a batch inside is not one of CIFAR's ({error!r})") from None
+        raise UserError(f"{archive}: a batch inside is not one of CIFAR's ({error!r})") from None
 
 
 def _split(batches: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
