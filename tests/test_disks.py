@@ -512,7 +512,9 @@ def test_a_stage_whose_disk_fails_ends_with_one_line_and_the_next_run_makes_it_w
         put(before)
         disk.fail(first, error)
         said = stage(name)
-        disk.mend()
+        if disk.mend() < first:  # the first run of all imports libraries, which may write caches of their own
+            assert said is None
+            continue
         assert said is not None, f"call {first} of {calls}"
         assert os.strerror(error) in said
         assert said.removeprefix("error: ").split(": ")[0].startswith(("data/", "metrics/", "plots/", ".scratch/")), (
