@@ -76,7 +76,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises a different type for each way in which a file can be damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{path} must hold a state_dict, names and tensors and nothing else")
     return state
 
