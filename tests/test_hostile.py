@@ -291,6 +291,11 @@ def pth_bytes(content: Any, **options: Any) -> bytes:
     return stream.getvalue()
 
 
+def state_files() -> list[bytes]:
+    state = small_network().state_dict()
+    return [pth_bytes(state), pth_bytes(state, _use_new_zipfile_serialization=False)]
+
+
 CHECKPOINT = {"network": {"w": torch.arange(6.0)}, "optimiser": [[torch.zeros(6)]], "epoch": 1, "history": [{"e": 1}]}
 
 
@@ -345,6 +350,10 @@ def save_model(folder: Path) -> str:
 
 def read_weights(path: Path) -> None:
     weights.load_weights(small_network(), path, files.sha256(path))
+
+
+def read_pretrained(path: Path) -> None:
+    load_pretrained(small_network(), path)
 
 
 def read_model(path: Path) -> None:
@@ -470,10 +479,11 @@ LOADERS = {
     ),
     "pretrained .safetensors": Loader(
         lambda: [save_safetensors(small_network().state_dict())],
-        lambda path: load_pretrained(small_network(), path),
+        read_pretrained,
         "pretrained.safetensors",
         JSON_TOKENS,
     ),
+    "pretrained .pth": Loader(state_files, read_pretrained, "pretrained.pth"),
     "a checkpoint": Loader(checkpoint_bytes, read_checkpoint, "seed0.pt"),
     "model.json": Loader(
         lambda: [json.dumps(CARD, indent=1).encode()],
@@ -923,6 +933,23 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], Callable[[Path], object]]] = {
     "TIFF in one tile of 2^28 bytes": (lambda: tiled_tiff(1 << 14, 1), read_picture),
     "TIFF in one deflated tile of 2^28 bytes": (lambda: tiled_tiff(1 << 14, 8), read_picture),
     "TIFF in one deflated tile of 2^40 bytes": (lambda: tiled_tiff(1 << 20, 8), read_picture),
+    "YAML of 2,000 brackets": (lambda: b"a: " + b"[" * 2000, check_params),
+    "YAML of an impossible date": (lambda: b"a: 2001-99-99", check_params),
+    "YAML of a long number": (lambda: b"a: " + b"9" * 5000, check_params),
+    "YAML of a number that is none": (lambda: b"a: !!int x", check_params),
+    "YAML with code": (lambda: b"a: !!python/object/apply:os.mkdir [x]", check_params),
+    "pth with code": (lambda: pth_bytes({"a": Code(os.mkdir, "x")}), read_pretrained),
+    "pth of before 2020 with code": (
+        lambda: pth_bytes({"a": Code(os.mkdir, "x")}, _use_new_zipfile_serialization=False),
+        read_pretrained,
+    ),
+    "a pickle in place of pth": (lambda: pickle.dumps(Code(os.mkdir, "x")), read_pretrained),
+    "pth whose names are numbers": (lambda: pth_bytes({1: torch.zeros(2)}), read_pretrained),
+    "pth of other shapes": (lambda: pth_bytes(torch.nn.Linear(4, 2).state_dict()), read_pretrained),
+    "pth that spreads one number over a terabyte": (
+        lambda: pth_bytes({"0.weight": torch.zeros(1).expand(1 << 38)}),
+        read_pretrained,
+    ),
     "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", read_picture),
 }
 
