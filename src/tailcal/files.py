@@ -106,6 +106,8 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    if name not in archive.namelist():
+        raise ValueError(f"{name.removesuffix('.npy')} is not a file in the archive")
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     content = archive.read(name)
