@@ -41,6 +41,16 @@ def edit(path: Path, changes: list[tuple[str, str]]) -> None:
     path.write_text(text)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long form of the tests that break things: minutes each")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the long form of a test was asked for."""
+    return request.config.getoption("--long")
+
+
 class Project:
     """A copy of the project with a git repository of its own."""
 

@@ -332,6 +332,8 @@ def _read(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    except (ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:  # of PyYAML's constructors
+        raise UserError(f"{path}: not valid YAML: {error!r}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a mapping of keys to values")
     return raw

@@ -135,7 +135,7 @@ def load(folder: Path) -> tuple[Card, Predictor]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: --model must be a folder made by `python -m tailcal.export`") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): export the model again") from None
     card = validate(Card, content, "", path)
     network = build(card.network, card.classifier, card.settings, card.train_counts, path)

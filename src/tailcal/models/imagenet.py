@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -81,9 +80,10 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:  # its text is several lines of advice to execute the file
         raise UserError(f"{path} is damaged, or holds more than tensors: save its state_dict alone") from None
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # torch raises a different type for each way in which a file can be damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({reason})") from None
+<<<<<<< HEAD
     state = _unwrapped(state)
     if not _is_state(state):
         raise UserError(
@@ -110,6 +110,11 @@ def _described(loaded: Any, most: int = 5) -> str:
         return f"a {type(loaded).__name__}"
     keys = [f"{key!r} ({type(value).__name__})" for key, value in list(loaded.items())[:most]]
     return f"a dict of {', '.join(keys)}" + (f" and {len(loaded) - most} more" if len(loaded) > most else "")
+=======
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise UserError(f"{path} must hold a state_dict, names and tensors and nothing else")
+    return state
+>>>>>>> afba0dbd35f0e1247bed15a34e9d3b1a6c72575f
 
 
 def freeze_but_last_block(backbone: nn.Module) -> None:
