@@ -37,10 +37,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save as save_safetensors
 
-from stages import evaluate
+from stages import evaluate, paths, report
 from tailcal import (
     checkpoint,
     cifar_archive,
+    export,
     files,
     images,
     method,
@@ -49,6 +50,7 @@ from tailcal import (
     predict,
     sources,
     splits,
+    tables,
     weights,
 )
 from tailcal.errors import UserError
@@ -340,12 +342,37 @@ CARD = {
 }
 
 
+METRICS = {
+    **dict.fromkeys(("top1", "few", "ece", "nll"), 0.5),
+    **dict.fromkeys(("top1_std", "few_std", "ece_std", "nll_std"), 0.1),
+    "seeds": 2,
+    "provenance": {"code": "0+0"},
+    "posthoc": {"temperature": {"top1": 0.5, "ece": 0.1, "transductive": False}},
+}
+
+
 def save_model(folder: Path) -> str:
     """Write the weights that CARD describes; returns their SHA-256."""
     torch.manual_seed(0)
     network = predict.build(CARD["network"], CARD["classifier"], CARD["settings"], CARD["train_counts"], folder)
     weights.save_weights(network, folder / predict.WEIGHTS)
     return files.sha256(folder / predict.WEIGHTS)
+
+
+def save_plots() -> None:
+    """The tables of the cell d/r/c."""
+    plots = paths.cell_plots("d", "r", "c")
+    files.write_text(plots / "reliability.csv", f"{','.join(report.BINS)}\n0,0.0,1.0,0.5,0.5,2\n")
+    files.write_text(plots / "per_class.csv", f"{','.join(report.CLASSES)}\n0,ant,3,few,0.5\n1,bee,2,few,0.5\n")
+
+
+def read_cell(path: Path) -> None:
+    """A cell as the report reads it, and the tables it makes of it."""
+    del path
+    cell = report._cell("d", "r", "c")
+    tables.rows([cell])
+    tables.markdown([cell], [1])
+    tables.summary([cell])
 
 
 def read_weights(path: Path) -> None:
@@ -591,6 +618,7 @@ DOCUMENTS = {
     ),
     "meta.json": Document(META, lambda path: splits.read_meta(path.parent), "meta.json"),
     "meta.json of evaluate": Document(META, lambda path: evaluate.read_classes(path.parent), "meta.json"),
+    "metrics": Document(METRICS, read_cell, "metrics/cells/d/r/c.json"),
     "model.json": Document(CARD, read_model, "model/model.json"),
 }
 
@@ -603,6 +631,8 @@ def test_documents_of_any_content_are_read_or_refused_in_one_line(name, tmp_path
     monkeypatch.chdir(tmp_path)
     if name == "model.json":
         content["weights"] = save_model(path.parent)
+    if name == "metrics":
+        save_plots()
     path.write_text(document.dump(content))
     document.read(path)
 
@@ -856,6 +886,18 @@ def bomb_npz() -> bytes:
     return stream.getvalue()
 
 
+def bomb_pth() -> bytes:
+    """Pretrained weights whose tensor of zeros is compressed, which torch never does and yet reads."""
+    stream = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(pth_bytes({"0.weight": torch.zeros(64 * MEBI)}))) as whole,
+        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+    ):
+        for part in whole.infolist():
+            archive.writestr(part.filename, whole.read(part))
+    return stream.getvalue()
+
+
 def lying_npy(shape: tuple, descr: str = "<f8") -> bytes:
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
@@ -893,6 +935,10 @@ def tiled_tiff(tile: int, compression: int) -> bytes:
 
 def read_npz(path: Path) -> None:
     files.read_arrays(path, ["a"])
+
+
+def read_predictions(path: Path) -> None:
+    evaluate.read_predictions(path, 3)
 
 
 def read_picture(path: Path) -> None:
@@ -933,6 +979,27 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], Callable[[Path], object]]] = {
     "TIFF in one tile of 2^28 bytes": (lambda: tiled_tiff(1 << 14, 1), read_picture),
     "TIFF in one deflated tile of 2^28 bytes": (lambda: tiled_tiff(1 << 14, 8), read_picture),
     "TIFF in one deflated tile of 2^40 bytes": (lambda: tiled_tiff(1 << 20, 8), read_picture),
+    "npz of predictions that unpacks": (bomb_npz, read_predictions),
+    "npz of predictions of a terabyte": (
+        lambda: lying_npz((1 << 37,)),
+        read_predictions,
+    ),
+    "npz that unpacks, for an export": (bomb_npz, export.read_logits),
+    "pth that unpacks to a quarter of a gigabyte": (bomb_pth, read_pretrained),
+    "pth of no numbers": (lambda: pth_bytes({"0.weight": torch.full((3, 4), torch.nan)}), read_pretrained),
+    "pth without its numbers": (lambda: pth_bytes({"0.weight": torch.empty(3, 4, device="meta")}), read_pretrained),
+    "pth with gaps": (lambda: pth_bytes({"0.weight": torch.eye(3, 4).to_sparse()}), read_pretrained),
+    "YAML that stands for more than any memory": (
+        lambda: (
+            b"a: &a {x: 1}\n"
+            + b"".join(b"%c: &%c {<<: [%b]}\n" % (k + 1, k + 1, b"*%c," % k * 9) for k in range(97, 110))
+        ),
+        check_params,
+    ),
+    "YAML that would print more than any memory": (
+        lambda: b"a: [&a [x]" + b"".join(b", &%c [%b]" % (k + 1, b"*%c," % k * 9) for k in range(97, 110)) + b"]",
+        check_params,
+    ),
     "YAML of 2,000 brackets": (lambda: b"a: " + b"[" * 2000, check_params),
     "YAML of an impossible date": (lambda: b"a: 2001-99-99", check_params),
     "YAML of a long number": (lambda: b"a: " + b"9" * 5000, check_params),
@@ -964,3 +1031,40 @@ def test_what_was_made_with_intent_ends_in_one_line_and_little_memory(name, tmp_
     with bounded(tmp_path, 128 * MEBI):
         feed("made with intent", lambda: read(path), path)
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("key", ["root", "train", "class_names", "path"])
+@pytest.mark.parametrize("value", ["a\0b", "~no such user/x", "x" * 300, "/proc/self/mem", "/dev/zero", "."])
+def test_places_that_cannot_be_are_named(key, value, tmp_path):
+    kind = "folder" if key == "path" else "list"
+    lists = {"root": str(tmp_path), "train": "list.txt", "test": "list.txt", "class_names": "list.txt"}
+    block = {"kind": kind, "size": 8, "channels": 3} | (lists if kind == "list" else {}) | {key: value}
+    module = {"list": list_source, "folder": folder_source}[kind]
+    (tmp_path / "list.txt").write_text("a 0\nb 1\n")
+
+    def read() -> None:
+        module.load(params.validate(module.Config, block, "source"), tmp_path)
+
+    with bounded(tmp_path, 64 * MEBI), contextlib.chdir(tmp_path):
+        feed("places", read, "")
+
+
+NETWORK = CARD["network"]
+CARDS = [
+    *({"network": NETWORK | {"channels": value}} for value in (1 << 40, -1, 0, 3, 1.5, None)),
+    *({"network": NETWORK | {"num_classes": value}} for value in (1 << 40, -1, 0, 4)),
+    *({"network": NETWORK | more} for more in ({"trains": "last_block"}, {"head": []}, {"backbone": "none"}, {"x": 1})),
+    *({"image_size": value} for value in (10**9, 20_000)),
+    *({"train_counts": value} for value in ([10**30, 1, 1], [2**62] * 3)),
+    {"channels": 3},
+    {"augmentation": CARD["augmentation"] | {"mean": [0.1] * 3, "std": [1.0] * 3}},
+    {"classifier": "../x"},
+]
+
+
+@pytest.mark.parametrize("change", CARDS, ids=str)
+def test_a_model_whose_card_does_not_describe_it_is_refused(change, tmp_path):
+    path = tmp_path / predict.CARD
+    path.write_text(json.dumps(CARD | {"weights": save_model(tmp_path)} | change))
+    with bounded(tmp_path, 64 * MEBI), pytest.raises(UserError, match=r"model\.json"):
+        read_model(path)
