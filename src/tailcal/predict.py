@@ -77,8 +77,8 @@ class Card(Strict):
         if list(self.fitted) != (["temperature"] if self.rule == "temperature" else []):
             raise ValueError(f"rule {self.rule} does not go with the fitted numbers {list(self.fitted)}")
         for key, right in (("channels", self.channels), ("num_classes", len(self.class_names))):
-            if self.network.get(key) != right:
-                raise ValueError(f"network.{key} must be {right}, got {self.network.get(key)!r}")
+            if self.network.get(key, right) != right:  # a key that is missing, `models.build` tells
+                raise ValueError(f"network.{key} must be {right}, got {self.network[key]!r}")
         if len(self.augmentation.mean) != self.channels:
             raise ValueError(f"augmentation.mean has {len(self.augmentation.mean)} values: must be {self.channels}")
         if getattr(self.augmentation, "size", 1) > self.image_size:
