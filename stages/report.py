@@ -105,6 +105,8 @@ def _cell(dataset: str, representation: str, classifier: str) -> Cell:
 
 def _check_numbers(where: Path, metrics: dict) -> None:
     """Raise UserError unless each measure of the cell, as trained and after each rule, is a number or null."""
+    if not isinstance(metrics["seeds"], int):
+        raise UserError(f"{where} is damaged (seeds is no number): delete it and run `dvc repro`")
     for group in (metrics, *metrics.get("posthoc", {}).values()):
         for name in [part for number in tables.NUMBERS for part in (number, f"{number}_std")]:
             if not isinstance(group, dict) or not isinstance(group.get(name), int | float | None):
