@@ -41,13 +41,13 @@ from stages import evaluate, paths, report
 from tailcal import (
     checkpoint,
     cifar_archive,
-    export,
     files,
     images,
     method,
     params,
     posthoc,
     predict,
+    predictions,
     sources,
     splits,
     tables,
@@ -938,7 +938,7 @@ def read_npz(path: Path) -> None:
 
 
 def read_predictions(path: Path) -> None:
-    evaluate.read_predictions(path, 3)
+    predictions.read(path, files.sha256(path), 3)
 
 
 def read_picture(path: Path) -> None:
@@ -984,7 +984,6 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], Callable[[Path], object]]] = {
         lambda: lying_npz((1 << 37,)),
         read_predictions,
     ),
-    "npz that unpacks, for an export": (bomb_npz, export.read_logits),
     "pth that unpacks to a quarter of a gigabyte": (bomb_pth, read_pretrained),
     "pth of no numbers": (lambda: pth_bytes({"0.weight": torch.full((3, 4), torch.nan)}), read_pretrained),
     "pth without its numbers": (lambda: pth_bytes({"0.weight": torch.empty(3, 4, device="meta")}), read_pretrained),
