@@ -193,9 +193,7 @@ def gpu(name: str, case: Case, workload: Workload) -> dict[str, float | int]:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
     if not kernels:
-        raise UserError(
-            f"benchmark {name}: the profiler saw no kernel on this GPU: allow profiling (CUPTI) to all users"
-        )
+        raise UserError(f"benchmark {name}: the profiler saw no kernel: let all users profile this GPU (CUPTI)")
     window = max(end for _, end in kernels) - min(begin for begin, _ in kernels)
     spent = sum(end - begin for begin, end in kernels)  # microseconds
     return {
