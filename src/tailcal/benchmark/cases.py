@@ -129,7 +129,7 @@ class Benchmark(Strict):
 
 def load(path: Path = FILE) -> Benchmark:
     """Read and check the file, everything that it names included. Raises UserError (one line) for any mistake."""
-    benchmark = params.validate(Benchmark, params._read(path), "", path)
+    benchmark = params.validate(Benchmark, params.read(path), "", path)
     for name, workload in benchmark.workloads.items():
         _check_workload(workload, f"workloads.{name}", path)
     for device in ("cpu", "cuda"):
