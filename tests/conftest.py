@@ -81,6 +81,16 @@ class Project:
         return self.run("python", "-m", f"stages.{name}", *arguments, ok=ok)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the long forms: many more kills, cases and epochs")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the long forms were asked for."""
+    return request.config.getoption("--long")
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Callable[..., Project]:
     """Make a copy of the project with a tiny grid; further changes to its params.yaml as (old, new) pairs."""

@@ -1,0 +1,170 @@
+"""Killing the pipeline at random moments, and what it takes to be as if nothing had happened.
+
+A kill is a signal to one process or to its whole group, as a terminal, a batch system or the kernel sends it.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import yaml
+
+from tests.conftest import Project
+
+HOW = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+TIMED = ("data/costs/", "plots/costs.html")  # what holds times, and so differs from run to run
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill that hit: what was at work, `dvc` alone between its stages, `dvc.lock` while DVC was writing it."""
+
+    at_work: str
+    how: signal.Signals
+    whom: str  # stage | dvc | group
+    lost: float  # seconds of work that the next run repeats: since the stage began, or its last checkpoint
+
+
+@dataclass
+class Tally:
+    """All kills of a run of the harness."""
+
+    kills: list[Kill] = field(default_factory=list)
+    resumed: int = 0  # trainings and packings that said they go on where they were
+    torn: Counter = field(default_factory=Counter)  # what DVC was found to have left in dvc.lock
+
+    def report(self) -> str:
+        """A line a stage: how many kills by whom and how, and the work that was repeated."""
+        lines = [f"{len(self.kills)} kills, {self.resumed} times gone on from unfinished work, torn: {dict(self.torn)}"]
+        for at_work in sorted({kill.at_work for kill in self.kills}):
+            some = [kill for kill in self.kills if kill.at_work == at_work]
+            by = Counter(f"{kill.how.name} {kill.whom}" for kill in some)
+            lost = sorted(kill.lost for kill in some)
+            lines.append(
+                f"{at_work}: {len(some)} ({', '.join(f'{n} {name}' for name, n in sorted(by.items()))}); repeated: "
+                f"{sum(lost) / len(lost):.1f} s on average, {lost[-1]:.1f} s at most"
+            )
+        return "\n".join(lines)
+
+
+def artefacts(root: Path) -> dict[str, bytes]:
+    """Every final artefact of a project by its name: data/, metrics/, plots/ and dvc.lock, but for what holds times."""
+    files = [path for top in ("data", "metrics", "plots") for path in (root / top).rglob("*") if path.is_file()]
+    named = {str(path.relative_to(root)): path for path in sorted([*files, root / "dvc.lock"]) if path.is_file()}
+    return {name: path.read_bytes() for name, path in named.items() if not name.startswith(TIMED)}
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Temporary files that nobody will give their name any more."""
+    return [path for path in root.rglob("*.part") if ".git" not in path.parts]
+
+
+def processes(root: Path) -> Iterator[psutil.Process]:
+    """The processes that run in a project's folder."""
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(root):
+                yield process
+        except psutil.Error:  # it has just ended, or is not ours
+            continue
+
+
+def stage_process(root: Path) -> psutil.Process | None:
+    """The stage at work in a project, the first of its processes."""
+    for process in processes(root):
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if words[1:2] == ["-m"] and words[2].startswith("stages."):
+            return process
+    return None
+
+
+def wait_for_the_end(root: Path, seconds: float = 10.0) -> None:
+    """Wait until nothing runs in the project any more; fail when something is still there."""
+    deadline = time.monotonic() + seconds
+    while left := list(processes(root)):
+        assert time.monotonic() < deadline, (
+            f"still running: {[process.as_dict(['pid', 'cmdline']) for process in left]}"
+        )
+        time.sleep(0.05)
+
+
+def lost_work(root: Path, began: float) -> float:
+    """Seconds since a stage began, or since the last checkpoint that it wrote."""
+    saved = [path.stat().st_mtime for path in root.glob(".scratch/*/*/*/seed*.pt")]
+    return time.time() - max([began, *(when for when in saved if when > began)])
+
+
+def kill_after(project: Project, seconds: float, how: signal.Signals, whom: str, *command: str) -> tuple[str, Kill]:
+    """Start a command and kill it after so many seconds; returns what it printed, and the kill, None if it was done.
+
+    It must have ended well then. whom: stage | dvc | group. Where that is not at work the command itself is killed.
+    """
+    process = project.start(*command)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        assert process.returncode == 0, output
+        return output, None
+    except subprocess.TimeoutExpired:
+        pass
+    stage = stage_process(project.root)
+    began = stage.create_time() if stage else time.time()
+    at_work = stage.cmdline()[2].removeprefix("stages.") if stage else "dvc"
+    lost = lost_work(project.root, began)
+    if whom == "group":
+        os.killpg(process.pid, how)
+    else:
+        os.kill(stage.pid if stage and whom == "stage" else process.pid, how)
+    output, _ = process.communicate(timeout=120)
+    wait_for_the_end(project.root)
+    if at_work == "dvc" and how_torn(project.root):
+        at_work = "dvc.lock"
+    return output, Kill(at_work, how, whom, lost) if process.returncode else None
+
+
+def how_torn(root: Path) -> str | None:
+    """What a killed DVC left of dvc.lock: `unreadable`, `short` of stages, or None when it is whole."""
+    whole = root / ".scratch/dvc.lock"
+    if not whole.exists():
+        return None
+    text = (root / "dvc.lock").read_text()
+    try:
+        stages = (yaml.safe_load(text) or {}).get("stages") or {}
+    except (yaml.YAMLError, AttributeError):
+        return "unreadable"
+    complete = stages.keys() >= yaml.safe_load(whole.read_text())["stages"].keys() and text.endswith("\n")
+    return None if complete else "short"
+
+
+def mend(root: Path) -> None:
+    """What README.md says to do: `cp .scratch/dvc.lock dvc.lock`."""
+    shutil.copy(root / ".scratch/dvc.lock", root / "dvc.lock")
+
+
+def kill_until_done(
+    project: Project, generator: random.Random, tally: Tally, kills: int, seconds: float, whom: tuple, *command: str
+) -> None:
+    """Run a command until it ends well, killing it `kills` times at random moments within `seconds` of its start."""
+    for _ in range(kills):
+        how, hit = generator.choice(HOW), generator.choice(whom)
+        if hit == "dvc" and how == signal.SIGINT:
+            hit = "group"  # DVC leaves interrupts to its stage: only a terminal sends them, and to both
+        output, kill = kill_after(project, generator.uniform(0, seconds), how, hit, *command)
+        tally.resumed += output.count("goes on after")
+        if kill is None:
+            return
+        tally.kills.append(kill)
+        if torn := how_torn(project.root):
+            tally.torn[torn] += 1
+            mend(project.root)
+    tally.resumed += project.run(*command).count("goes on after")
