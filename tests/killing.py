@@ -152,14 +152,20 @@ def mend(root: Path) -> None:
 
 
 def kill_until_done(
-    project: Project, generator: random.Random, tally: Tally, kills: int, seconds: float, whom: tuple, *command: str
+    project: Project,
+    generator: random.Random,
+    tally: Tally,
+    kills: int,
+    times: tuple[float, float],
+    whom: tuple[str, ...],
+    *command: str,
 ) -> None:
-    """Run a command until it ends well, killing it `kills` times at random moments within `seconds` of its start."""
+    """Run a command until it ends well, killing it `kills` times before, at a random one of `times` after its start."""
     for _ in range(kills):
         how, hit = generator.choice(HOW), generator.choice(whom)
         if hit == "dvc" and how == signal.SIGINT:
             hit = "group"  # DVC leaves interrupts to its stage: only a terminal sends them, and to both
-        output, kill = kill_after(project, generator.uniform(0, seconds), how, hit, *command)
+        output, kill = kill_after(project, generator.uniform(*times), how, hit, *command)
         tally.resumed += output.count("goes on after")
         if kill is None:
             return

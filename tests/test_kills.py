@@ -3,6 +3,7 @@
 `pytest tests/test_kills.py --long -s` kills more than a hundred times and prints how often, what, and what it cost.
 """
 
+import copy
 import random
 import shutil
 import time
@@ -13,19 +14,21 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.conftest import Project
 from tests.killing import Tally, artefacts, kill_until_done, leftovers, processes
 
 pytestmark = pytest.mark.pipeline
 DATASET = ("--dataset", "digits_lt")
 CELL = (*DATASET, "--representation", "ce")
-STAGES = {
-    "download": DATASET,
-    "subsample": DATASET,
-    "represent": CELL,
-    "calibrate": (*CELL, "--classifier", "mislas"),
-    "evaluate": (*CELL, "--classifier", "mislas"),
+STAGES = {  # and how often each is killed at a time
+    "download": (DATASET, 1),
+    "subsample": (DATASET, 1),
+    "represent": (CELL, 3),
+    "calibrate": ((*CELL, "--classifier", "mislas"), 2),
+    "evaluate": ((*CELL, "--classifier", "mislas"), 1),
 }
 OFTEN = ("checkpoint_seconds: 5", "checkpoint_seconds: 0")
+LONGER = ("epochs: 8\n", "epochs: 30\n")
 
 
 def own_images(root: Path, images: int) -> None:
@@ -40,26 +43,29 @@ def own_images(root: Path, images: int) -> None:
     (root / "presets/own_images.yaml").write_text(yaml.safe_dump(preset))
 
 
-def run_stages(project) -> dict[str, float]:
-    """Run each of STAGES undisturbed; returns how many seconds it took."""
-    took = {}
-    for name, arguments in STAGES.items():
-        began = time.monotonic()
-        project.stage(name, *arguments)
-        took[name] = time.monotonic() - began
-    return took
+def copied(project: Project, root: Path) -> Project:
+    """A copy of a project as it is, in another folder."""
+    shutil.copytree(project.root, root, symlinks=True)
+    another = copy.copy(project)
+    another.root = root
+    return another
 
 
-def test_a_killed_stage_ends_with_the_same_bits(project, long):
-    undisturbed, killed = project(OFTEN), project(OFTEN, name="killed")
-    took = run_stages(undisturbed)
+def test_a_killed_stage_ends_with_the_same_bits(project, long, tmp_path):
+    undisturbed = project(OFTEN, *[LONGER] * long)
+    killed = copied(undisturbed, tmp_path / "killed")
     generator, tally = random.Random(0), Tally()
-    for name, arguments in STAGES.items():
-        kills = {"represent": 3, "calibrate": 2}.get(name, 1)
-        command = ("python", "-m", f"stages.{name}", *arguments)
-        for _ in range(6 if long else 1):
+    for name, (arguments, kills) in STAGES.items():
+        began = time.monotonic()
+        undisturbed.stage(name, *arguments)
+        took = time.monotonic() - began
+        if not long and name in ("download", "subsample"):
+            killed.stage(name, *arguments)
+            continue
+        for _ in range(8 if long else 1):
             shutil.rmtree(killed.root / ".scratch", ignore_errors=True)
-            kill_until_done(killed, generator, tally, kills, took[name], ("stage", "group"), *command)
+            command = ("python", "-m", f"stages.{name}", *arguments)
+            kill_until_done(killed, generator, tally, kills, (0.3 * took, took), ("stage", "group"), *command)
     assert tally.kills
     assert artefacts(killed.root) == artefacts(undisturbed.root)
     assert not leftovers(killed.root)
@@ -75,24 +81,30 @@ def test_a_killed_packing_ends_with_the_same_bits(project, long):
     undisturbed.run(*command)
     took, generator, tally = time.monotonic() - began, random.Random(1), Tally()
     for _ in range(5 if long else 1):
-        kill_until_done(killed, generator, tally, 3 if long else 2, took, ("stage", "group"), *command)
+        shutil.rmtree(killed.root / ".scratch", ignore_errors=True)
+        kill_until_done(killed, generator, tally, 3 if long else 2, (0.3 * took, took), ("stage", "group"), *command)
     assert artefacts(killed.root) == artefacts(undisturbed.root)
     assert not leftovers(killed.root)
     print(f"\npacking: {tally.report()}")
 
 
-def test_a_killed_repro_ends_with_the_same_bits(project, long):
-    """Of the whole pipeline in the long form, DVC's writing of dvc.lock included."""
-    target = () if long else ("calibrate@digits_lt-ce-mislas",)
-    undisturbed = project()
+def test_a_killed_repro_ends_with_the_same_bits(project, long, tmp_path):
+    """In the long form from several stages on, and with the long dvc.lock that DVC takes its time to write."""
+    undisturbed, begun = project(("checkpoint_seconds: 5", "checkpoint_seconds: 1"), *[LONGER] * long), []
+    if not long:
+        (undisturbed.root / "dvc.lock").unlink()
+    stages = ["check", "subsample@digits_lt", "calibrate@digits_lt-ce-mislas", "evaluate@digits_lt-ce-joint"]
+    for i, stage in enumerate(stages if long else stages[1:2]):
+        undisturbed.run("dvc", "repro", stage)
+        begun.append(copied(undisturbed, tmp_path / f"killed{i}"))
+    target = () if long else ("represent@digits_lt-ce",)
     undisturbed.run("dvc", "repro", *target)
+
     generator, tally = random.Random(2), Tally()
-    for i in range(4 if long else 1):
-        killed = project(name=f"killed{i}")
-        whom = ("stage", "dvc", "group")
-        kill_until_done(killed, generator, tally, 15 if long else 2, 14.0, whom, "dvc", "repro", *target)
+    for killed in begun:
+        whom, times = ("stage", "dvc", "group"), (2.0, 15.0) if long else (2.0, 7.0)
+        kill_until_done(killed, generator, tally, 14 if long else 2, times, whom, "dvc", "repro", *target)
         assert artefacts(killed.root) == artefacts(undisturbed.root)
         assert not leftovers(killed.root)
         assert not list(processes(killed.root))
-        assert "up to date" in killed.run("dvc", "repro", *target)
     print(f"\ndvc repro: {tally.report()}")
