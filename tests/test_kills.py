@@ -76,8 +76,8 @@ def test_a_killed_stage_ends_with_the_same_bits(project, long, tmp_path):
         while len(tally.kills) < enough:
             shutil.rmtree(killed.root / ".scratch", ignore_errors=True)
             kill_until_done(killed, generator, tally, kills, (0.2 * took, 0.9 * took), ("stage", "group"), *command)
-    assert artefacts(killed.root) == artefacts(undisturbed.root)
-    assert not leftovers(killed.root)
+            assert artefacts(killed.root) == artefacts(undisturbed.root)
+            assert not leftovers(killed.root)
     print(f"\nstages by themselves: {tally.report()}")
 
 
@@ -92,8 +92,8 @@ def test_a_killed_packing_ends_with_the_same_bits(project, long):
     for _ in range(6 if long else 1):
         shutil.rmtree(killed.root / ".scratch", ignore_errors=True)
         kill_until_done(killed, generator, tally, 3, (0.2 * took, 0.9 * took), ("stage", "group"), *command)
-    assert artefacts(killed.root) == artefacts(undisturbed.root)
-    assert not leftovers(killed.root)
+        assert artefacts(killed.root) == artefacts(undisturbed.root)
+        assert not leftovers(killed.root)
     print(f"\npacking: {tally.report()}")
 
 
