@@ -3,10 +3,15 @@
 `pytest tests/test_kills.py --long -s` kills more than a hundred times and prints how often, what, and what it cost.
 """
 
+import contextlib
 import copy
+import hashlib
+import http.server
+import json
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,9 +19,11 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
-from tests.conftest import Project
+from tests.conftest import Project, edit
 from tests.killing import Tally, artefacts, kill_until_done, leftovers, processes
+from tests.test_sources import stand_in
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("_heeding_interrupts")]
 DATASET = ("--dataset", "digits_lt")
@@ -95,6 +102,69 @@ def test_a_killed_packing_ends_with_the_same_bits(project, long):
         assert artefacts(killed.root) == artefacts(undisturbed.root)
         assert not leftovers(killed.root)
     print(f"\npacking: {tally.report()}")
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """Sends the server's archive in a second, a little at a time."""
+
+    def do_GET(self):
+        archive = self.server.archive
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(archive)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the other side has been killed
+            for start in range(0, len(archive), len(archive) // 10):
+                self.wfile.write(archive[start:][: len(archive) // 10])
+                time.sleep(0.1)
+
+    def log_message(self, *_):
+        pass
+
+
+MIRRORED = """
+import json
+from pathlib import Path
+
+from torchvision.datasets import CIFAR10
+
+from stages import download
+from tailcal import errors
+from tailcal.sources import cifar10
+
+md5, cifar10.SHA256 = json.loads(Path("stand_in.json").read_text())
+CIFAR10.train_list = [[name, md5[name]] for name, _ in CIFAR10.train_list]
+CIFAR10.test_list = [[name, md5[name]] for name, _ in CIFAR10.test_list]
+CIFAR10.meta = CIFAR10.meta | {"md5": md5[CIFAR10.meta["filename"]]}
+if __name__ == "__main__":
+    errors.run(download.main)
+"""
+
+
+def test_a_killed_download_is_fetched_again(project, long):
+    if not long:
+        pytest.skip("its leftovers have a short test of their own: pytest --long")
+    archive, checksums, _ = stand_in("cifar10", CIFAR10)
+    undisturbed, killed = project(), project(name="killed")
+    command = ("python", "-m", "stages.mirrored", "--dataset", "cifar10_lt_100")
+    generator, tally = random.Random(3), Tally()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        server.archive = archive
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        for one in (undisturbed, killed):
+            url = f"http://127.0.0.1:{server.server_port}/archive"
+            edit(one.root / "presets/cifar10_lt_100.yaml", [("kind: cifar10\n", f"kind: cifar10\n  url: {url}\n")])
+            (one.root / "stages/mirrored.py").write_text(MIRRORED)
+            (one.root / "stand_in.json").write_text(json.dumps([checksums, hashlib.sha256(archive).hexdigest()]))
+        began = time.monotonic()
+        undisturbed.run(*command)
+        took = time.monotonic() - began
+        for _ in range(4):
+            shutil.rmtree(killed.root / "data/downloads", ignore_errors=True)
+            kill_until_done(killed, generator, tally, 2, (0.5 * took, took), ("stage", "group"), *command)
+            assert artefacts(killed.root) == artefacts(undisturbed.root)
+            assert not leftovers(killed.root)
+        server.shutdown()
+    print(f"\ndownload: {tally.report()}")
 
 
 def test_a_killed_repro_ends_with_the_same_bits(project, long, tmp_path):
