@@ -25,6 +25,7 @@ from tailcal import (
     params,
     predictions,
     provenance,
+    seal,
     settings,
     splits,
     store,
@@ -92,7 +93,9 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
         )
         for seed in p.seeds
     ]
-    trained = dict(zip(p.seeds, train.train(replicas, data, training.recipe, p.runtime, p.precision), strict=True))
+    with seal.training():
+        networks = train.train(replicas, data, training.recipe, p.runtime, p.precision)
+    trained = dict(zip(p.seeds, networks, strict=True))
     if not distributed.is_first():
         return
     out = paths.classifier(dataset_name, representation, classifier)

@@ -28,7 +28,7 @@ def read_classes(folder: Path) -> tuple[list[str], np.ndarray]:
     meta = files.read_json(path)
     try:
         names, counts_K = list(meta["class_names"]), np.array(meta["train_counts"], dtype=np.int64)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: bad class_names or train_counts ({error!r}): delete it, run `dvc repro`") from None
     if counts_K.shape != (len(names),) or len(names) < 2 or counts_K.min() < 1:
         raise UserError(f"{path}: train_counts must be a count, 1 or more, of each of the {len(names)} class_names")

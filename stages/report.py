@@ -108,12 +108,25 @@ def _draw(cells: list[Cell], histories: dict[str, pd.DataFrame]) -> dict[str, Pa
 def _cell(dataset: str, representation: str, classifier: str) -> Cell:
     where = paths.metrics(dataset, representation, classifier)
     metrics = read_json(where)
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("posthoc", {}), dict):
+        raise UserError(f"{where} is damaged (it is not a cell's metrics): delete it and run `dvc repro`")
     for name in (*tables.HEADLINE, "seeds", "provenance"):
         if name not in metrics:
             raise UserError(f"{where} is damaged (it has no {name}): delete it and run `dvc repro`")
+    _check_numbers(where, metrics)
     plots = paths.cell_plots(dataset, representation, classifier)
     bins, classes = _frame(plots / "reliability.csv", BINS), _frame(plots / "per_class.csv", CLASSES)
     return Cell(dataset, representation, classifier, metrics, bins, classes)
+
+
+def _check_numbers(where: Path, metrics: dict) -> None:
+    """Raise UserError unless each measure of the cell, as trained and after each rule, is a number or null."""
+    if not isinstance(metrics["seeds"], int):
+        raise UserError(f"{where} is damaged (seeds is no number): delete it and run `dvc repro`")
+    for group in (metrics, *metrics.get("posthoc", {}).values()):
+        for name in [part for number in tables.NUMBERS for part in (number, f"{number}_std")]:
+            if not isinstance(group, dict) or not isinstance(group.get(name), int | float | None):
+                raise UserError(f"{where} is damaged ({name} is no number): delete it and run `dvc repro`")
 
 
 def _history(dataset: str, representation: str) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from tailcal import (
     models,
     params,
     provenance,
+    seal,
     settings,
     splits,
     store,
@@ -37,6 +38,7 @@ def weights_digest(dataset: params.Dataset) -> str:
     return files.sha256(path)
 
 
+@seal.training()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)

@@ -41,6 +41,16 @@ def edit(path: Path, changes: list[tuple[str, str]]) -> None:
     path.write_text(text)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long form of the tests that break things: minutes each")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the long form of a test was asked for."""
+    return request.config.getoption("--long")
+
+
 class Project:
     """A copy of the project with a git repository of its own."""
 
@@ -79,16 +89,6 @@ class Project:
     def stage(self, name: str, *arguments: str, ok: bool = True) -> str:
         """Run one stage script."""
         return self.run("python", "-m", f"stages.{name}", *arguments, ok=ok)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the long forms: many more kills, cases and epochs")
-
-
-@pytest.fixture
-def long(request: pytest.FixtureRequest) -> bool:
-    """Whether the long forms were asked for."""
-    return request.config.getoption("--long")
 
 
 @pytest.fixture

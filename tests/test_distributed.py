@@ -66,6 +66,32 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_pa
     assert len(longer["bagmar"]) == 4
 
 
+@pytest.mark.parametrize("speaks", ["first", "later", "both"])
+def test_whoever_sees_the_mistake_it_is_told_once(tmp_path, speaks):
+    (tmp_path / "worker.py").write_text(
+        "import os, sys, time\n"
+        "if 'RANK' not in os.environ:\n"
+        "    from tailcal import distributed\n"
+        "    distributed.SHARED_MISTAKE_SECONDS = 1\n"
+        "    distributed.launch('worker', 2)\n"
+        "rank = int(os.environ['RANK'])\n"
+        f"if {speaks!r} == 'both' or ({speaks!r} == 'first') == (rank == 0):\n"
+        "    time.sleep(0.5 * (rank == 0))\n"
+        "    sys.exit('error: one clear line')\n"
+        "time.sleep(60)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "worker"],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (1, "error: one clear line\n")
+
+
 def test_alone_there_is_nothing_to_share():
     network = torch.nn.Linear(2, 2)
     assert distributed.share(network, True) is network

@@ -1,6 +1,7 @@
 """The stage evaluate, end to end on made-up predictions: formats, rules without a hold-out, and one-line errors."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from stages import evaluate, paths
+from tailcal import files
 from tailcal.errors import UserError
 from tailcal.metrics.calibration import ece
 from tailcal.metrics.scores import softmax
@@ -59,6 +61,14 @@ def save(seed: int, holdout: int = 70, **changed: np.ndarray) -> None:
         "holdout_labels": holdout_labels,
     } | changed
     np.savez(paths.predictions(**CELL) / f"seed{seed}.npz", **arrays)
+    seal()
+
+
+def seal() -> None:
+    """Take down the checksums of the predictions that are there, as the stage calibrate does."""
+    folder = paths.predictions(**CELL)
+    checksums = {path.name: files.sha256(path) for path in folder.glob("*.npz")}
+    files.write_json(folder / "provenance.json", {"device": "none", "checksums": checksums})
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +81,6 @@ def _project(tmp_path, monkeypatch):
     meta = {"class_names": NAMES, "train_counts": COUNTS, "source": "made up"}
     (paths.longtail("digits_lt") / "meta.json").write_text(json.dumps(meta))
     paths.predictions(**CELL).mkdir(parents=True)
-    (paths.predictions(**CELL) / "provenance.json").write_text('{"device": "none"}')
     for seed in (0, 1, 2):
         save(seed)
 
@@ -235,6 +244,20 @@ def test_it_imports_no_torch():
 
 def damage(content: bytes) -> None:
     (paths.predictions(**CELL) / "seed1.npz").write_bytes(content)
+    seal()
+
+
+def flip_a_bit() -> None:
+    path = paths.predictions(**CELL) / "seed1.npz"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 4
+    path.write_bytes(content)
+
+
+def array(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays) if arrays else np.save(stream, np.zeros(3))
+    return stream.getvalue()
 
 
 def nan_logits() -> np.ndarray:
@@ -250,11 +273,12 @@ def nan_logits() -> np.ndarray:
         (lambda: damage((paths.predictions(**CELL) / "seed1.npz").read_bytes()[:3000]), "seed1.npz is damaged"),
         (lambda: damage(b""), "seed1.npz is damaged"),
         (lambda: damage(b"something else"), "seed1.npz is damaged"),
-        (lambda: np.save((paths.predictions(**CELL) / "seed1.npz").open("wb"), np.zeros(3)), "seed1.npz is damaged"),
+        (lambda: damage(array()), "seed1.npz is damaged"),
         (
-            lambda: np.savez(paths.predictions(**CELL) / "seed1.npz", test_logits=np.zeros((2, K))),
+            lambda: damage(array(test_logits=np.zeros((2, K)))),
             "seed1.npz is damaged (test_labels is not a file in the archive)",
         ),
+        (flip_a_bit, "seed1.npz is damaged: its SHA-256 is"),
         (lambda: save(1, test_labels=np.array([{}] * 350)), "seed1.npz is damaged"),
         (
             lambda: save(1, test_logits=np.zeros((350, 3), np.float32)),
@@ -267,6 +291,7 @@ def nan_logits() -> np.ndarray:
         (lambda: save(1, holdout=0), "seed1.npz: one of it and seed 0's has a hold-out"),
         (lambda: (paths.predictions(**CELL) / "provenance.json").unlink(), "provenance.json is missing"),
         (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{"), "provenance.json is damaged"),
+        (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{}"), "json is damaged (no checksums)"),
         (lambda: (paths.longtail("digits_lt") / "meta.json").unlink(), "meta.json is missing"),
         (
             lambda: (paths.longtail("digits_lt") / "meta.json").write_text("{}"),

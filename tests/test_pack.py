@@ -80,7 +80,7 @@ def test_the_arrays_are_the_images_in_order(work, capsys):
         np.save("expected.npy", labels)
         assert Path(f"out/{split}_labels.npy").read_bytes() == Path("expected.npy").read_bytes()
     assert len(list(Path("out").iterdir())) == 4
-    assert capsys.readouterr().err.startswith("scratch: 26 of 26 images packed, ")
+    assert capsys.readouterr().err.startswith("scratch: 26 of 26 images, ")
     pack.clean(Path("scratch"))
     assert not Path("scratch").exists()
 

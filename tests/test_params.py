@@ -74,7 +74,7 @@ def test_every_method_has_settings_on_every_data_set(name, stage):
         ("  - ce\n", "  - cee\n", "grid.representations names cee, which has no block"),
         ("  - ce\n", "  - ce\n  - ce\n", "grid.representations: lists ce more than once"),
         ("  - ce\n", "  - c-e\n", "must be letters, digits and _ only"),
-        ("threads: 2", "threads: 0", "runtime.threads"),
+        ("replicas: 2", "replicas: 0", "runtime.replicas"),
         ("device: auto", "device: gpu", "runtime.device: input should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
         ("shape: multistep", "shape: stairs", "recipes.digits.schedule"),
         ("warmup: 5 ", "warmup: 500 ", "recipes.digits: schedule.warmup is 500: must be below epochs"),

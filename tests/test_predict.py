@@ -79,7 +79,7 @@ def make_cell(
     network.train()(prepared)  # running statistics of these images
     if method.trained:
         method.set_mode(network)
-        loss, _ = method.loss(network, Batch(prepared, labels, labels), 0.0)
+        loss, _ = method.loss(network, Batch(prepared, labels, labels), torch.tensor(0.0))
         loss.backward()
         with torch.no_grad():
             for parameter in (p for p in network.parameters() if p.grad is not None):
@@ -91,7 +91,6 @@ def make_cell(
     files.write_json(root / paths.representation("made_up", representation) / "provenance.json", {"network": record})
     training = {"method": classifier, "settings": block, "augmentation": augmentation, "recipe": {"epochs": 1}}
     provenance = {"code": "0+0", "params": {"classifier": training}}
-    files.write_json(root / paths.predictions(*where) / "provenance.json", provenance)
     model = Predictor(network, config, 1.0)
     with torch.no_grad():
         logits = {
@@ -101,7 +100,19 @@ def make_cell(
     labels = {f"{split}_labels": arrays[f"{split}_labels"] for split in ("holdout", "test")}
     with files.atomic(root / paths.predictions(*where) / "seed0.npz") as stream:
         np.savez(stream, **logits, **labels)
-    return Cell(dataset="made_up", representation=representation, classifier=classifier, seed=0)
+    files.write_json(root / paths.predictions(*where) / "provenance.json", provenance)
+    cell = Cell(dataset="made_up", representation=representation, classifier=classifier, seed=0)
+    seal(root, cell)
+    return cell
+
+
+def seal(root: Path, cell: Cell) -> None:
+    """Take down the checksums of weights and predictions as they are, like the stage calibrate."""
+    where = (cell.dataset, cell.representation, cell.classifier)
+    made = root / paths.predictions(*where) / "provenance.json"
+    written = [root / paths.classifier(*where) / "seed0.safetensors", made.with_name("seed0.npz")]
+    checksums = {path.name: files.sha256(path) for path in written}
+    files.write_json(made, json.loads(made.read_text()) | {"checksums": checksums})
 
 
 def saved(root: Path, cell: Cell) -> dict[str, np.ndarray]:
@@ -248,6 +259,9 @@ def test_a_network_that_cannot_be_translated_is_one_line(tmp_path, monkeypatch, 
     assert said.count("\n") == 1
 
 
+SEALED = ("other weights as sealed", "wider weights")  # whose checksums are taken down after the change
+
+
 def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, str]]:
     """What a user may find in a cell: the file, its bytes (None: it is not there), what is said."""
     folder = (cell.dataset, cell.representation, cell.classifier)
@@ -259,21 +273,23 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
     save_file(state | {"head.bias": torch.zeros(5)}, wider)
     logits = root / paths.predictions(*folder) / "seed0.npz"
     made = logits.with_name("provenance.json")
+    checksums = json.loads(made.read_text())["checksums"]
     trained = json.loads(made.read_text())["params"]["classifier"]
 
     def provenance(**changed) -> bytes:
-        return json.dumps({"params": {"classifier": trained | changed}}).encode()
+        return json.dumps({"params": {"classifier": trained | changed}, "checksums": checksums}).encode()
 
     stage1 = root / paths.representation(*folder[:2]) / "provenance.json"
     meta = root / paths.longtail(cell.dataset) / "meta.json"
     return {
         "no weights": (weights, None, "is missing: run `dvc repro`"),
         "cut weights": (weights, weights.read_bytes()[:2000], "is damaged"),
-        "other weights": (weights, other.read_bytes(), "does not give the logits that were saved with it"),
+        "other weights": (weights, other.read_bytes(), "is damaged: its SHA-256 is"),
+        "other weights as sealed": (weights, other.read_bytes(), "does not give the logits that were saved with it"),
         "wider weights": (weights, wider.read_bytes(), "of another network"),
         "no logits": (logits, None, "is missing: run `dvc repro`"),
         "cut logits": (logits, logits.read_bytes()[:200], "is damaged"),
-        "no record": (made, None, "is missing: run `dvc repro`"),
+        "no checksums": (made, b'{"params": {"classifier": %s}}' % json.dumps(trained).encode(), "(no checksums)"),
         "old record": (made, provenance(augmentation={"pad": 1}), "params.classifier.augmentation"),
         "other method": (made, provenance(method="nope"), "no classifier 'nope'"),
         "other settings": (made, provenance(settings={"rho": 1.0}), "settings.rho"),
@@ -290,14 +306,24 @@ def test_what_is_wrong_with_a_cell_is_one_line_and_writes_nothing(tmp_path):
     for what, (path, content, says) in wrong_cells(tmp_path, cell).items():
         whole = path.read_bytes()
         path.unlink() if content is None else path.write_bytes(content)
+        if what in SEALED:
+            seal(tmp_path, cell)
         with pytest.raises(UserError) as error:
             export(cell, tmp_path / "model", root=tmp_path)
         path.write_bytes(whole)
+        seal(tmp_path, cell)
         assert "\n" not in str(error.value), what
         assert says in str(error.value), what
         assert "/".join(path.parts[-2:]) in str(error.value) or "nope" in says or "network" in says, what
         assert not (tmp_path / "model").exists(), what
     export(cell, tmp_path / "model", root=tmp_path)
+
+
+def test_a_cell_that_is_not_there_is_told_those_that_are(tmp_path):
+    make_cell(tmp_path)
+    other = Cell(dataset="made_up", representation="ce", classifier="crt", seed=0)
+    with pytest.raises(UserError, match=r"^made_up/ce/crt is not finished here: .*; finished are: made_up/ce/joint$"):
+        export(other, tmp_path / "model", root=tmp_path)
 
 
 def test_images_that_are_not_square_are_refused():
@@ -425,7 +451,10 @@ def test_a_mistake_at_the_command_line_is_one_line(tmp_path):
     cell = ("--dataset", "made_up", "--representation", "ce", "--classifier", "joint")
     ran = call(*cell, "--out", "model", cwd=tmp_path, module="export")
     assert ran.returncode == 1
-    assert ran.stderr == "error: data/lt/made_up/meta.json is missing: run `dvc repro` to make it\n"
+    assert ran.stderr == (
+        "error: made_up/ce/joint is not finished here: put it on the grid of params.yaml and run `dvc repro`; "
+        "finished are: none\n"
+    )
     assert not (tmp_path / "model").exists()
 
 

@@ -3,9 +3,15 @@
 DVC deletes a stage's outputs before it runs the stage, and knows nothing of a half-finished one. So the state of a
 training lies in `.scratch/<cell>/<fingerprint>/seed<k>.pt`. Another parameter, another line of code or other data is
 another fingerprint: a stale checkpoint is never taken up.
+
+torch reads a checkpoint with a flipped bit in a weight without a word, so each begins with the SHA-256 of the rest, and
+nothing is parsed before it is right. Two generations are kept: when the newest is damaged, training goes on from
+`seed<k>.previous.pt`, and loses the seconds between the two.
 """
 
+import errno
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -15,8 +21,11 @@ from typing import Any
 
 import torch
 
+from tailcal import distributed
 from tailcal.errors import UserError
-from tailcal.files import atomic
+from tailcal.files import atomic, naming
+
+DIGEST = hashlib.sha256().digest_size
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
@@ -24,25 +33,65 @@ def fingerprint(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_suffix(".previous.pt")
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: tensors, numbers, texts, lists and dicts."""
-    with atomic(path) as stream:
-        torch.save(state, stream)
+    """Write a checkpoint atomically: tensors, numbers, texts, lists and dicts. The one before it is kept.
+
+    Raises OSError naming the file when the disk is full or cannot be written; the older checkpoints are untouched then.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    with atomic(path, previous(path)) as stream:
+        stream.write(hashlib.sha256(content.getbuffer()).digest())
+        stream.write(content.getbuffer())
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """The checkpoint, or None when there is none. Nothing in the file is executed.
+    """The newest checkpoint that is whole, or None when there is none. Nothing in a file is executed.
 
-    A damaged file is named, removed, and counts as none: training then starts over.
+    A damaged one is named in a warning and removed; the one before it is taken up, or else training starts over.
+    Raises OSError naming the file when it may not be read, or not be removed.
     """
-    if not path.exists():
-        return None
+    older = previous(path)
+    then = f"going on from {older}" if older.exists() else "starting over"
+    for generation, instead in ((path, then), (older, "starting over")):
+        if not generation.exists():
+            continue
+        try:
+            return _read(generation, device)
+        except ValueError as error:
+            if distributed.is_first():
+                print(f"warning: the checkpoint {generation} is damaged ({error}); {instead}", file=sys.stderr)
+            generation.unlink(missing_ok=True)
+    return None
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    """The checkpoint in a file. Raises ValueError saying in what way it is damaged."""
+    content = memoryview(_content(path))
+    if len(content) <= DIGEST or hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
+        raise ValueError(f"its {len(content)} bytes do not have the SHA-256 that they begin with")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises a different type for each way in which a file can be damaged
-        print(f"warning: the checkpoint {path} is damaged ({type(error).__name__}); starting over", file=sys.stderr)
-        path.unlink(missing_ok=True)
-        return None
+        state = torch.load(io.BytesIO(content[DIGEST:]), map_location=device, weights_only=True)
+    except Exception as error:  # torch raises a different type for each way in which a file can be wrong
+        raise ValueError(f"it is no checkpoint of torch's: {type(error).__name__}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}, not a training's state")
+    return state
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with naming(path, "read"):
+            return path.read_bytes()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise ValueError("the disk cannot read it") from None
 
 
 def keep_only(folder: Path) -> None:
@@ -55,7 +104,8 @@ def keep_only(folder: Path) -> None:
 def require_finite(loss: float, title: str, epoch: int, path: Path) -> None:
     """Raise UserError when the loss is NaN or infinite, naming the training, the epoch and the last good checkpoint."""
     if not math.isfinite(loss):
-        last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        kept = next((saved for saved in (path, previous(path)) if saved.exists()), None)
+        last = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
         raise UserError(
             f"{title}: the loss or a weight became {loss} in epoch {epoch + 1}; {last}. "
             "A lower lr, or milder settings of the method, usually help"

@@ -3,9 +3,17 @@
 import sys
 from collections.abc import Callable
 
+LONGEST = 2000  # characters of an error line
+
 
 class UserError(Exception):
-    """Something the user can mend. Its text names the file, key or class at fault and what would be right."""
+    """Something the user can mend. Its text names the file, key or class at fault and what would be right.
+
+    Texts repeat what files say, and a file may say anything: they are kept to one printable line of bounded length.
+    """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__()[:LONGEST])
 
 
 def run(main: Callable[[], None]) -> None:

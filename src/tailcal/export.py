@@ -25,7 +25,7 @@ from pydantic import ConfigDict
 import tailcal
 from tailcal import errors, files, posthoc, predictions, provenance
 from tailcal.errors import UserError
-from tailcal.params import Augmentation, Strict, validate
+from tailcal.params import PARAMS, Augmentation, Strict, validate
 from tailcal.predict import CARD, ONNX, WEIGHTS, Card, Cell, Predictor, build
 from tailcal.weights import load_weights, save_weights
 
@@ -59,6 +59,16 @@ def read_trained(path: Path) -> Trained:
         return validate(Trained, read_field(path, "params", "classifier"), "params.classifier", path)
     except UserError as error:
         raise UserError(f"{error}; run `dvc repro` to make it with this version of tailcal") from None
+
+
+def require_finished(made: Path, folder: Path) -> None:
+    """Raise UserError naming the cells in `folder` that are finished, when the one whose record is `made` is not."""
+    if not made.is_file():
+        finished = ", ".join(str(path.parent.relative_to(folder)) for path in sorted(folder.glob("*/*/*/" + made.name)))
+        raise UserError(
+            f"{made.parent.relative_to(folder)} is not finished here: put it on the grid of {PARAMS} and run "
+            f"`dvc repro`; finished are: {finished or 'none'}"
+        )
 
 
 def check_images(images: np.ndarray, path: Path) -> tuple[int, int]:
@@ -144,9 +154,10 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
     weights = root / f"data/classifiers/{where}/{cell.classifier}/seed{cell.seed}.safetensors"
     predicted = root / f"data/predictions/{where}/{cell.classifier}"
 
+    made = predicted / "provenance.json"
+    require_finished(made, root / "data/predictions")
     names, counts = read_field(meta, "class_names"), read_field(meta, "train_counts")
     record = read_field(stage1, "network")
-    made = predicted / "provenance.json"
     trained = read_trained(made)
     checksums = read_field(made, "checksums")
     logits = predicted / f"seed{cell.seed}.npz"

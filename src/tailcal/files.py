@@ -2,10 +2,13 @@
 
 import contextlib
 import hashlib
+import io
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,29 +16,45 @@ import numpy as np
 
 from tailcal.errors import UserError
 
+REASON = 200  # characters of a library's message that an error line repeats
+
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
+def naming(path: Path, doing: str) -> Iterator[None]:
+    """Give an OSError of the block the name of the file it is about; the system names none when a read or write fails.
+
+    doing: what could not be done, as in "cannot write".
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot {doing}: {error.strerror or error}", str(path)) from error
+
+
+@contextlib.contextmanager
+def atomic(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; it takes the name `path` only when the block ends well.
 
-    Raises OSError when the disk is full or the folder cannot be written; the temporary file is removed then.
+    What was called `path` until then is kept as `previous`, where one is named. Raises OSError naming `path` when the
+    disk is full or the folder cannot be written; the temporary file is removed then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            if previous and path.exists():
+                path.replace(previous)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -55,34 +74,81 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write one array as .npy, memory-mappable, without pickling."""
+    """Write one array of numbers as .npy, memory-mappable: the bytes of np.save.
+
+    np.save itself writes past Python, and of a full disk it only says how many items it has written.
+    """
+    array = np.ascontiguousarray(array)
     with atomic(path) as stream:
-        np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+        stream.write(array.data)
 
 
 def read_array(path: Path, mmap: bool = False) -> np.ndarray:
-    """Read a .npy array; never unpickles. Raises UserError naming the file when it is missing or damaged."""
-    try:
+    """Read a .npy array of numbers; never unpickles, and never allocates more than the file holds.
+
+    Raises UserError naming the file when it is missing or damaged.
+    """
+    with _whole(path):
+        with path.open("rb") as stream:
+            _check_header(stream, os.fstat(stream.fileno()).st_size)
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+
+
+def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Read these arrays of numbers from an .npz that np.savez wrote; never unpickles or decompresses.
+
+    The checksum of each is verified, so a flipped bit is found; the memory taken is what the file holds. Raises
+    UserError naming the file when it is missing or damaged, or lacks one of `names`.
+    """
+    with _whole(path), zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+        return {name: _member(archive, f"{name}.npy") for name in names}
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    if name not in archive.namelist():
+        raise ValueError(f"{name.removesuffix('.npy')} is not a file in the archive")
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    content = archive.read(name)
+    _check_header(io.BytesIO(content), len(content))
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _check_header(stream: BinaryIO, size: int) -> None:
+    """Raise ValueError unless a .npy of `size` bytes is what its header says: numpy would allocate before it looks."""
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("no .npy of version 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"it holds {dtype}, not numbers")
+    if min(shape, default=0) < 0 or stream.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"its header promises {dtype} {list(shape)}, which are not {size} bytes")
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Turn whatever the block raises while it reads `path` into a UserError naming it."""
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # numpy and zipfile raise a different type for each way in which a file can be damaged
+        reason = " ".join(str(error).split())[:REASON] or type(error).__name__
+        raise UserError(f"{path} is damaged ({reason}): delete it and run `dvc repro`") from None
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError naming the file when it is missing or damaged."""
-    try:
+    with _whole(path):
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
+    """Hexadecimal SHA-256 of a file's bytes. Raises OSError naming it when it cannot be read."""
+    with naming(path, "read"), path.open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)

@@ -86,6 +86,8 @@ def _decode(path: Path, size: int, channels: int) -> np.ndarray:
             raise UserError(f"is {width}x{height} pixels: must be at most {MAX_PIXELS:,} in all")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise UserError(f"is {width}x{height} pixels: one side must be at most {MAX_ASPECT} times the other")
+        if _tile(image) > MAX_PIXELS:
+            raise UserError(f"has a tile of {_tile(image):,} pixels: must be at most {MAX_PIXELS:,}")
         image.draft(None, (DRAFT * size, DRAFT * size))  # does nothing to a file other than a JPEG
         ImageOps.exif_transpose(image, in_place=True)
         flat = _flatten(image).convert("RGB" if channels == 3 else "L")
@@ -96,6 +98,15 @@ def _decode(path: Path, size: int, channels: int) -> np.ndarray:
     flat = flat.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.array(flat.crop((left, top, left + size, top + size)), np.uint8).reshape(size, size, channels)
+
+
+def _tile(image: "Image") -> int:
+    """Pixels of one tile of a TIFF, which is decoded whole, however small the image is; 0 of anything else."""
+    from PIL import TiffImagePlugin as Tiff
+
+    if not isinstance(image, Tiff.TiffImageFile):
+        return 0
+    return image.tag_v2.get(Tiff.TILEWIDTH, 0) * image.tag_v2.get(Tiff.TILELENGTH, 0)
 
 
 def _flatten(image: "Image") -> "Image":

@@ -17,6 +17,7 @@ from tailcal.errors import UserError
 
 PARAMS = Path("params.yaml")
 PRESETS = Path("presets")
+MAX_EXPANDED = 100_000
 
 
 class Strict(BaseModel):
@@ -263,6 +264,26 @@ class Params(Strict):
 class _Loader(yaml.SafeLoader):
     """PyYAML reads YAML 1.1, in which 1e-05 and `on` are a text and a bool; DVC writes and reads YAML 1.2."""
 
+    expanded = 0
+
+    def compose_node(self, parent: yaml.Node, index: Any) -> yaml.Node:
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if alias:
+            self._expand(node)
+        return node
+
+    def _expand(self, node: yaml.Node) -> None:
+        """Count the values that an alias stands for: ten lines of aliases can stand for more than any memory holds."""
+        self.expanded += 1
+        if self.expanded > MAX_EXPANDED:
+            raise yaml.composer.ComposerError(
+                None, None, f"its aliases stand for more than {MAX_EXPANDED:,} values", node.start_mark
+            )
+        pairs = node.value if isinstance(node, yaml.CollectionNode) else []
+        for child in [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]:
+            self._expand(child)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
@@ -332,6 +353,8 @@ def _read(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    except (ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:  # of PyYAML's constructors
+        raise UserError(f"{path}: not valid YAML: {error!r}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a mapping of keys to values")
     return raw

@@ -55,8 +55,8 @@ class Card(Strict):
 
     format: Literal[1]
     class_names: Annotated[list[str], Field(min_length=2)]
-    train_counts: list[Annotated[int, Field(ge=1)]]
-    image_size: Annotated[int, Field(ge=1)]
+    train_counts: list[Annotated[int, Field(ge=1, lt=2**31)]]
+    image_size: Annotated[int, Field(ge=1, le=1024)]
     channels: Literal[1, 3]
     augmentation: Augmentation
     network: dict[str, Any]
@@ -76,6 +76,13 @@ class Card(Strict):
             raise ValueError(f"{len(self.class_names)} class_names, but {len(self.train_counts)} train_counts")
         if list(self.fitted) != (["temperature"] if self.rule == "temperature" else []):
             raise ValueError(f"rule {self.rule} does not go with the fitted numbers {list(self.fitted)}")
+        for key, right in (("channels", self.channels), ("num_classes", len(self.class_names))):
+            if self.network.get(key, right) != right:  # a key that is missing, `models.build` tells
+                raise ValueError(f"network.{key} must be {right}, got {self.network[key]!r}")
+        if len(self.augmentation.mean) != self.channels:
+            raise ValueError(f"augmentation.mean has {len(self.augmentation.mean)} values: must be {self.channels}")
+        if getattr(self.augmentation, "size", 1) > self.image_size:
+            raise ValueError(f"augmentation.size must be at most image_size, {self.image_size}")
         return self
 
     @property
@@ -119,7 +126,7 @@ def build(
     config = validate(Method.Config, settings, "settings", source)
     try:
         built = models.build(**network)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source}: this version of tailcal has no network {network} ({error})") from None
     Method(config, torch.tensor(counts)).setup(built)
     return built
@@ -135,7 +142,7 @@ def load(folder: Path) -> tuple[Card, Predictor]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: --model must be a folder made by `python -m tailcal.export`") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): export the model again") from None
     card = validate(Card, content, "", path)
     network = build(card.network, card.classifier, card.settings, card.train_counts, path)

@@ -1,14 +1,12 @@
 """One seed's predictions as a file: logits of the test split, never seen in training, and of the hold-out."""
 
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tailcal.errors import UserError
-from tailcal.files import atomic, verify
+from tailcal.files import atomic, read_arrays, verify
 from tailcal.metrics.scores import check
 
 
@@ -33,14 +31,7 @@ def read(path: Path, expected: str | None, K: int) -> Predictions:
     Raises UserError naming the file when it is missing, damaged, of other classes, or holds no finite logits.
     """
     verify(path, expected)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            predictions = Predictions(**{name: archive[name] for name in Predictions.__dataclass_fields__})
-    except KeyError as error:
-        raise UserError(f"{path} is damaged ({error.args[0]}): delete it and run `dvc repro`") from None
-    except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        # AttributeError and TypeError: another kind of file, such as a bare array, loads but has no members.
-        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
+    predictions = Predictions(**read_arrays(path, Predictions.__dataclass_fields__))
     for split, logits_NK, labels_N in (
         ("test", predictions.test_logits, predictions.test_labels),
         ("holdout", predictions.holdout_logits, predictions.holdout_labels),

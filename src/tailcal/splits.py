@@ -5,24 +5,59 @@ made.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, model_validator
 
+from tailcal.errors import UserError
 from tailcal.files import read_array, read_json, verify
+from tailcal.params import Strict, validate
+
+
+class Meta(Strict):
+    """What meta.json must have for a training; it says more for readers."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    class_names: Annotated[list[str], Field(min_length=2)]
+    train_counts: list[Annotated[int, Field(ge=1, lt=2**31)]]
+    source: dict[str, Any]
+    checksums: dict[str, str]
+
+    @model_validator(mode="after")
+    def _a_count_a_class(self) -> "Meta":
+        if len(self.train_counts) != len(self.class_names):
+            raise ValueError(f"{len(self.class_names)} class_names, but {len(self.train_counts)} train_counts")
+        return self
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Class names, counts and checksums of the data set in `folder`."""
-    return read_json(folder / "meta.json")
+    """Class names, counts and checksums of the data set in `folder`. Raises UserError naming the file and the key."""
+    path = folder / "meta.json"
+    content = read_json(path)
+    try:
+        validate(Meta, content, "", path)
+    except UserError as error:
+        raise UserError(f"{error}; delete it and run `dvc repro`") from None
+    return content
 
 
 def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, H, W, C], memory-mapped, and labels int64 [N] of one split.
 
-    Raises UserError naming the file when one is missing or not the one that meta.json describes.
+    Raises UserError naming the file when one is missing, not the one that meta.json describes, or of another kind.
     """
-    checksums = read_meta(folder)["checksums"]
-    for name in (f"{split}_images.npy", f"{split}_labels.npy"):
-        verify(folder / name, checksums.get(name))
-    return read_array(folder / f"{split}_images.npy", mmap=True), read_array(folder / f"{split}_labels.npy")
+    meta = read_meta(folder)
+    images_path, labels_path = folder / f"{split}_images.npy", folder / f"{split}_labels.npy"
+    for path in (images_path, labels_path):
+        verify(path, meta["checksums"].get(path.name))
+    images, labels = read_array(images_path, mmap=True), read_array(labels_path)
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise UserError(f"{images_path} holds {images.dtype} {list(images.shape)}: must be uint8 [N, H, W, C]")
+    if labels.shape != images.shape[:1] or labels.dtype != np.int64:
+        raise UserError(f"{labels_path} holds {labels.dtype} {list(labels.shape)}: must be int64 [{len(images)}]")
+    last = len(meta["class_names"]) - 1
+    if labels.size and not 0 <= labels.min() <= labels.max() <= last:
+        raise UserError(f"{labels_path} holds labels {labels.min()}..{labels.max()}: must lie in 0..{last}")
+    return images, labels

@@ -130,10 +130,16 @@ def _training(
     epochs = math.ceil(total / steps)  # a budget of iterations may end within an epoch
     start, history = 0, []
     if saved := checkpoint.load(replica.scratch, device):
-        network.load_state_dict(saved["network"])
-        method.load_state_dict(saved["method"])
-        optimise.load_state(saved["optimiser"])
-        start, history, cost = saved["epoch"], saved["history"], Cost(**saved["cost"])
+        try:
+            network.load_state_dict(saved["network"])
+            method.load_state_dict(saved["method"])
+            optimise.load_state(saved["optimiser"])
+            start, history, cost = saved["epoch"], saved["history"], Cost(**saved["cost"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            folder = replica.scratch.parent
+            raise UserError(
+                f"{folder} holds a checkpoint of another training ({type(error).__name__}): delete it and run again"
+            ) from None
 
     shared = distributed.share(network, runtime.sync_bn)
     # What changes from epoch to epoch, and the sums over one: tensors, so that a step never waits for the device.

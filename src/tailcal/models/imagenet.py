@@ -6,12 +6,12 @@ that a file of its weights fits; torchvision is imported when such a network is 
 """
 
 import pickle
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -70,6 +70,9 @@ def load_pretrained(backbone: nn.Module, path: Path) -> None:
         strange = found and not set(wanted) & set(found)
         first = f" (its first tensor is called {next(iter(found))})" if strange else ""
         raise UserError(f"{path} holds the weights of another network: {problems[0]}{more}{first}")
+    for name, value in found.items():
+        if value.layout != torch.strided or value.is_meta or not value.isfinite().all():
+            raise UserError(f"{path}: {name} must be finite numbers, each of them in the file")
     backbone.load_state_dict(found)
 
 
@@ -78,10 +81,14 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path} is missing: no such file of pretrained weights")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            _refuse_bomb(path)
+            state = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:  # its text is several lines of advice to execute the file
         raise UserError(f"{path} is damaged, or holds more than tensors: save its state_dict alone") from None
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # torch raises a different type for each way in which a file can be damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({reason})") from None
     state = _unwrapped(state)
@@ -92,6 +99,14 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         )
     parallel = all(name.startswith(PARALLEL) for name in state)
     return {name.removeprefix(PARALLEL): value for name, value in state.items()} if parallel else state
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise ValueError for a .pth that would unpack to more than it is: torch writes none, and reads any."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its parts are compressed, or lie on top of each other")
 
 
 def _is_state(value: Any) -> bool:

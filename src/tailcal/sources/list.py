@@ -79,13 +79,15 @@ Line = tuple[str, int, int]  # path, label, number of the line
 
 def _lines(path: Path) -> list[str]:
     try:
+        if path.exists() and not path.is_file():  # a device would be read for ever
+            raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}: must be a text file")
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder: must be a text file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: must be text in UTF-8") from None
+    except ValueError:
+        raise UserError(f"{shown(path)}: no file can have this name") from None
     # Not `splitlines`, which also splits at characters that a name may contain.
     return [line.removesuffix("\r") for line in text.split("\n")]
 

@@ -1,0 +1,51 @@
+"""The honest protocol, enforced: while a training runs, the process cannot open what it must not see.
+
+Below data/ a training may read its own split, the weights it begins from and its settings. Everything else there (the
+test split and the hold-out, the source's own images, predictions, which hold test labels) raises an error in whatever
+code tries to open it: in a method, in a library, in the stage itself.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+
+DATA = "data/"
+ALLOWED = re.compile(
+    r"data/(lt/[^/]+/(meta\.json|train_(images|labels)\.npy)|(settings|pretrained|representations|classifiers|costs)/.*)"
+)
+
+
+class SealedError(RuntimeError):
+    """Code that runs in a training has tried to open a file that trainings must not see."""
+
+
+class _Seal:
+    """An audit hook cannot be taken away again, so there is one, and it looks whether the seal is on."""
+
+    def __init__(self):
+        self.depth, self.installed = 0, False
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if not self.depth or event != "open" or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+            return
+        path = os.path.relpath(os.fsdecode(arguments[0])).replace(os.sep, "/")
+        if path.startswith(DATA) and not ALLOWED.fullmatch(path):
+            raise SealedError(f"{path}: must not be opened while a training runs, which may see its own split only")
+
+
+_SEAL = _Seal()
+
+
+@contextlib.contextmanager
+def training() -> Iterator[None]:
+    """While this block runs, in every thread of the process, SealedError is raised by opening other data. May nest."""
+    if not _SEAL.installed:
+        sys.addaudithook(_SEAL)
+        _SEAL.installed = True
+    _SEAL.depth += 1
+    try:
+        yield
+    finally:
+        _SEAL.depth -= 1

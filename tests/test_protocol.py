@@ -1,0 +1,142 @@
+"""The honest protocol: training code cannot reach the test split, and no rule is fitted on it."""
+
+import inspect
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tailcal import longtail, posthoc, seal
+from tailcal.metrics.cell import measure
+from tests.conftest import ROOT
+
+FORBIDDEN = [
+    "data/lt/digits_lt/test_images.npy",
+    "data/lt/digits_lt/test_labels.npy",
+    "data/lt/digits_lt/holdout_images.npy",
+    "data/raw/digits_lt/test_labels.npy",
+    "data/raw/digits_lt/train_images.npy",  # of which the hold-out is a part
+    "data/images/test/cat/1.png",
+    "data/downloads/cifar-10-python.tar.gz",
+    "data/predictions/digits_lt/ce/joint/seed0.npz",
+]
+OPEN = [
+    "data/lt/digits_lt/train_images.npy",
+    "data/lt/digits_lt/meta.json",
+    "data/representations/d/ce/seed0.safetensors",
+]
+READERS = {
+    "open": lambda path: path.open("rb").close(),
+    "numpy": lambda path: np.load(path),
+    "memory map": lambda path: np.load(path, mmap_mode="r"),
+    "absolute": lambda path: path.absolute().read_bytes(),
+    "roundabout": lambda path: Path(f"data/../{path}").read_bytes(),
+    "bytes": lambda path: open(str(path).encode(), "rb").close(),  # noqa: PTH123
+}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in FORBIDDEN + OPEN:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        with Path(name).open("wb") as stream:
+            np.save(stream, np.zeros(3))
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("how", READERS)
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_a_training_cannot_open_what_it_must_not_see(name, how):
+    with seal.training(), pytest.raises(seal.SealedError, match=f"{name}: must not be opened while a training runs"):
+        READERS[how](Path(name))
+    READERS[how](Path(name))  # and afterwards it can be opened
+
+
+@pytest.mark.usefixtures("files")
+def test_a_training_can_open_its_own(tmp_path):
+    with seal.training():
+        for name in OPEN:
+            np.load(name)
+        (tmp_path / "notes.txt").write_text("elsewhere")
+
+
+@pytest.mark.usefixtures("files")
+def test_the_seal_holds_in_every_thread_and_after_an_inner_one_ends():
+    caught = []
+
+    def peek():
+        try:
+            np.load(FORBIDDEN[0])
+        except seal.SealedError as error:
+            caught.append(error)
+
+    with seal.training():
+        with seal.training():
+            pass
+        thread = threading.Thread(target=peek)
+        thread.start()
+        thread.join()
+    assert len(caught) == 1
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("stage", ["represent", "calibrate"])
+def test_a_method_that_peeks_ends_its_stage(stage, project):
+    p = project()
+    cell = ["--dataset", "digits_lt", "--representation", "ce"]
+    p.stage("download", "--dataset", "digits_lt")
+    p.stage("subsample", "--dataset", "digits_lt")
+    if stage == "calibrate":
+        p.stage("represent", *cell)
+        cell += ["--classifier", "joint"]
+    name = {"represent": "ce", "calibrate": "joint"}[stage]
+    method = p.root / f"src/tailcal/methods/{name}.py"
+    method.write_text(
+        method.read_text()
+        + "\n    def set_mode(self, network):\n        open('data/lt/digits_lt/test_labels.npy')\n"
+        + "\n    def setup_head(self, network):\n        return self.set_mode(network)\n"
+    )
+    said = p.stage(stage, *cell, ok=False)
+    assert "SealedError: data/lt/digits_lt/test_labels.npy: must not be opened while a training runs" in said
+    assert not list(p.root.glob("data/predictions/*/*/*/*.npz"))
+
+
+@pytest.mark.parametrize("name", posthoc.RULES)
+def test_a_rule_is_fitted_without_the_test_split_and_applied_without_its_labels(name):
+    rule = posthoc.RULES[name]
+    fitted_on = list(inspect.signature(rule.fit).parameters)[1:]
+    assert fitted_on == ["counts_K", "holdout_logits_NK", "holdout_labels_N"]
+    assert list(inspect.signature(posthoc.Fitted.__call__).parameters) == ["self", "logits_NK"]
+
+
+@pytest.mark.parametrize("name", [name for name, rule in posthoc.RULES.items() if not rule.transductive])
+def test_a_rule_that_is_not_called_transductive_treats_every_test_image_alone(name):
+    rng, rule = np.random.default_rng(0), posthoc.RULES[name]
+    settings = {"tau": "tuned"} if "tau" in rule.Config.model_fields else {}
+    logits, labels = rng.normal(size=(60, 4)), np.arange(60) % 4
+    fitted = rule.fit(rule.Config(**settings), np.array([50, 20, 10, 5]), logits, labels)
+    test = rng.normal(size=(30, 4))
+    np.testing.assert_allclose(fitted(test)[:7], fitted(test[:7]), rtol=1e-12)
+
+
+def test_shot_groups_have_one_definition(monkeypatch):
+    """Nobody else counts to 100: with other groups every number of a group follows."""
+    rng = np.random.default_rng(0)
+    logits, labels, counts = rng.normal(size=(90, 3)), np.arange(90) % 3, np.array([500, 50, 5])
+    before = measure(logits, labels, counts)
+
+    def reversed_groups(counts):
+        groups = longtail_groups(counts)
+        return {"many": groups["few"], "medium": groups["medium"], "few": groups["many"]}
+
+    longtail_groups = longtail.shot_groups
+    for module in ("tailcal.metrics.accuracy", "tailcal.metrics.cell"):
+        monkeypatch.setattr(f"{module}.shot_groups", reversed_groups)
+    after = measure(logits, labels, counts)
+    for number in ("", "ece_", "nll_", "brier_"):
+        assert after[f"{number}many"] == before[f"{number}few"]
+        assert after[f"{number}few"] == before[f"{number}many"]
+    defined = [f for f in [*ROOT.glob("src/**/*.py"), *ROOT.glob("stages/*.py")] if "def shot_groups" in f.read_text()]
+    assert defined == [ROOT / "src/tailcal/longtail.py"]
