@@ -3,9 +3,10 @@
 A kill is a signal to one process or to its whole group, as a terminal, a batch system or the kernel sends it.
 """
 
+import contextlib
+import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -20,17 +21,18 @@ import yaml
 from tests.conftest import Project
 
 HOW = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+MEND = "cp .scratch/dvc.lock dvc.lock; rm -f .dvc/tmp/rwlock .git/index.lock"  # as README.md says
 TIMED = ("data/costs/", "plots/costs.html")  # what holds times, and so differs from run to run
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill that hit: what was at work, `dvc` alone between its stages, `dvc.lock` while DVC was writing it."""
+    """One kill that hit: the stage at work, or `dvc` between two, or `dvc, writing` when it has left a file torn."""
 
     at_work: str
     how: signal.Signals
     whom: str  # stage | dvc | group
-    lost: float  # seconds of work that the next run repeats: since the stage began, or its last checkpoint
+    lost: float  # seconds that the next run repeats: since the stage began, its start included, or since its checkpoint
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Tally:
 
     kills: list[Kill] = field(default_factory=list)
     resumed: int = 0  # trainings and packings that said they go on where they were
-    torn: Counter = field(default_factory=Counter)  # what DVC was found to have left in dvc.lock
+    torn: Counter = field(default_factory=Counter)  # files that DVC was found to have left unfinished
 
     def report(self) -> str:
         """A line a stage: how many kills by whom and how, and the work that was repeated."""
@@ -127,28 +129,30 @@ def kill_after(project: Project, seconds: float, how: signal.Signals, whom: str,
         os.kill(stage.pid if stage and whom == "stage" else process.pid, how)
     output, _ = process.communicate(timeout=120)
     wait_for_the_end(project.root)
-    if at_work == "dvc" and how_torn(project.root):
-        at_work = "dvc.lock"
+    if at_work == "dvc" and torn(project.root):
+        at_work = "dvc, writing"
     return output, Kill(at_work, how, whom, lost) if process.returncode else None
 
 
-def how_torn(root: Path) -> str | None:
-    """What a killed DVC left of dvc.lock: `unreadable`, `short` of stages, or None when it is whole."""
-    whole = root / ".scratch/dvc.lock"
-    if not whole.exists():
-        return None
-    text = (root / "dvc.lock").read_text()
-    try:
-        stages = (yaml.safe_load(text) or {}).get("stages") or {}
-    except (yaml.YAMLError, AttributeError):
-        return "unreadable"
-    complete = stages.keys() >= yaml.safe_load(whole.read_text())["stages"].keys() and text.endswith("\n")
-    return None if complete else "short"
-
-
-def mend(root: Path) -> None:
-    """What README.md says to do: `cp .scratch/dvc.lock dvc.lock`."""
-    shutil.copy(root / ".scratch/dvc.lock", root / "dvc.lock")
+def torn(root: Path) -> list[str]:
+    """What a killed DVC has left unfinished: `dvc.lock` that cannot be read or lacks stages, `rwlock`, `index.lock`."""
+    found = []
+    whole, here = root / ".scratch/dvc.lock", root / "dvc.lock"
+    if whole.exists():
+        stages, text = yaml.safe_load(whole.read_text())["stages"], here.read_text()
+        try:
+            if not (yaml.safe_load(text)["stages"].keys() >= stages.keys() and text.endswith("\n")):
+                found.append("dvc.lock, shorter")
+        except (yaml.YAMLError, TypeError, KeyError, AttributeError):
+            found.append("dvc.lock, unreadable")
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            json.loads((root / ".dvc/tmp/rwlock").read_text())
+        except ValueError:
+            found.append("rwlock")
+    if (root / ".git/index.lock").exists():
+        found.append("index.lock")
+    return found
 
 
 def kill_until_done(
@@ -170,7 +174,7 @@ def kill_until_done(
         if kill is None:
             return
         tally.kills.append(kill)
-        if torn := how_torn(project.root):
-            tally.torn[torn] += 1
-            mend(project.root)
+        if found := torn(project.root):
+            tally.torn.update(found)
+            project.run("sh", "-c", MEND)
     tally.resumed += project.run(*command).count("goes on after")

@@ -1,5 +1,8 @@
 """Kill anything, any time: what comes out in the end is, bit for bit, what an undisturbed run makes.
 
+DVC writes dvc.lock, and a lock file of its own, in place. When it is killed meanwhile, one line mends that
+(`killing.MEND`); everything else recovers by itself.
+
 `pytest tests/test_kills.py --long -s` kills more than a hundred times and prints how often, what, and what it cost.
 """
 
