@@ -107,7 +107,9 @@ def lost_work(root: Path, began: float) -> float:
     return time.time() - max([began, *(when for when in saved if when > began)])
 
 
-def kill_after(project: Project, seconds: float, how: signal.Signals, whom: str, *command: str) -> tuple[str, Kill]:
+def kill_after(
+    project: Project, seconds: float, how: signal.Signals, whom: str, *command: str
+) -> tuple[str, Kill | None]:
     """Start a command and kill it after so many seconds; returns what it printed, and the kill, None if it was done.
 
     It must have ended well then. whom: stage | dvc | group. Where that is not at work the command itself is killed.
