@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import yaml
@@ -79,15 +80,21 @@ def processes(root: Path) -> Iterator[psutil.Process]:
             continue
 
 
-def stage_process(root: Path) -> psutil.Process | None:
-    """The stage at work in a project, the first of its processes."""
+class Stage(NamedTuple):
+    """A stage at work: its process, its name, and when it began."""
+
+    pid: int
+    name: str
+    began: float
+
+
+def stage_at_work(root: Path) -> Stage | None:
+    """The stage at work in a project; the first of its processes, where it has several."""
     for process in processes(root):
-        try:
+        with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-        except psutil.Error:
-            continue
-        if words[1:2] == ["-m"] and words[2].startswith("stages."):
-            return process
+            if words[1:2] == ["-m"] and words[2].startswith("stages."):
+                return Stage(process.pid, words[2].removeprefix("stages."), process.create_time())
     return None
 
 
@@ -95,9 +102,7 @@ def wait_for_the_end(root: Path, seconds: float = 10.0) -> None:
     """Wait until nothing runs in the project any more; fail when something is still there."""
     deadline = time.monotonic() + seconds
     while left := list(processes(root)):
-        assert time.monotonic() < deadline, (
-            f"still running: {[process.as_dict(['pid', 'cmdline']) for process in left]}"
-        )
+        assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.05)
 
 
@@ -121,14 +126,14 @@ def kill_after(
         return output, None
     except subprocess.TimeoutExpired:
         pass
-    stage = stage_process(project.root)
-    began = stage.create_time() if stage else time.time()
-    at_work = stage.cmdline()[2].removeprefix("stages.") if stage else "dvc"
+    stage = stage_at_work(project.root)
+    at_work, began = (stage.name, stage.began) if stage else ("dvc", time.time())
     lost = lost_work(project.root, began)
-    if whom == "group":
-        os.killpg(process.pid, how)
-    else:
-        os.kill(stage.pid if stage and whom == "stage" else process.pid, how)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        if whom == "group":
+            os.killpg(process.pid, how)
+        else:
+            os.kill(stage.pid if stage and whom == "stage" else process.pid, how)
     output, _ = process.communicate(timeout=120)
     wait_for_the_end(project.root)
     if at_work == "dvc" and torn(project.root):
