@@ -1,8 +1,31 @@
 """The stages of dvc.yaml, one script each. Run them from the project's root: `python -m stages.represent --help`."""
 
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
 # The library of this very tree, not of an installed copy: `dvc exp run --temp` and `--queue` run in a copy of the
 # project, and must import that copy's code.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+
+def _begin_under_dvc() -> None:
+    """End with DVC, which alone can record what this stage makes, and keep a copy of dvc.lock: .scratch/dvc.lock.
+
+    DVC writes dvc.lock in place, which takes it a second or more, but never while a stage runs. So the copy is whole
+    when a DVC that was killed has left half of the file.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    scratch = Path(".scratch")
+    scratch.mkdir(exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # there is no dvc.lock before the first stage has ended
+        shutil.copyfile("dvc.lock", scratch / ".dvc.lock.part").replace(scratch / "dvc.lock")
+
+
+if "DVC_STAGE" in os.environ:
+    _begin_under_dvc()

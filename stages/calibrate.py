@@ -19,6 +19,7 @@ from tailcal import (
     distributed,
     errors,
     files,
+    lock,
     method,
     models,
     params,
@@ -42,17 +43,28 @@ def main() -> None:
 
     p = params.load()
     distributed.launch("stages.calibrate", p.runtime.processes)
-    dataset = params.dataset(p, args.dataset)
-    training = settings.training(p, args.dataset, args.classifier, "classifiers")
+    cell = (args.dataset, args.representation, args.classifier)
+    outputs = [paths.classifier(*cell), paths.predictions(*cell), paths.costs("calibrate", *cell)]
+    with lock.alone(paths.LOCKS, *outputs, paths.scratch("calibrate", *cell)):
+        calibrate(p, *cell)
+
+
+def calibrate(p: params.Params, dataset_name: str, representation: str, classifier: str) -> None:
+    """Train every seed's classifier and write it, then predict; write the logits with their provenance.
+
+    Raises UserError.
+    """
+    dataset = params.dataset(p, dataset_name)
+    training = settings.training(p, dataset_name, classifier, "classifiers")
     device = train.prepare(p.runtime, p.precision)
-    longtail = paths.longtail(args.dataset)
+    longtail = paths.longtail(dataset_name)
     counts = torch.tensor(splits.read_meta(longtail)["train_counts"])
     data = store.Images(*splits.read_split(longtail, "train"), dataset.augmentation, device, p.runtime.placement)
-    stage1 = paths.representation(args.dataset, args.representation)
+    stage1 = paths.representation(dataset_name, representation)
     upstream = files.read_json(stage1 / "provenance.json")
 
     record = {
-        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{args.classifier}.py"),
+        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{classifier}.py"),
         "params": {
             "dataset": upstream["params"]["dataset"],
             "representation": upstream["params"]["representation"],
@@ -64,21 +76,16 @@ def main() -> None:
         "stage1": {key: upstream[key] for key in ("code", "device", "versions")},
     }
     depends = {**record, "starts": upstream["weights"]}
-    scratch = (
-        paths.SCRATCH
-        / "calibrate"
-        / f"{args.dataset}-{args.representation}-{args.classifier}"
-        / checkpoint.fingerprint(depends)
-    )
+    scratch = paths.scratch("calibrate", dataset_name, representation, classifier) / checkpoint.fingerprint(depends)
 
     def make(start: Path) -> tuple[models.Network, method.Method]:
         network = models.build(**upstream["network"])
         weights.load_weights(network, start, upstream["weights"].get(start.stem))
-        return network, method.load(args.classifier)(training.settings, counts)
+        return network, method.load(classifier)(training.settings, counts)
 
     replicas = [
         train.Replica(
-            f"calibrate {args.dataset}/{args.representation}/{args.classifier} seed {seed}",
+            f"calibrate {dataset_name}/{representation}/{classifier} seed {seed}",
             seed,
             partial(make, stage1 / f"seed{seed}.safetensors"),
             scratch / f"seed{seed}.pt",
@@ -91,7 +98,7 @@ def main() -> None:
     trained = dict(zip(p.seeds, networks, strict=True))
     if not distributed.is_first():
         return
-    out = paths.classifier(args.dataset, args.representation, args.classifier)
+    out = paths.classifier(dataset_name, representation, classifier)
     checksums = {}
     for seed, one in trained.items():
         name = f"seed{seed}.safetensors"
@@ -107,13 +114,13 @@ def main() -> None:
         split: train.predict([one.network for one in trained.values()], images, p.runtime)
         for split, images in placed.items()
     }
-    folder = paths.predictions(args.dataset, args.representation, args.classifier)
+    folder = paths.predictions(dataset_name, representation, classifier)
     for i, seed in enumerate(trained):
         for split in logits:
             if not np.isfinite(logits[split][i]).all():
                 raise errors.UserError(
-                    f"{args.dataset}/{args.representation}/{args.classifier} seed {seed}: its {split} logits are not "
-                    f"finite numbers: milder settings of {args.classifier} usually help"
+                    f"{dataset_name}/{representation}/{classifier} seed {seed}: its {split} logits are not "
+                    f"finite numbers: milder settings of {classifier} usually help"
                 )
         labels = {split: images.labels.cpu().numpy() for split, images in placed.items()}
         path = folder / f"seed{seed}.npz"
@@ -123,7 +130,7 @@ def main() -> None:
         folder / "provenance.json", record | distributed.record(p.runtime.sync_bn) | {"checksums": checksums}
     )
     costs.write(
-        paths.costs("calibrate", args.dataset, args.representation, args.classifier),
+        paths.costs("calibrate", dataset_name, representation, classifier),
         train.machine(device),
         data.placement,
         p.runtime.replicas,

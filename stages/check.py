@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from stages import paths
-from tailcal import errors, files, method, params, posthoc, settings, sources
+from tailcal import errors, files, lock, method, params, posthoc, settings, sources
 
 
 def pretrained(dataset: params.Dataset) -> dict[str, str]:
@@ -60,9 +60,10 @@ def main() -> None:
         for classifier in p.classifiers:
             resolved["calibrate", name, classifier] = settings.training(p, name, classifier, "classifiers").record()
 
-    shutil.rmtree(paths.SETTINGS, ignore_errors=True)
-    for (stage, *cell), values in resolved.items():
-        files.write_json(paths.settings(stage, *cell), values)
+    with lock.alone(paths.LOCKS, paths.SETTINGS):
+        shutil.rmtree(paths.SETTINGS, ignore_errors=True)
+        for (stage, *cell), values in resolved.items():
+            files.write_json(paths.settings(stage, *cell), values)
 
 
 if __name__ == "__main__":

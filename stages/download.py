@@ -3,17 +3,23 @@
 import argparse
 
 from stages import paths
-from tailcal import errors, files, pack, params, sources
+from tailcal import errors, files, lock, pack, params, sources
 
 
 def main() -> None:
-    """Write train and test images and labels, and meta.json with the class names, the source and the checksums."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     name = parser.parse_args().dataset
     config = sources.configure(params.dataset(params.load(), name))
-    loaded = sources.load(config, paths.DOWNLOADS)
-    folder, scratch = paths.raw(name), paths.SCRATCH / "pack" / name
+    with lock.alone(paths.LOCKS, paths.raw(name), paths.scratch("pack", name)):
+        download(name, config)
+
+
+def download(name: str, config: sources.Source) -> None:
+    """Write train and test images and labels, and meta.json with the class names, the source and the checksums."""
+    with lock.alone(paths.LOCKS, paths.DOWNLOADS):  # data sets share archives
+        loaded = sources.load(config, paths.DOWNLOADS)
+    folder, scratch = paths.raw(name), paths.scratch("pack", name)
     parts = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
     more = {}
     if isinstance(loaded, sources.Listing):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from stages import paths
-from tailcal import errors, files, params, posthoc, predictions
+from tailcal import errors, files, lock, params, posthoc, predictions
 from tailcal.errors import UserError
 from tailcal.longtail import shot_groups
 from tailcal.metrics.accuracy import confusion, per_class_accuracy
@@ -133,6 +133,13 @@ def main(arguments: list[str] | None = None) -> None:
     params.dataset(p, where["dataset"])
     for axis in ("representation", "classifier"):
         params.chosen(getattr(p, f"{axis}s"), where[axis], f"{axis}s")
+    outputs = [place(**where) for place in (paths.cell_plots, paths.metrics, paths.headline)]
+    with lock.alone(paths.LOCKS, *outputs):
+        evaluate(p, where)
+
+
+def evaluate(p: params.Params, where: dict[str, str]) -> None:
+    """Measure the cell `where`, {axis: name}; write its numbers, tables and diagram. Raises UserError."""
     rules = posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
 
     names, counts_K = read_classes(paths.longtail(where["dataset"]))

@@ -7,6 +7,7 @@ COSTS = Path("data/costs")
 DOWNLOADS = Path("data/downloads")
 PRETRAINED = Path("data/pretrained")
 SCRATCH = Path(".scratch")
+LOCKS = SCRATCH / "locks"
 SUMMARY = Path("metrics/summary.json")
 TABLE = Path("metrics/table.csv")
 TABLE_TEXT = Path("metrics/table.md")
@@ -24,6 +25,11 @@ def settings(stage: str, *cell: str) -> Path:
 def costs(stage: str, *cell: str) -> Path:
     """What the trainings of a cell took on the machine that ran them; not tracked."""
     return COSTS / stage / f"{'-'.join(cell)}.json"
+
+
+def scratch(stage: str, *cell: str) -> Path:
+    """The unfinished work of one stage of a cell; not tracked, and gone on with after an interruption."""
+    return SCRATCH / stage / "-".join(cell)
 
 
 def raw(dataset: str) -> Path:

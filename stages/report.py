@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from stages import paths
-from tailcal import costs, figures, page, params, tables
+from tailcal import costs, figures, lock, page, params, tables
 from tailcal.errors import UserError, run
 from tailcal.files import read_json, write_json, write_text
 from tailcal.tables import Cell
@@ -17,7 +17,23 @@ CLASSES = ("class", "name", "train_count", "test_count", "group", "accuracy", "a
 HISTORY = ("epoch", "seed", "loss", "train_accuracy")
 
 
+OUTPUTS = (
+    paths.REPORT,
+    paths.COSTS_PAGE,
+    paths.TABLE,
+    paths.TABLE_TEXT,
+    paths.SUMMARY,
+    paths.RELIABILITY,
+    paths.FIGURES,
+)
+
+
 def main() -> None:
+    with lock.alone(paths.LOCKS, *OUTPUTS):
+        report()
+
+
+def report() -> None:
     """Everything under metrics/ and plots/ that speaks of more than one cell."""
     grid = params.load().grid
     cells = {

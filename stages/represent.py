@@ -13,6 +13,7 @@ from tailcal import (
     distributed,
     errors,
     files,
+    lock,
     method,
     models,
     params,
@@ -46,12 +47,21 @@ def main() -> None:
 
     p = params.load()
     distributed.launch("stages.represent", p.runtime.processes)
-    dataset = params.dataset(p, args.dataset)
-    training = settings.training(p, args.dataset, args.representation, "representations")
+    cell = (args.dataset, args.representation)
+    with lock.alone(
+        paths.LOCKS, paths.representation(*cell), paths.costs("represent", *cell), paths.scratch("represent", *cell)
+    ):
+        represent(p, *cell)
+
+
+def represent(p: params.Params, dataset_name: str, representation: str) -> None:
+    """Train every seed's network; write the weights, history.csv and provenance.json. Raises UserError."""
+    dataset = params.dataset(p, dataset_name)
+    training = settings.training(p, dataset_name, representation, "representations")
     device = train.prepare(p.runtime, p.precision)
-    meta = splits.read_meta(paths.longtail(args.dataset))
+    meta = splits.read_meta(paths.longtail(dataset_name))
     counts = torch.tensor(meta["train_counts"])
-    split = splits.read_split(paths.longtail(args.dataset), "train")
+    split = splits.read_split(paths.longtail(dataset_name), "train")
     data = store.Images(*split, dataset.augmentation, device, p.runtime.placement)
 
     network_record = {"backbone": training.backbone, "channels": data.channels, "num_classes": len(counts)}
@@ -60,9 +70,7 @@ def main() -> None:
         network_record["trains"] = training.pretrained.trains
         begins["pretrained"] = weights_digest(dataset)
     record = {
-        "code": provenance.code_version(
-            Path(__file__), Path(method.__file__).parent / f"methods/{args.representation}.py"
-        ),
+        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{representation}.py"),
         "params": {
             "dataset": {"source": meta["source"]} | dataset.model_dump(include={"imbalance", "holdout_per_class"}),
             "representation": training.record() | {"precision": p.precision},
@@ -71,10 +79,10 @@ def main() -> None:
         "device": device.type,
         "versions": provenance.versions(),
     }
-    out = paths.representation(args.dataset, args.representation)
-    scratch = paths.SCRATCH / "represent" / f"{args.dataset}-{args.representation}" / checkpoint.fingerprint(record)
+    out = paths.representation(dataset_name, representation)
+    scratch = paths.scratch("represent", dataset_name, representation) / checkpoint.fingerprint(record)
 
-    Method = method.load(args.representation)
+    Method = method.load(representation)
 
     def make() -> tuple[models.Network, method.Method]:
         network = models.build(**network_record, head="linear")
@@ -84,7 +92,7 @@ def main() -> None:
 
     replicas = [
         train.Replica(
-            f"represent {args.dataset}/{args.representation} seed {seed}",
+            f"represent {dataset_name}/{representation} seed {seed}",
             seed,
             make,
             scratch / f"seed{seed}.pt",
@@ -101,7 +109,7 @@ def main() -> None:
     made = {"network": network_record | {"head": Method.head}, "weights": written}
     files.write_json(out / "provenance.json", record | distributed.record(p.runtime.sync_bn) | made)
     costs.write(
-        paths.costs("represent", args.dataset, args.representation),
+        paths.costs("represent", dataset_name, representation),
         train.machine(device),
         data.placement,
         p.runtime.replicas,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from stages import paths
-from tailcal import errors, files, longtail, params, rows
+from tailcal import errors, files, lock, longtail, params, rows
 from tailcal.errors import UserError
 
 
@@ -108,11 +108,16 @@ def warn_of_holdout(dataset: params.Dataset, available: np.ndarray, class_names:
 
 
 def main() -> None:
-    """Check the raw arrays, choose the images, write the three splits and meta.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     name = parser.parse_args().dataset
     dataset = params.dataset(params.load(), name)
+    with lock.alone(paths.LOCKS, paths.longtail(name)):
+        subsample(name, dataset)
+
+
+def subsample(name: str, dataset: params.Dataset) -> None:
+    """Check the raw arrays, choose the images, write the three splits and meta.json."""
     meta, raw = read_raw(paths.raw(name))
     class_names = meta["class_names"]
 

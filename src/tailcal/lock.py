@@ -1,0 +1,58 @@
+"""One process at a time makes an artefact, and begins by removing what a killed one left half-written of it."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tailcal.errors import UserError
+
+
+@contextlib.contextmanager
+def alone(folder: Path, *outputs: Path) -> Iterator[None]:
+    """Be the only process that makes `outputs`, files or folders, while the block runs; their leftovers are removed.
+
+    The lock is the kernel's, on a file in `folder` that is named after the first output: it ends with the process,
+    however that ends, so a file without a process locks nothing. Of several processes that train together the first
+    takes it for all. Raises UserError naming the first output and the process that is making it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{'-'.join(outputs[0].parts)}.lock"
+    with path.open("a+") as file:
+        if not _take(file.fileno()):
+            file.seek(0)
+            raise UserError(
+                f"{outputs[0]}: another process (pid {file.read() or 'unknown'}) is making it: wait for it, or stop it"
+            )
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            for output in outputs:
+                remove_leftovers(output)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _take(handle: int) -> bool:
+    """Lock an open file. Not where another process has just unlinked it, since a third one may hold its successor."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(handle).st_nlink > 0
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove the temporary files and folders, `.<name>.<random>.part`, that killed processes left of an output."""
+    for left in [*output.parent.glob(f".{output.name}.*.part"), *output.rglob(".*.part")]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)

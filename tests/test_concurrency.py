@@ -1,0 +1,108 @@
+"""Several processes at once: one makes an artefact, the others end with a clear message, and nothing is corrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tailcal import lock
+from tailcal.errors import UserError
+from tests.killing import artefacts, leftovers
+
+CELL = ("--dataset", "digits_lt", "--representation", "ce")
+LOCK = ".scratch/locks/data-representations-digits_lt-ce.lock"
+LONGER = ("epochs: 8\n", "epochs: 40\n")
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Wait until a running process has made a file."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_second_is_told_who_is_first(tmp_path):
+    output = tmp_path / "weights"
+    with lock.alone(tmp_path / "locks", output, tmp_path / "more"):
+        with (
+            pytest.raises(
+                UserError, match=rf"weights: another process \(pid {os.getpid()}\) is making it: wait for it"
+            ),
+            lock.alone(tmp_path / "locks", output),
+        ):
+            pytest.fail("both are alone")
+        with lock.alone(tmp_path / "locks", tmp_path / "another"):
+            pass
+    with lock.alone(tmp_path / "locks", output):
+        pass
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_a_killed_process_locks_nothing_and_its_leftovers_go(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from tailcal import files, lock\n"
+        "out, folder = Path('out.json'), Path('folder')\n"
+        "with lock.alone(Path('locks'), out, folder), files.atomic(out), files.atomic(folder / 'a/b'):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    source = Path(lock.__file__).parents[1]
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(source)})
+    assert ran.returncode == -signal.SIGKILL
+    others = [tmp_path / ".another.json.x1.part", tmp_path / "folder/a/whole"]
+    for other in others:
+        other.touch()
+    assert len(leftovers(tmp_path)) == 3
+    with lock.alone(tmp_path / "locks", tmp_path / "out.json", tmp_path / "folder"):
+        assert leftovers(tmp_path) == others[:1]
+    assert all(other.exists() for other in others)
+
+
+def test_of_processes_that_train_together_the_first_takes_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with lock.alone(tmp_path / "locks", tmp_path / "weights"):
+        assert not (tmp_path / "locks").exists()
+
+
+@pytest.mark.pipeline
+def test_two_trainings_of_one_cell(project):
+    p = project(LONGER)
+    for stage in ("download", "subsample"):
+        p.stage(stage, "--dataset", "digits_lt")
+    first = p.start("python", "-m", "stages.represent", *CELL)
+    wait_for(p.root / LOCK, first)
+    output = p.stage("represent", *CELL, ok=False)
+    assert output == (
+        f"error: data/representations/digits_lt/ce: another process (pid {first.pid}) is making it: "
+        "wait for it, or stop it\n"
+    )
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    p.stage("represent", *CELL)
+
+
+@pytest.mark.pipeline
+def test_two_repros_and_an_experiment_beside_them(project, long):
+    """DVC keeps the second out of what the first is making, and says so; nothing of the first is lost."""
+    p = project(LONGER)
+    (p.root / "dvc.lock").unlink()  # DVC reads and writes a long one for seconds
+    target = ("represent@digits_lt-ce",)
+    first = p.start("dvc", "repro", *target)
+    wait_for(p.root / LOCK, first)
+    output = p.run("dvc", "repro", *target, ok=False)
+    assert "is busy, it is being blocked by" in output
+    assert f"(PID {first.pid}): " in output
+    if long:  # in a copy of the project, which has its own locks
+        assert "Ran experiment(s): beside" in p.run("dvc", "exp", "run", "--temp", "-n", "beside", *target)
+    assert first.wait(timeout=300) == 0, first.communicate()[0]
+    if long:
+        assert "up to date" in p.run("dvc", "repro", *target)
+        alone = project(LONGER, name="alone")
+        (alone.root / "dvc.lock").unlink()
+        alone.run("dvc", "repro", *target)
+        assert artefacts(p.root) == artefacts(alone.root)

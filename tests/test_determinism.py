@@ -1,0 +1,72 @@
+"""The same code, parameters, data and seeds give the same bits, wherever and however they are run on a CPU."""
+
+import shutil
+
+import pytest
+import torch
+
+from tailcal import params, train
+from tests.conftest import Project
+from tests.killing import artefacts
+
+CELL = ("--dataset", "digits_lt", "--representation", "ce")
+
+
+def run_stages(p: Project, threads: int, classifiers: tuple[str, ...]) -> dict[str, bytes]:
+    """Everything up to the measurements of one representation, with so many threads allowed; classifiers in order."""
+    shutil.rmtree(p.root / "metrics/cells")
+    shutil.rmtree(p.root / "metrics/headline")
+
+    def stage(name: str, *arguments: str) -> None:
+        allowed = [f"{library}_NUM_THREADS={threads}" for library in ("OMP", "MKL", "OPENBLAS")]
+        p.run("env", *allowed, "python", "-m", f"stages.{name}", *arguments)
+
+    for name in ("download", "subsample"):
+        stage(name, *CELL[:2])
+    stage("represent", *CELL)
+    for classifier in classifiers:
+        stage("calibrate", *CELL, "--classifier", classifier)
+    for classifier in classifiers:
+        stage("evaluate", *CELL, "--classifier", classifier)
+    return artefacts(p.root)
+
+
+@pytest.mark.pipeline
+def test_threads_neighbours_order_and_folder_change_no_bit(project):
+    one = run_stages(project(), 1, ("joint", "mislas"))
+    other = run_stages(project(("replicas: 1", "replicas: 3"), name="elsewhere"), 4, ("mislas", "joint"))
+    assert any(name.endswith(".safetensors") for name in one)
+    assert any(name.endswith(".npz") for name in one)
+    assert one == other
+
+
+@pytest.mark.pipeline
+def test_an_experiment_in_a_copy_gives_the_same_bits(project, long):
+    if not long:
+        pytest.skip("twice the whole pipeline: pytest --long")
+    workspace, temporary = project(), project(name="temporary")
+    workspace.run("dvc", "repro")
+    temporary.run("dvc", "exp", "run", "--temp", "-n", "same")
+    temporary.run("dvc", "exp", "apply", "same")
+    temporary.run("dvc", "checkout")
+    assert artefacts(temporary.root) == artefacts(workspace.root)
+
+
+def test_what_cannot_be_deterministic_is_refused():
+    train.prepare(params.Runtime.model_validate(RUNTIME))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.get_num_threads() == 1
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+
+
+RUNTIME = {
+    "device": "cpu",
+    "replicas": 1,
+    "processes": 1,
+    "sync_bn": True,
+    "placement": "auto",
+    "cuda_graphs": False,
+    "checkpoint_seconds": 5,
+}
