@@ -61,7 +61,9 @@ def report() -> None:
         for dataset in grid.datasets
     ]
     write_text(paths.REPORT, page.render(grid, sections))
-    write_text(paths.COSTS_PAGE, page.render_costs(costs.rows(paths.COSTS)))
+    write_text(
+        paths.COSTS_PAGE, page.render_costs(sorted(costs.rows(paths.COSTS), key=lambda row: row["stage"], reverse=True))
+    )
 
 
 def _write_numbers(cells: dict[str, list[Cell]], epochs: dict[str, list[int]]) -> None:
