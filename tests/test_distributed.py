@@ -1,5 +1,6 @@
 """Two processes (gloo, on the CPU) against one: the same losses and weights but for rounding, whatever the loss."""
 
+import contextlib
 import json
 import shutil
 import socket
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tailcal import distributed
+from tailcal.errors import UserError
 from tests.conftest import ENVIRONMENT
 from tests.test_dvc import ROOT
 
@@ -64,6 +66,18 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_pa
     longer, _ = work(1, tmp_path / "together", epochs=4, methods=("bagmar",))
     assert longer["bagmar"][:3] == together[0]["bagmar"]  # taken up, not begun anew
     assert len(longer["bagmar"]) == 4
+
+
+@pytest.mark.parametrize(("epochs", "differ"), [((3, 0), True), ((3, 3), False)])
+def test_processes_that_do_not_see_the_same_checkpoint_do_not_train(epochs, differ, monkeypatch):
+    def gather(out, _own):
+        for tensor, epoch in zip(out, epochs, strict=True):
+            tensor.fill_(epoch)
+
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_gather", gather)
+    with pytest.raises(UserError, match=r"from different epochs \(0, 3\)") if differ else contextlib.nullcontext():
+        distributed.require_same(3, Path("folder/seed0.pt"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("speaks", ["first", "later", "both"])

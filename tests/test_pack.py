@@ -190,6 +190,28 @@ def test_going_on_after_a_kill(work, decoded, workers, capsys):
     assert content("out") == content("undisturbed")
 
 
+@pytest.mark.parametrize("harm", ["a pixel", "the keys", "the sums", "cut keys"])
+def test_a_bit_that_flips_before_a_packing_goes_on_is_never_packed(work, decoded, capsys, harm):
+    made = listing(work, 40, 8, strict=False)
+    write(made, "undisturbed")
+    pack.clean(Path("scratch"))
+    write(made)  # and leaves its work behind, as one that was killed just before its end
+    (folder,) = Path("scratch").iterdir()
+    for path in Path("out").glob("*_images.npy"):  # linked to the work
+        path.unlink()
+    decoded.clear()
+    names = {"a pixel": "train_images", "the sums": "train_sums"}
+    path = folder / f"{names.get(harm, 'train_keys')}.npy"
+    content_ = bytearray(path.read_bytes())
+    content_[-100] ^= 8
+    path.write_bytes(content_[:-5] if harm == "cut keys" else content_)
+    write(made)
+    assert content("out") == content("undisturbed")
+    assert len(decoded) == (40 if harm == "cut keys" else 1)
+    said = capsys.readouterr().err
+    assert ("train_images.npy: 1 images are damaged; decoding them again" in said) == (harm in names)
+
+
 def test_what_was_packed_is_noted_at_each_flush(work, monkeypatch):
     """An interrupt loses nothing; a kill at any moment loses what came after the last flush."""
     made, original, held = listing(work, 64, 8), images.read_image, []

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -115,6 +116,19 @@ def is_first() -> bool:
 def record(sync_bn: bool) -> dict[str, int | bool]:
     """What the provenance of a result says of this: nothing for one process."""
     return {"processes": size(), "sync_bn": sync_bn} if size() > 1 else {}
+
+
+def require_same(epoch: int, checkpoint: Path, device: torch.device) -> None:
+    """Raise UserError unless all processes go on from the same epoch: one may not see, or not read, the checkpoint."""
+    if size() == 1:
+        return
+    epochs = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(size())]
+    dist.all_gather(epochs, torch.tensor(epoch, device=device))
+    if len(found := {int(one) for one in epochs}) > 1:
+        raise UserError(
+            f"{checkpoint}: the processes would go on from different epochs ({', '.join(map(str, sorted(found)))}): "
+            f"all must see the same {checkpoint.parent}; mend that, or delete it and run again"
+        )
 
 
 class _Gather(torch.autograd.Function):

@@ -25,6 +25,7 @@ import stat
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -45,6 +46,7 @@ NAMED = 3  # bad files that an error line names
 SKIPPED = "skipped.txt"
 
 Bad = dict[int, str]  # row: what is wrong with its file
+Sums = dict[int, int]  # row: the CRC-32 of its pixels
 
 
 class Task(NamedTuple):
@@ -63,7 +65,7 @@ class Done(NamedTuple):
     """What came of a task: the rows that were written, and the bad ones."""
 
     split: str
-    rows: list[int]
+    written: Sums
     bad: Bad
 
 
@@ -138,29 +140,52 @@ def _keys(listing: Listing, names: list[str]) -> tuple[np.ndarray, Bad]:
 
 
 class _Store:
-    """The rows of one split in the work folder. `expected` are the files' keys, `held` those whose pixels are there."""
+    """The rows of one split in the work folder. `expected` are the files' keys, `held` those whose pixels are there,
+    `sums` the CRC-32 of these pixels: a bit that flips between a kill and the next run is found, and decoded again."""
 
     def __init__(self, work: Path, split: str, expected: np.ndarray, shape: tuple[int, ...]):
-        self.images, keys = work / f"{split}_images.npy", work / f"{split}_keys.npy"
+        self.images, keys, sums = (work / f"{split}_{part}.npy" for part in ("images", "keys", "sums"))
         self.expected, self.shape = expected, (len(expected), *shape)
-        if not keys.exists():
+        if not self._whole(keys, sums):
             work.mkdir(parents=True, exist_ok=True)
             with self.images.open("wb") as stream:
                 rows.write_header(stream, self.shape, np.dtype(np.uint8))
                 stream.truncate(stream.tell() + int(np.prod(self.shape)))
+            files.write_array(sums, np.zeros(len(expected), np.uint32))
             files.write_array(keys, np.zeros(len(expected), np.uint64))
         self.offset = files.read_array(self.images, mmap=True).offset
-        self.held = np.load(keys, mmap_mode="r+", allow_pickle=False)
+        self.held, self.sums = (np.load(path, mmap_mode="r+", allow_pickle=False) for path in (keys, sums))
+        self._forget_changed()
+
+    def _whole(self, keys: Path, sums: Path) -> bool:
+        """Whether an earlier run has left all three arrays."""
+        try:
+            found = [files.read_array(path, mmap=True) for path in (self.images, keys, sums)]
+        except UserError:
+            return False
+        made = [(np.uint8, self.shape), (np.uint64, self.shape[:1]), (np.uint32, self.shape[:1])]
+        return [(array.dtype, array.shape) for array in found] == made
+
+    def _forget_changed(self) -> None:
+        """Count the rows whose pixels are no longer those that were written as missing."""
+        pixels = files.read_array(self.images, mmap=True)
+        changed = [row for row in np.flatnonzero(self.held) if zlib.crc32(pixels[row]) != self.sums[row]]
+        if changed:
+            self.held[changed] = 0
+            print(f"warning: {self.images}: {len(changed):,} images are damaged; decoding them again", file=sys.stderr)
 
     def missing(self) -> np.ndarray:
         """Rows that are still to be decoded, int64."""
         return np.flatnonzero(self.held != self.expected)
 
-    def flush(self, written: list[int] | np.ndarray) -> None:
+    def flush(self, written: Sums) -> None:
         """Write pixels through to the disk, and only then say that these rows hold theirs."""
         with self.images.open("rb+") as stream:
             os.fsync(stream.fileno())
-        self.held[written] = self.expected[written]
+        taken = list(written)
+        self.sums[taken] = list(written.values())
+        self.sums.flush()
+        self.held[taken] = self.expected[taken]
         self.held.flush()
 
     def publish(self, path: Path, kept: np.ndarray) -> None:
@@ -179,7 +204,7 @@ def _adopt(stores: dict[str, _Store], scratch: Path, work: Path) -> None:
     for other in sorted(path for path in scratch.iterdir() if path.is_dir() and path != work):
         for split in SPLITS:
             try:
-                held = files.read_array(other / f"{split}_keys.npy")
+                held, sums = (files.read_array(other / f"{split}_{part}.npy") for part in ("keys", "sums"))
                 pixels = files.read_array(other / f"{split}_images.npy", mmap=True)
             except UserError:  # it was killed before it had begun
                 continue
@@ -189,22 +214,27 @@ def _adopt(stores: dict[str, _Store], scratch: Path, work: Path) -> None:
                 _, ours, theirs = np.intersect1d(store.expected[missing], held, return_indices=True)
                 step = rows.chunk(store.shape, pixels.dtype)
                 for start in range(0, len(ours), step):
-                    taken = missing[ours[start : start + step]]
+                    taken: Sums = {}
                     with store.images.open("rb+") as stream:
-                        for row, source in zip(taken, theirs[start : start + step], strict=True):
-                            _put(stream, store.offset, int(row), pixels[source])
+                        for row, source in zip(missing[ours[start : start + step]], theirs[start:], strict=False):
+                            if zlib.crc32(pixels[source]) == sums[source]:
+                                taken[int(row)] = _put(stream, store.offset, int(row), pixels[source])
                     store.flush(taken)
         shutil.rmtree(other, ignore_errors=True)
 
 
-def _put(stream: Any, offset: int, row: int, pixels: np.ndarray) -> None:
+def _put(stream: Any, offset: int, row: int, pixels: np.ndarray) -> int:
+    """Write the pixels of one row; returns their CRC-32."""
+    content = np.ascontiguousarray(pixels).data
     stream.seek(offset + row * pixels.nbytes)
-    stream.write(np.ascontiguousarray(pixels).data)
+    stream.write(content)
+    return zlib.crc32(content)
 
 
 def _decode(task: Task) -> Done:
     """Decode a task's files and write their pixels; runs in any process."""
-    written, bad = [], {}
+    written: Sums = {}
+    bad: Bad = {}
     with task.target.open("rb+") as stream:
         for row, name in task.files:
             path = task.root / name
@@ -213,8 +243,7 @@ def _decode(task: Task) -> Done:
             except UserError as error:
                 bad[row] = str(error).removeprefix(f"{images.shown(path)}: ")
                 continue
-            _put(stream, task.offset, row, pixels)
-            written.append(row)
+            written[row] = _put(stream, task.offset, row, pixels)
     return Done(task.split, written, bad)
 
 
@@ -241,15 +270,15 @@ def _decode_missing(listing: Listing, stores: dict[str, _Store], bad: dict[str, 
                 yield Task(store.images, store.offset, listing.root, split, some, listing.size, listing.channels)
 
     workers = min(listing.workers or len(os.sched_getaffinity(0)), -(-left // TASK))
-    pending: dict[str, list[int]] = {split: [] for split in SPLITS}
+    pending: dict[str, Sums] = {split: {} for split in SPLITS}
     flushed = time.monotonic()
     progress = Progress(title, "image", total, total - left)
     with contextlib.closing(_run(tasks(), workers)) as results:
         try:
             for done in results:
-                pending[done.split] += done.rows
+                pending[done.split] |= done.written
                 bad[done.split] |= done.bad
-                progress.add(len(done.rows) + len(done.bad))
+                progress.add(len(done.written) + len(done.bad))
                 if time.monotonic() - flushed >= FLUSH_SECONDS:
                     _flush(stores, pending)
                     flushed = time.monotonic()
@@ -257,7 +286,7 @@ def _decode_missing(listing: Listing, stores: dict[str, _Store], bad: dict[str, 
             _flush(stores, pending)
 
 
-def _flush(stores: dict[str, _Store], pending: dict[str, list[int]]) -> None:
+def _flush(stores: dict[str, _Store], pending: dict[str, Sums]) -> None:
     for split, written in pending.items():
         if written:
             stores[split].flush(written)

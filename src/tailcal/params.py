@@ -342,7 +342,7 @@ def validate(model: type[Strict], block: Any, where: str, file: Path = PARAMS) -
         raise UserError(f"{file}: {describe(error, where)}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -372,7 +372,7 @@ def dataset(p: Params, name: str, root: Path = Path()) -> Dataset:
         found = p.datasets[name]
         found._block = f"datasets.{name}."
     elif (root / preset).is_file():
-        found = validate(Dataset, _read(root / preset), "", preset)
+        found = validate(Dataset, read(root / preset), "", preset)
         found._file = preset
     elif (root / preset).exists() or (root / preset).is_symlink():
         raise UserError(f"{preset}: must be a file, or a link to one")
@@ -397,7 +397,7 @@ def dataset(p: Params, name: str, root: Path = Path()) -> Dataset:
 
 def load(path: Path = PARAMS) -> Params:
     """Read and check params.yaml, and the presets that its grid names. Raises UserError (one line) for any mistake."""
-    p = validate(Params, _read(path), "")
+    p = validate(Params, read(path), "")
     for name in {*p.datasets, *p.grid.datasets}:
         dataset(p, name, path.parent)
     return p

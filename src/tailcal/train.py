@@ -141,6 +141,7 @@ def _training(
                 f"{folder} holds a checkpoint of another training ({type(error).__name__}): delete it and run again"
             ) from None
 
+    distributed.require_same(start, replica.scratch, device)
     shared = distributed.share(network, runtime.sync_bn)
     # What changes from epoch to epoch, and the sums over one: tensors, so that a step never waits for the device.
     lr, progress = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.float64)
