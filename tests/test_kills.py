@@ -84,7 +84,7 @@ def test_a_killed_stage_ends_with_the_same_bits(project, long, tmp_path):
         enough = len(tally.kills) + kills * (10 if long else 1)
         while len(tally.kills) < enough:
             shutil.rmtree(killed.root / ".scratch", ignore_errors=True)
-            kill_until_done(killed, generator, tally, kills, (0.2 * took, 0.9 * took), ("stage", "group"), *command)
+            kill_until_done(killed, generator, tally, kills, (0.4 * took, 0.95 * took), ("stage", "group"), *command)
             assert artefacts(killed.root) == artefacts(undisturbed.root)
             assert not leftovers(killed.root)
     print(f"\nstages by themselves: {tally.report()}")
