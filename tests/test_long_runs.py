@@ -16,7 +16,7 @@ from tests.conftest import Project
 from tests.test_contract import CPU, replica_of, trained
 
 CELL = ("--dataset", "digits_lt", "--representation", "ce")
-GROWTH = 8 << 20  # bytes: the history of 1,000 epochs takes a tenth of this; a network kept an epoch, a hundred times
+GROWTH = 8 << 20  # bytes, of noise: a network of 300 KB kept an epoch would be 100 MB in a third of 1,000 epochs
 
 
 class Sample(NamedTuple):
