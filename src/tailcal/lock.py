@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,9 +49,6 @@ def _take(handle: int) -> bool:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove the temporary files and folders, `.<name>.<random>.part`, that killed processes left of an output."""
+    """Remove the temporary files, `.<name>.<random>.part`, that killed processes left of an output."""
     for left in [*output.parent.glob(f".{output.name}.*.part"), *output.rglob(".*.part")]:
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink(missing_ok=True)
+        left.unlink(missing_ok=True)

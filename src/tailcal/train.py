@@ -168,6 +168,11 @@ def _training(
             for i, sampler in enumerate(method.samplers())
         ]
 
+    def require_finite_weights(epoch: int) -> None:
+        """A step's loss was measured before its update, so the weights that came out are looked at as well."""
+        finite = torch.stack([value.isfinite().all() for value in network.state_dict().values()]).all()
+        checkpoint.require_finite(0.0 if finite else math.nan, replica.title, epoch, replica.scratch)
+
     execute = executor(step, replica.seed, device, runtime.cuda_graphs and distributed.size() == 1)
     bar = Progress(replica.title, "epoch", epochs, start, steps * size, silent=not distributed.is_first())
     last_saved = began = time.monotonic()
@@ -194,6 +199,7 @@ def _training(
         cost.images, cost.seconds, began = cost.images + taken * size, cost.seconds + now - began, now
         bar.add(1, f"loss {mean_loss:.4f}")
         if distributed.is_first() and (epoch + 1 == epochs or now - last_saved >= runtime.checkpoint_seconds):
+            require_finite_weights(epoch)  # nothing that has diverged takes the place of a good checkpoint
             checkpoint.save(
                 replica.scratch,
                 {
@@ -207,9 +213,7 @@ def _training(
             )
             last_saved = time.monotonic()
     method.finish(network)
-    # The last step's loss was measured before its update, so the weights are looked at as well.
-    finite = torch.stack([value.isfinite().all() for value in network.state_dict().values()]).all()
-    checkpoint.require_finite(0.0 if finite else math.nan, replica.title, epochs - 1, replica.scratch)
+    require_finite_weights(epochs - 1)
     return Trained(network, history, cost)
 
 
