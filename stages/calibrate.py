@@ -6,6 +6,7 @@ The classifiers are trained and written before the test split is opened.
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,26 @@ def main() -> None:
         calibrate(p, *cell)
 
 
+def read_upstream(path: Path) -> dict[str, Any]:
+    """What stage 1 has recorded of itself. Raises UserError naming the file when it is missing or damaged."""
+    record = files.read_json(path)
+    parts = {
+        "code": str,
+        "params": dict,
+        "data": dict,
+        "device": str,
+        "versions": dict,
+        "network": dict,
+        "weights": dict,
+    }
+    for key, kind in parts.items():
+        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+            raise errors.UserError(f"{path} is damaged (no {key}): delete {path.parent} and run `dvc repro`")
+    if not {"dataset", "representation"} <= record["params"].keys():
+        raise errors.UserError(f"{path} is damaged (params lacks a part): delete {path.parent} and run `dvc repro`")
+    return record
+
+
 def calibrate(p: params.Params, dataset_name: str, representation: str, classifier: str) -> None:
     """Train every seed's classifier and write it, then predict; write the logits with their provenance.
 
@@ -61,7 +82,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     counts = torch.tensor(splits.read_meta(longtail)["train_counts"])
     data = store.Images(*splits.read_split(longtail, "train"), dataset.augmentation, device, p.runtime.placement)
     stage1 = paths.representation(dataset_name, representation)
-    upstream = files.read_json(stage1 / "provenance.json")
+    upstream = read_upstream(stage1 / "provenance.json")
 
     record = {
         "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{classifier}.py"),

@@ -3,6 +3,7 @@
 Every other stage depends on its own file of these, so that a change reruns what it concerns and nothing else.
 """
 
+import argparse
 import os
 import shutil
 from pathlib import Path
@@ -67,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     errors.run(main)

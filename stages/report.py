@@ -1,5 +1,6 @@
 """Collect the cells that the grid names into tables, pictures and one page. Reads files only; imports no torch."""
 
+import argparse
 import json
 from itertools import product
 from pathlib import Path
@@ -159,4 +160,5 @@ def _frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     run(main)

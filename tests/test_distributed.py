@@ -68,6 +68,23 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_pa
     assert len(longer["bagmar"]) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm_in_step_is_batch_norm_in_any_precision(dtype):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        x = (3 + 2 * torch.randn(16, 4, 5, 5)).to(dtype)
+        plain, ours = torch.nn.BatchNorm2d(4), distributed.SyncBatchNorm2d(4)
+        expected, found = plain(x.float()), ours(x)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.float(), expected, **({} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2})
+    )
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+
+
 @pytest.mark.parametrize(("epochs", "differ"), [((3, 0), True), ((3, 3), False)])
 def test_processes_that_do_not_see_the_same_checkpoint_do_not_train(epochs, differ, monkeypatch):
     def gather(out, _own):

@@ -55,7 +55,11 @@ def test_every_method_has_settings_on_every_data_set(name, stage):
             "factor: 0.5",
             "datasets.digits_lt.imbalance.factor: input should be greater than or equal to 1, got 0.5",
         ),
-        ("factor: 20", "factr: 20", "datasets.digits_lt.imbalance.factr: unknown key (and 1 more)"),
+        (
+            "factor: 20",
+            "factr: 20",
+            "datasets.digits_lt.imbalance.factr: unknown key; datasets.digits_lt.imbalance.factor: this key is missing",
+        ),
         (
             "- digits_lt",
             "- digits",

@@ -326,6 +326,28 @@ def test_a_cell_that_is_not_there_is_told_those_that_are(tmp_path):
         export(other, tmp_path / "model", root=tmp_path)
 
 
+@pytest.mark.usefixtures("no_onnx")
+def test_an_export_takes_the_place_of_nothing_but_itself(tmp_path):
+    cell, other = make_cell(tmp_path), make_cell(tmp_path, "mislas")
+    export(cell, tmp_path / "model", root=tmp_path)
+    export(cell, tmp_path / "model", root=tmp_path)
+    with pytest.raises(UserError, match="holds the model of another cell"):
+        export(other, tmp_path / "model", root=tmp_path)
+    with pytest.raises(UserError, match="holds other files"):
+        export(cell, tmp_path, root=tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        export(cell, tmp_path / "model/model.json", root=tmp_path)
+
+
+def test_predictions_take_the_place_of_no_image_and_of_nothing_strange(tmp_path, model, pictures, monkeypatch):
+    image = next(pictures.rglob("*.png"))
+    content = image.read_bytes()
+    for out, says in ((image, "is one of the images"), (tmp_path, "is a folder"), ("/dev/null", "no regular file")):
+        with pytest.raises(UserError, match=says):
+            run(monkeypatch, "--model", model, "--out", out, image)
+    assert image.read_bytes() == content
+
+
 def test_images_that_are_not_square_are_refused():
     path = Path("holdout_images.npy")
     with pytest.raises(UserError, match="only square ones"):

@@ -259,6 +259,15 @@ def test_two_data_sets_of_many_classes(tmp_path):
     assert len(list(paths.FIGURES.glob("*/*.png"))) == 10
 
 
+def test_a_cell_that_is_worse_than_a_guess_is_named_and_widens_no_column():
+    report_inputs.change(paths.metrics("digits_lt", "ce", "mislas"), nll=29738719.619, nll_std=51448966.635)
+    report.main()
+    text = paths.TABLE_TEXT.read_text()
+    assert "3e+07 ± 5.1e+07" in text
+    assert "Worse than a guess: the NLL of ce/mislas is above ln K" in text
+    assert "Worse than a guess" in _html()
+
+
 def test_same_bytes_at_every_run():
     written = []
     for _ in range(2):

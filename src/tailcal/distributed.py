@@ -169,17 +169,17 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        count = x.numel() / x.shape[1] * size()
+        count, x32 = x.numel() / x.shape[1] * size(), x.float()  # statistics are float32, whatever the activations are
         # Two sums, since the difference of mean square and squared mean cancels where the mean is large.
-        mean = _Sum.apply(x.sum(dim=(0, 2, 3))) / count
-        centred = x - mean[:, None, None]
+        mean = _Sum.apply(x32.sum(dim=(0, 2, 3))) / count
+        centred = x32 - mean[:, None, None]
         variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class Shared(nn.Module):

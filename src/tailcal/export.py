@@ -13,6 +13,7 @@ a time can be exported: pn_transductive, say, needs all test images together.
 """
 
 import argparse
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ import tailcal
 from tailcal import errors, files, posthoc, predictions, provenance
 from tailcal.errors import UserError
 from tailcal.params import PARAMS, Augmentation, Strict, validate
+from tailcal.posthoc import TEMPERATURES
 from tailcal.predict import CARD, ONNX, WEIGHTS, Card, Cell, Predictor, build
 from tailcal.weights import load_weights, save_weights
 
@@ -69,6 +71,18 @@ def require_finished(made: Path, folder: Path) -> None:
             f"{made.parent.relative_to(folder)} is not finished here: put it on the grid of {PARAMS} and run "
             f"`dvc repro`; finished are: {finished or 'none'}"
         )
+
+
+def check_out(out: Path, cell: Cell) -> None:
+    """Raise UserError unless `out` is free for this model: absent, empty, or what an export of the same cell left."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file: must be a folder to make")
+    if (out / CARD).is_file():
+        card = files.read_json(out / CARD)
+        if not isinstance(card, dict) or card.get("cell") != cell.model_dump():
+            raise UserError(f"--out {out}: holds the model of another cell: choose another folder")
+    elif out.is_dir() and not {path.name for path in out.iterdir()} <= {ONNX, WEIGHTS}:
+        raise UserError(f"--out {out}: holds other files: choose a folder of its own")
 
 
 def check_images(images: np.ndarray, path: Path) -> tuple[int, int]:
@@ -156,6 +170,7 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
 
     made = predicted / "provenance.json"
     require_finished(made, root / "data/predictions")
+    check_out(out, cell)
     names, counts = read_field(meta, "class_names"), read_field(meta, "train_counts")
     record = read_field(stage1, "network")
     trained = read_trained(made)
@@ -237,6 +252,12 @@ def main() -> None:
         said = f"not calibrated: {args.dataset} holds no images out to fit a temperature on (rule none)"
     else:
         said = "not calibrated (rule none)"
+    if any(math.isclose(card.temperature, bound, rel_tol=1e-3) for bound in TEMPERATURES):
+        print(
+            f"warning: the temperature ended at its bound, {card.temperature:.4g}: none calibrates these logits; "
+            "look at the cell's accuracy and NLL",
+            file=sys.stderr,
+        )
     print(f"{args.out}: {'/'.join([args.dataset, args.representation, args.classifier])} seed {args.seed}, {said}")
 
 

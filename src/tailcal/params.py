@@ -17,6 +17,7 @@ from tailcal.errors import UserError
 
 PARAMS = Path("params.yaml")
 PRESETS = Path("presets")
+NAMED_PROBLEMS = 3  # that one line tells
 MAX_EXPANDED = 100_000
 
 
@@ -254,10 +255,12 @@ class Params(Strict):
         for axis in ("representations", "classifiers"):
             for name in getattr(self.grid, axis):
                 if name not in getattr(self, axis):
-                    raise ValueError(
-                        f"grid.{axis} names {name}, which has no block: add {axis}.{name}, "
-                        f"or use one of {', '.join(sorted(getattr(self, axis)))}"
+                    other = "classifiers" if axis == "representations" else "representations"
+                    wrong = (
+                        f"belongs to grid.{other}" if name in getattr(self, other) else f"has no block {axis}.{name}"
                     )
+                    known = ", ".join(sorted(getattr(self, axis)))
+                    raise ValueError(f"grid.{axis} names {name}, which {wrong}: use one of {known}")
         return self
 
 
@@ -314,24 +317,31 @@ _Loader.add_implicit_resolver(
 
 
 def describe(error: ValidationError, where: str) -> str:
-    """One line for the first problem that pydantic found, with the key's full dotted name.
+    """One line for the first problems that pydantic found, with each key's full dotted name.
 
     `where` is the dotted name of the block that was validated, or "" for the whole file.
     """
-    # An unknown key first: where one is misspelt, the right one is missing too, and the typo is what the user needs.
-    first = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")[0]
+    # An unknown key first: where one is misspelt, the right one is missing too, and the user needs both.
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    said = [_problem(problem, where) for problem in problems[:NAMED_PROBLEMS]]
+    more = len(problems) - len(said)
+    return "; ".join(said) + (f" (and {more} more)" if more else "")
+
+
+def _problem(problem: Any, where: str) -> str:
+    """One problem of pydantic's, with the key's full dotted name."""
     # A discriminated union adds the chosen tag to the location; no key of ours is called that.
-    path = [str(part) for part in first["loc"] if part not in ("cosine", "multistep", "pad_crop", "resized_crop")]
+    path = [str(part) for part in problem["loc"] if part not in ("cosine", "multistep", "pad_crop", "resized_crop")]
     key = ".".join([part for part in [where, *path] if part])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    kind = first["type"]
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key{more}"
-    if kind == "missing":
-        return f"{key}: this key is missing{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(first["input"], dict | list | BaseModel) else f", got {first['input']!r}"
-    return f"{key + ': ' if key else ''}{message[0].lower() + message[1:]}{shown}{more}"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    if problem["type"] == "missing":
+        return f"{key}: this key is missing"
+    if problem["type"] == "too_short":
+        return f"{key}: must have {problem['ctx']['min_length']} entry or more"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict | list | BaseModel) else f", got {problem['input']!r}"
+    return f"{key + ': ' if key else ''}{message[0].lower() + message[1:]}{shown}"
 
 
 def validate(model: type[Strict], block: Any, where: str, file: Path = PARAMS) -> Any:

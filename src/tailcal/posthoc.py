@@ -25,6 +25,7 @@ from tailcal.params import PARAMS, Strict, validate
 
 TUNED = "tuned"
 MAX_TAU = 10.0  # of a tuned one; published values lie below 2
+TEMPERATURES = (0.01, 100.0)  # bounds of a fitted temperature
 REACH = 10.0  # how far vector scaling may move a logit at its class's mean, and again at each deviation from it
 
 
@@ -147,7 +148,7 @@ def fit_class_temperature(
         by_class_K = -np.einsum("nk,nk->k", gradient_NK, scaled_NK)
         return value, np.array([by_class_K.sum(), by_class_K @ u_K])
 
-    bounds = [(np.log(0.01), np.log(100)), (np.log(0.1), np.log(10))]
+    bounds = [np.log(TEMPERATURES), (np.log(0.1), np.log(10))]
     a, b = minimize(objective, start_2, jac=True, method="L-BFGS-B", bounds=bounds).x
     T_K = np.exp(a + b * u_K)
     numbers = {"temperature_head": float(T_K[u_K.argmax()]), "temperature_tail": float(T_K[u_K.argmin()])}
@@ -253,7 +254,7 @@ def _normalized(log_p_NK: np.ndarray, tau: float, log_sums_K: np.ndarray) -> np.
 def _best_temperature(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
     best = minimize_scalar(
         lambda log_T: nll(logits_NK / np.exp(log_T), labels_N),
-        bounds=(np.log(0.01), np.log(100)),
+        bounds=np.log(TEMPERATURES),
         method="bounded",
         options={"xatol": 1e-8},
     )

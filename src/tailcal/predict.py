@@ -242,6 +242,14 @@ def predict(
     return wrong
 
 
+def check_out(out: Path, images: list[Path]) -> None:
+    """Raise UserError when the CSV would take the place of an image, of a folder or of something that is no file."""
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out}: is {'a folder' if out.is_dir() else 'no regular file'}: must be a file to write")
+    if out.exists() and any(image.exists() and out.samefile(image) for image in images):
+        raise UserError(f"--out {out}: is one of the images: must be another file")
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name, or for `auto` a CUDA device where there is one. Raises UserError when there is none."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -279,6 +287,7 @@ def main() -> None:
     device = choose_device(args.device)
     card, model = load(args.model)
     paths = find(args.images)
+    check_out(args.out, paths)
     wrong = predict(card, model, paths, args.out, args.top, args.batch_size, device)
     print(f"{args.out}: {len(paths) - len(wrong)} images")
     if wrong:

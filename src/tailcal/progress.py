@@ -46,4 +46,6 @@ class Progress:
             self.printed = now
             end = f"{seconds:.1f} s" if self.done == self.total else f"{(self.total - self.done) / rate:,.0f} s left"
             said = [f"{self.done:,} of {self.total:,} {self.unit}s", note, speed, end]
-            print(f"{self.title}: {', '.join(filter(None, said))}", file=sys.stderr, flush=True)
+            # In one piece: networks side by side write from threads of their own.
+            sys.stderr.write(f"{self.title}: {', '.join(filter(None, said))}\n")
+            sys.stderr.flush()

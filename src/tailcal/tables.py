@@ -1,5 +1,6 @@
 """The numbers of the grid's cells as rows, summaries and tables to read. Fractions in, percent only in what is read."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,7 @@ NUMBERS = (
 HEADLINE = ("top1", "few", "ece", "nll")
 LISTED_CLASSES = 100  # of more classes than this, the page lists only the WORST_CLASSES
 WORST_CLASSES = 50
+LARGE = 1000  # what is written in powers of ten, so that a network that diverged does not widen its column
 SPREAD_CELLS = 8  # with more cells than this, deviations beside every accuracy no longer fit
 
 
@@ -73,9 +75,12 @@ class Column:
         mean = self.mean(cell)
         if mean is None:
             return DASH
-        digits = 2 if self.percent else 3
         deviation = dict(cell.variants())[self.posthoc].get(f"{self.number}_std") if self.spread else None
-        return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {self._shown(deviation):.{digits}f}")
+        return self._written(mean) + ("" if deviation is None else f" ± {self._written(self._shown(deviation))}")
+
+    def _written(self, value: float) -> str:
+        digits = 2 if self.percent else 3
+        return f"{value:.{digits}f}" if abs(value) < LARGE else f"{value:.2g}"
 
     def _shown(self, value: float) -> float:
         return round(100 * value, 2) if self.percent else round(value, 3)
@@ -245,9 +250,15 @@ def caption(cells: list[Cell], epochs: Iterable[int]) -> str:
 
 
 def notes(cells: list[Cell]) -> list[str]:
-    """A sentence for each reason why post-hoc rules are absent, so that a dash in the table is explained."""
+    """Sentences that a table needs: for each reason why rules are absent, and for cells that are worse than a guess."""
     reasons = {rule: reason for cell in cells for rule, reason in cell.metrics.get("posthoc_absent", {}).items()}
-    return [
+    guess = math.log(len(cells[0].classes))
+    worse = [cell.name for cell in cells if cell.metrics["nll"] is not None and cell.metrics["nll"] > guess]
+    warnings = [
+        f"Worse than a guess: the NLL of {', '.join(worse)} is above ln K = {guess:.3f}, that of equal probabilities. "
+        "Look at the training's loss: a lower learning rate of that stage usually mends it."
+    ]
+    return (warnings if worse else []) + [
         f"No {', '.join(_spaced(rule) for rule in reasons if reasons[rule] == reason)}: {reason.rstrip('.')}."
         for reason in dict.fromkeys(reasons.values())
     ]
