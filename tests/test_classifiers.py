@@ -1,5 +1,6 @@
 """MARC, DisAlign and NCM on both heads of stage 1: loops, numbers by hand, and where they start."""
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from sklearn.neighbors import NearestCentroid
 from torch import nn
 
+from stages.calibrate import read_upstream
 from tailcal.errors import UserError
 from tailcal.files import sha256
 from tailcal.losses import generalized_reweight
@@ -359,3 +361,25 @@ def test_the_finished_network_is_rebuilt_from_its_record_and_weights(name, head,
 def test_a_wrong_setting_is_refused(name, settings):
     with pytest.raises(ValidationError):
         load(name).Config(**settings)
+
+
+RECORD = {
+    "code": "0+0",
+    "params": {"dataset": {}, "representation": {}},
+    "data": {},
+    "device": "cpu",
+    "versions": {},
+    "network": {},
+    "weights": {},
+}
+
+
+def test_the_record_of_stage_1_is_read_whole_or_named(tmp_path):
+    path = tmp_path / "provenance.json"
+    path.write_text(json.dumps(RECORD))
+    assert read_upstream(path) == RECORD
+    lacking = [{k: v for k, v in RECORD.items() if k != key} for key in RECORD]
+    for content in ({}, [], None, 7, RECORD | {"params": {}}, RECORD | {"weights": "x"}, *lacking):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"provenance\.json is damaged \(.*\): delete .* and run `dvc repro`"):
+            read_upstream(path)

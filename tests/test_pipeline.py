@@ -219,17 +219,3 @@ def test_a_file_where_a_folder_should_be_is_one_line(project):
     assert output.startswith("error: ")
     assert "data/raw/digits_lt" in output
     assert output.count("\n") == 1
-
-
-def test_a_damaged_record_of_stage_1_is_one_line(project):
-    p = project()
-    p.stage("download", *CELL[:2])
-    p.stage("subsample", *CELL[:2])
-    p.stage("represent", *CELL)
-    path = p.root / "data/representations/digits_lt/ce/provenance.json"
-    whole = json.loads(path.read_text())
-    for content in ({}, [], None, whole | {"params": {}}, {k: v for k, v in whole.items() if k != "weights"}):
-        path.write_text(json.dumps(content))
-        said = p.stage("calibrate", *CELL, "--classifier", "joint", ok=False)
-        assert said.startswith("error: data/representations/digits_lt/ce/provenance.json is damaged")
-        assert said.count("\n") == 1
