@@ -326,6 +326,12 @@ def test_a_cell_that_is_not_there_is_told_those_that_are(tmp_path):
         export(other, tmp_path / "model", root=tmp_path)
 
 
+def test_a_seed_that_was_not_trained_is_told_those_that_were(tmp_path):
+    other = make_cell(tmp_path).model_copy(update={"seed": 9})
+    with pytest.raises(UserError, match=r"^--seed 9: data/predictions/made_up/ce/joint has the seeds 0$"):
+        export(other, tmp_path / "model", root=tmp_path)
+
+
 @pytest.mark.usefixtures("no_onnx")
 def test_an_export_takes_the_place_of_nothing_but_itself(tmp_path):
     cell, other = make_cell(tmp_path), make_cell(tmp_path, "mislas")

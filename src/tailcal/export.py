@@ -57,8 +57,9 @@ def read_field(path: Path, *keys: str) -> Any:
 
 def read_trained(path: Path) -> Trained:
     """Method, settings and augmentation of stage 2, of its provenance. Raises UserError naming the file and the key."""
+    record = read_field(path, "params", "classifier")
     try:
-        return validate(Trained, read_field(path, "params", "classifier"), "params.classifier", path)
+        return validate(Trained, record, "params.classifier", path)
     except UserError as error:
         raise UserError(f"{error}; run `dvc repro` to make it with this version of tailcal") from None
 
@@ -176,6 +177,11 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
     trained = read_trained(made)
     checksums = read_field(made, "checksums")
     logits = predicted / f"seed{cell.seed}.npz"
+    if logits.name not in checksums:
+        seeds = ", ".join(
+            sorted(name.removeprefix("seed").removesuffix(".npz") for name in checksums if ".npz" in name)
+        )
+        raise UserError(f"--seed {cell.seed}: {predicted.relative_to(root)} has the seeds {seeds}")
     saved = predictions.read(logits, checksums.get(logits.name), len(names))
     split = "holdout" if len(saved.holdout_labels) else "test"
     if rule == "temperature" and split == "test":
