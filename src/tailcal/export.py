@@ -27,7 +27,6 @@ import tailcal
 from tailcal import errors, files, posthoc, predictions, provenance
 from tailcal.errors import UserError
 from tailcal.params import PARAMS, Augmentation, Strict, validate
-from tailcal.posthoc import TEMPERATURES
 from tailcal.predict import CARD, ONNX, WEIGHTS, Card, Cell, Predictor, build
 from tailcal.weights import load_weights, save_weights
 
@@ -258,7 +257,7 @@ def main() -> None:
         said = f"not calibrated: {args.dataset} holds no images out to fit a temperature on (rule none)"
     else:
         said = "not calibrated (rule none)"
-    if any(math.isclose(card.temperature, bound, rel_tol=1e-3) for bound in TEMPERATURES):
+    if any(math.isclose(card.temperature, bound, rel_tol=1e-3) for bound in posthoc.TEMPERATURES):
         print(
             f"warning: the temperature ended at its bound, {card.temperature:.4g}: none calibrates these logits; "
             "look at the cell's accuracy and NLL",
