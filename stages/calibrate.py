@@ -70,10 +70,10 @@ def read_upstream(path: Path) -> dict[str, Any]:
     return record
 
 
-def calibrate(p: params.Params, dataset_name: str, representation: str, classifier: str) -> None:
+def calibrate(p: params.Params, dataset_name: str, representation: str, classifier: str, late_epochs: int = 0) -> Path:
     """Train every seed's classifier and write it, then predict; write the logits with their provenance.
 
-    Raises UserError.
+    Returns the folder of its checkpoints; `late_epochs` is that of `represent`. Raises UserError.
     """
     dataset = params.dataset(p, dataset_name)
     training = settings.training(p, dataset_name, classifier, "classifiers")
@@ -96,6 +96,8 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
         "versions": provenance.versions(),
         "stage1": {key: upstream[key] for key in ("code", "device", "versions")},
     }
+    if late_epochs:
+        record["diagnostics"] = {"late_epochs": late_epochs}
     depends = {**record, "starts": upstream["weights"]}
     scratch = paths.scratch("calibrate", dataset_name, representation, classifier) / checkpoint.fingerprint(depends)
 
@@ -111,6 +113,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
             partial(make, stage1 / f"seed{seed}.safetensors"),
             scratch / f"seed{seed}.pt",
             training.recipe_key,
+            train.Late(scratch / f"late/seed{seed}", late_epochs) if late_epochs else None,
         )
         for seed in p.seeds
     ]
@@ -118,7 +121,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
         networks = train.train(replicas, data, training.recipe, p.runtime, p.precision)
     trained = dict(zip(p.seeds, networks, strict=True))
     if not distributed.is_first():
-        return
+        return scratch
     out = paths.classifier(dataset_name, representation, classifier)
     checksums = {}
     for seed, one in trained.items():
@@ -158,6 +161,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
         {seed: one.cost for seed, one in trained.items()},
     )
     checkpoint.keep_only(scratch)
+    return scratch
 
 
 if __name__ == "__main__":

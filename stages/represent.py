@@ -54,8 +54,12 @@ def main() -> None:
         represent(p, *cell)
 
 
-def represent(p: params.Params, dataset_name: str, representation: str) -> None:
-    """Train every seed's network; write the weights, history.csv and provenance.json. Raises UserError."""
+def represent(p: params.Params, dataset_name: str, representation: str, late_epochs: int = 0) -> Path:
+    """Train every seed's network; write the weights, history.csv and provenance.json.
+
+    Returns the folder of its checkpoints. With `late_epochs` (a diagnostic, named in the provenance) there is below it
+    late/seed<k>/epoch<e>.safetensors, the network after each of the last so many epochs. Raises UserError.
+    """
     dataset = params.dataset(p, dataset_name)
     training = settings.training(p, dataset_name, representation, "representations")
     device = train.prepare(p.runtime, p.precision)
@@ -79,6 +83,8 @@ def represent(p: params.Params, dataset_name: str, representation: str) -> None:
         "device": device.type,
         "versions": provenance.versions(),
     }
+    if late_epochs:
+        record["diagnostics"] = {"late_epochs": late_epochs}
     out = paths.representation(dataset_name, representation)
     scratch = paths.scratch("represent", dataset_name, representation) / checkpoint.fingerprint(record)
 
@@ -97,12 +103,13 @@ def represent(p: params.Params, dataset_name: str, representation: str) -> None:
             make,
             scratch / f"seed{seed}.pt",
             training.recipe_key,
+            train.Late(scratch / f"late/seed{seed}", late_epochs) if late_epochs else None,
         )
         for seed in p.seeds
     ]
     trained = dict(zip(p.seeds, train.train(replicas, data, training.recipe, p.runtime, p.precision), strict=True))
     if not distributed.is_first():
-        return
+        return scratch
     written = {f"seed{s}": weights.save_weights(t.network, out / f"seed{s}.safetensors") for s, t in trained.items()}
     history = pd.DataFrame([epoch for one in trained.values() for epoch in one.history], columns=HISTORY)
     files.write_text(out / "history.csv", history.to_csv(index=False, float_format="%.6g"))
@@ -116,6 +123,7 @@ def represent(p: params.Params, dataset_name: str, representation: str) -> None:
         {seed: one.cost for seed, one in trained.items()},
     )
     checkpoint.keep_only(scratch)
+    return scratch
 
 
 if __name__ == "__main__":

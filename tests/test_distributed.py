@@ -139,8 +139,10 @@ def test_a_stage_started_with_two_processes_ends_as_with_one(project):
         p.stage("subsample", "--dataset", "digits_lt")
         p.stage("represent", *cell)
     folder = "data/representations/digits_lt/ce"
-    losses = [pd.read_csv(p.root / folder / "history.csv")["loss"] for p in (one, two)]
-    assert losses[1].tolist() == pytest.approx(losses[0].tolist(), rel=0.02, abs=0.002)
+    alone, shared = (pd.read_csv(p.root / folder / "history.csv").set_index("epoch")["loss"] for p in (one, two))
+    # They differ by rounding, which grows tenfold an epoch where the learning rate is high.
+    assert shared[shared.index <= 2].to_numpy() == pytest.approx(alone[alone.index <= 2].to_numpy(), rel=1e-4)
+    assert shared.to_numpy() == pytest.approx(alone.to_numpy(), rel=0.05)
     told = json.loads((two.root / folder / "provenance.json").read_text())
     assert (told["processes"], told["sync_bn"]) == (2, True)
     assert "processes" not in json.loads((one.root / folder / "provenance.json").read_text())

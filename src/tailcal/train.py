@@ -1,5 +1,6 @@
 """The one training loop, and prediction. It knows the contract of `tailcal.method`, and no method by name."""
 
+import copy
 import math
 import os
 import threading
@@ -25,6 +26,7 @@ from tailcal.optim import learning_rate, optimiser
 from tailcal.params import PARAMS, Precision, Recipe, Runtime
 from tailcal.progress import Progress
 from tailcal.store import Images
+from tailcal.weights import save_weights
 
 EVALUATION_BATCH = 1024
 T = TypeVar("T")
@@ -52,6 +54,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"name": torch.cuda.get_device_name(device), "gpu_memory": torch.cuda.max_memory_allocated(device)}
 
 
+def place(network: Network, device: torch.device) -> Network:
+    """Bring a network to a device, in place, and its weights into the order in memory that computes fastest there.
+
+    On a CPU that is channels last, where convolutions take their input's layout from their weights; of a GPU nothing
+    has been measured yet.
+    """
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    return network.to(device, memory_format=layout)
+
+
 @dataclass(frozen=True)
 class Replica:
     """One network in training: what makes it, where its unfinished state is kept, which key its recipe has."""
@@ -61,6 +73,23 @@ class Replica:
     make: Callable[[], tuple[Network, Method]]  # from torch's global generator, which `train` seeds
     scratch: Path
     recipe_key: str
+    late: "Late | None" = None
+
+
+@dataclass(frozen=True)
+class Late:
+    """A diagnostic: the network as it stands after each of the last `epochs` epochs is written to `folder`, a file
+    epoch<e>.safetensors each. Training takes no notice of them."""
+
+    folder: Path
+    epochs: int
+
+    def keep(self, network: Network, method: Method, epoch: int, epochs: int) -> None:
+        """Write the network as it would be used if training ended with `epoch` (counted from 1) of `epochs`."""
+        if epoch > epochs - self.epochs:
+            ended = copy.deepcopy(network)
+            method.finish(ended)
+            save_weights(ended, self.folder / f"epoch{epoch}.safetensors")
 
 
 class Trained(NamedTuple):
@@ -116,7 +145,7 @@ def _training(
         network, method = replica.make()
         groups = method.setup(network)  # before the device, so that every first weight comes from the one generator
     device, cost = data.device, Cost()
-    network, method = network.to(device), method.to(device)
+    network, method = place(network, device), method.to(device)
     if not method.trained:
         if method.fitted:
             method.fit(network, over_batches(network.backbone, data), data.labels)
@@ -195,6 +224,8 @@ def _training(
         history.append(
             {"epoch": epoch + 1, "seed": replica.seed, "lr": rate, "loss": mean_loss, "train_accuracy": accuracy}
         )
+        if replica.late and distributed.is_first():
+            replica.late.keep(network, method, epoch + 1, epochs)
         now = time.monotonic()
         cost.images, cost.seconds, began = cost.images + taken * size, cost.seconds + now - began, now
         bar.add(1, f"loss {mean_loss:.4f}")
@@ -242,7 +273,7 @@ def predict(networks: list[Network], data: Images, runtime: Runtime) -> list[np.
     """Each network's logits of a whole split, unaugmented, in evaluation mode: float32 [N, K]."""
 
     def predicting(network: Network) -> Generator[None, None, np.ndarray]:
-        logits = over_batches(network, data).cpu().numpy()
+        logits = over_batches(place(network, data.device), data).cpu().numpy()
         yield
         return logits
 
