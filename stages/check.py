@@ -50,7 +50,7 @@ def main() -> None:
         begins = {"pretrained": pretrained(dataset)} if name in p.grid.datasets and dataset.pretrained else {}
         resolved["download", name] = source.model_dump()
         resolved["subsample", name] = {
-            "imbalance": dataset.imbalance.model_dump(),
+            "imbalance": dataset.imbalance.record(),
             "holdout_per_class": dataset.holdout_per_class,
             "channels": means,
             "pad": getattr(dataset.augmentation, "pad", 0),

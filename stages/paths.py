@@ -14,6 +14,7 @@ TABLE_TEXT = Path("metrics/table.md")
 FIGURES = Path("plots/figures")
 RELIABILITY = Path("plots/reliability.json")
 REPORT = Path("plots/report.html")
+PUBLISHED = Path("metrics/published/cells")
 COSTS_PAGE = Path("plots/costs.html")
 
 

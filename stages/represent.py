@@ -76,7 +76,11 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     record = {
         "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{representation}.py"),
         "params": {
-            "dataset": {"source": meta["source"]} | dataset.model_dump(include={"imbalance", "holdout_per_class"}),
+            "dataset": {
+                "source": meta["source"],
+                "imbalance": dataset.imbalance.record(),
+                "holdout_per_class": dataset.holdout_per_class,
+            },
             "representation": training.record() | {"precision": p.precision},
         },
         "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")} | begins,

@@ -73,9 +73,17 @@ def train_counts(available: np.ndarray, dataset: params.Dataset, class_names: li
     if imbalance.profile == "natural":
         return left
     try:
-        return longtail.class_counts(int(left.min()), len(left), imbalance.factor, imbalance.profile, class_names)
+        n_max = imbalance.largest or int(left.min())
+        counts = longtail.class_counts(n_max, len(left), imbalance.factor, imbalance.profile, class_names)
     except UserError as error:
         raise UserError(f"{dataset.key('imbalance')}: {error}") from None
+    if (counts > left).any():
+        k = int(np.argmax(counts > left))
+        raise UserError(
+            f"{dataset.key('imbalance.largest')} is {imbalance.largest}: {longtail.class_title(k, class_names)} would "
+            f"have {counts[k]} images, and there are {left[k]}: must be smaller, or the factor larger"
+        )
+    return counts
 
 
 def check_augmentation(dataset: params.Dataset, shape: tuple[int, ...]) -> None:
@@ -149,7 +157,7 @@ def subsample(name: str, dataset: params.Dataset) -> None:
             "holdout_counts": np.bincount(labels["holdout"], minlength=len(class_names)).tolist(),
             "test_counts": np.bincount(labels["test"], minlength=len(class_names)).tolist(),
             "n_max": int(counts.max()),
-            "imbalance": {**dataset.imbalance.model_dump(), "measured_factor": float(counts.max() / counts.min())},
+            "imbalance": {**dataset.imbalance.record(), "measured_factor": float(counts.max() / counts.min())},
             "source": meta["source"],
             "checksums": checksums,
         },

@@ -300,6 +300,22 @@ def test_arrays_that_are_not_a_data_set(project, arrays, message):
         project.cut(holdout_per_class=0)
 
 
+def test_a_long_tail_is_cut_from_a_source_that_has_one(project):
+    """Of 40, 12 and 9 images a class: 36, 12 and 4 at factor 9, where the smallest class would allow 9, 3 and 1."""
+    labels = np.repeat([0, 1, 2], [40, 12, 9])
+    project.put_raw(train_images=np.zeros((61, 8, 8, 1), np.uint8), train_labels=labels)
+    meta, arrays = project.cut(holdout_per_class=0, imbalance__factor=9, imbalance__largest=36)
+    assert meta["train_counts"] == [36, 12, 4]
+    assert np.bincount(arrays["train_labels"]).tolist() == [36, 12, 4]
+    assert meta["imbalance"]["largest"] == 36
+    with pytest.raises(
+        UserError, match=r"imbalance\.largest is 40: class 1 .* would have 13 images, and there are 12: "
+    ):
+        project.cut(holdout_per_class=0, imbalance__factor=9, imbalance__largest=40)
+    with pytest.raises(UserError, match="largest must not be given with profile natural"):
+        project.cut(holdout_per_class=0, imbalance__profile="natural", imbalance__largest=36)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -41,6 +41,7 @@ def _distinct(values: list) -> list:
 
 Word = Annotated[str, AfterValidator(_word)]
 Words = Annotated[list[Word], Field(min_length=1), AfterValidator(_distinct)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), AfterValidator(_distinct)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -69,11 +70,26 @@ class Runtime(Strict):
 
 
 class Imbalance(Strict):
-    """The long-tailed profile (methods: Cui et al. 2019, Cao et al. 2019)."""
+    """The long-tailed profile (methods: Cui et al. 2019, Cao et al. 2019).
+
+    `largest` is the number of images of the largest class: by default as many as every class has, so that a source
+    whose own classes differ in size must say it.
+    """
 
     profile: Literal["exponential", "step", "natural"]
     factor: Annotated[float, Field(ge=1)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
+    largest: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _natural_keeps_all(self) -> "Imbalance":
+        if self.profile == "natural" and self.largest is not None:
+            raise ValueError("largest must not be given with profile natural, which keeps every image")
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, for a JSON file."""
+        return self.model_dump(exclude_none=True)
 
 
 class _Normalised(Strict):
@@ -218,7 +234,7 @@ class Dataset(Strict):
     overrides: dict[Word, Override]
     recipes: dict[Word, Recipe] = {}
     pretrained: Pretrained | None = None
-    _file: Path = PrivateAttr(default=PARAMS)
+    _file: Path | None = PrivateAttr(default=None)  # until `resolve` has said where the block stands
     _block: str = PrivateAttr(default="")
 
     def key(self, name: str) -> str:
@@ -242,7 +258,7 @@ class Params(Strict):
 
     grid: Grid
     precision: Precision
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), AfterValidator(_distinct)]
+    seeds: Seeds
     runtime: Runtime
     recipes: dict[Word, Recipe]
     datasets: dict[Word, Dataset]
@@ -380,17 +396,23 @@ def dataset(p: Params, name: str, root: Path = Path()) -> Dataset:
         raise UserError(f"{PARAMS}: datasets.{name} is also the file {preset}: rename one of the two")
     if name in p.datasets:
         found = p.datasets[name]
-        found._block = f"datasets.{name}."
-    elif (root / preset).is_file():
-        found = validate(Dataset, read(root / preset), "", preset)
-        found._file = preset
-    elif (root / preset).exists() or (root / preset).is_symlink():
+        return found if found._file else resolve(p, found, PARAMS, f"datasets.{name}.")
+    if (root / preset).is_file():
+        return resolve(p, validate(Dataset, read(root / preset), "", preset), preset, "")
+    if (root / preset).exists() or (root / preset).is_symlink():
         raise UserError(f"{preset}: must be a file, or a link to one")
-    else:
-        blocks = sorted({*p.datasets, *(file.stem for file in (root / PRESETS).glob("*.yaml") if file.is_file())})
-        raise UserError(
-            f"{PARAMS}: there is no data set {name}: add datasets.{name} or {preset}, or use one of {', '.join(blocks)}"
-        )
+    blocks = sorted({*p.datasets, *(file.stem for file in (root / PRESETS).glob("*.yaml") if file.is_file())})
+    raise UserError(
+        f"{PARAMS}: there is no data set {name}: add datasets.{name} or {preset}, or use one of {', '.join(blocks)}"
+    )
+
+
+def resolve(p: Params, found: Dataset, file: Path, block: str) -> Dataset:
+    """Tell a data set where its block stands, and check the names that it uses: its `file`, and there the key `block`.
+
+    Raises UserError (one line) for a name without a block in `p`.
+    """
+    found._file, found._block = file, block
     used = {"represent": found.represent, "calibrate": found.calibrate} | {
         f"overrides.{method}.recipe": override.recipe
         for method, override in found.overrides.items()
