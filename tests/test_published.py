@@ -1,0 +1,425 @@
+"""The published numbers are those of their sources, and the tables say what the measured cells say."""
+
+import base64
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stages import tables as stage
+from tailcal import params, published
+from tailcal.errors import UserError
+from tests.conftest import ROOT
+
+REFERENCES = ROOT / "references/published.csv"
+HEADER = ",".join(published.COLUMNS)
+IMAGES = 400
+FOOTING = """\
+epochs: 200              # a key of the runner's
+footing:
+  small:
+    title: Everything on one footing
+    dataset: footing_cpu
+    rows:
+    - {representation: ce, classifier: joint}
+    - {representation: mixup, classifier: mislas}
+    - {representation: mixup, classifier: mislas, rule: temperature}
+    - {representation: ce, classifier: joint, rule: pn_transductive}
+    - {representation: fsgl, classifier: joint}
+  never:
+    title: Not run
+    dataset: nothing
+    rows:
+    - {representation: ce, classifier: joint}
+"""
+
+
+def encode(correct_SN):
+    """The predictions of each seed as the runner keeps them: one bit an image."""
+    return {str(seed): base64.b64encode(np.packbits(right)).decode() for seed, right in enumerate(correct_SN)}
+
+
+def predictions(*accuracies, seed=0):
+    """bool [S, IMAGES] of exactly these accuracies."""
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(IMAGES) < round(accuracy * IMAGES) for accuracy in accuracies])
+
+
+def measured(correct_SN, **others):
+    """A measured cell as the runner writes it."""
+    top1_S = correct_SN.mean(axis=1)
+    cell = {
+        "top1": round(float(top1_S.mean()), 6),
+        "top1_std": round(float(top1_S.std(ddof=1)), 6),
+        "top5": 0.9,
+        "many": 0.7,
+        "medium": 0.5,
+        "few": None,
+        "ece": 0.0512,
+        "ece_std": 0.0031,
+        "nll": 1.5,
+        "seeds": len(correct_SN),
+        "posthoc": {},
+        "provenance": {"params": {}},
+        "data": {"train_images": 10847, "official": False},
+        "cost": {"machine": "NVIDIA H200", "seconds": 1041.2, "at_once": 3},
+        "best_on_test": {"epochs": 20, "top1": 0.481, "top1_std": 0.004, "ece": 0.05, "ece_std": 0.002},
+        "epochs": 200,
+        "backbone": "resnet32",
+        "correct": encode(correct_SN),
+        "test_images": correct_SN.shape[1],
+    }
+    return cell | others
+
+
+def put(cell, dataset="cifar100_lt_100", representation="mixup", classifier="mislas"):
+    path = stage.MEASURED / dataset / representation / f"{classifier}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(cell))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A project with references and footing tables, and nothing measured."""
+    monkeypatch.chdir(tmp_path)
+    stage.REFERENCES.parent.mkdir()
+    stage.REFERENCES.write_text(REFERENCES.read_text())
+    stage.SETTINGS.parent.mkdir()
+    stage.SETTINGS.write_text(FOOTING)
+
+
+def section(title):
+    """The part of tables.md below a heading."""
+    return re.split(r"^## ", stage.TEXT.read_text(), flags=re.M)[[title in h for h in headings()].index(True) + 1]
+
+
+def headings():
+    return re.findall(r"^## (.*)$", stage.TEXT.read_text(), flags=re.M)
+
+
+def rows(text):
+    """Each line of a Markdown table as a list of texts, its head first."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[field.strip() for field in line.strip("|").split("|")] for line in lines]
+
+
+def test_names_are_known():
+    references, p = published.read_references(REFERENCES), params.load(ROOT / "params.yaml")
+    assert {row.table for row in references} == set(published.TITLES)
+    for row in references:
+        assert row.representation in p.representations
+        assert row.classifier in p.classifiers
+        assert row.rule in ("", *p.evaluate.posthoc)
+        params.dataset(p, row.dataset, ROOT)
+        assert "RETRACTED" not in row.method + row.note
+        assert row.top1 is not None or "not known" in row.note
+
+
+LISTED = re.compile(
+    r"#   (?P<representation>\w+) +(?P<classifier>\w+)(, then (?P<rule>\w+))? +"
+    r"((?P<top1>[\d.]+)( \((?P<ece>[\d.]+)\))?|not known here) +(?P<source>\S.*)"
+)
+ELSEWHERE = ("x4", "LADE")  # another network, and a paper without a table here
+
+
+def test_numbers_are_those_that_the_presets_aim_at():
+    """In both directions, as far as both list a method."""
+    listed = set()
+    for path in sorted((ROOT / "presets").glob("cifar*.yaml")):
+        for line in path.read_text().splitlines():
+            found = LISTED.fullmatch(line)
+            if found and found["representation"] != "ldam_drw" and not any(word in line for word in ELSEWHERE):
+                numbers = [found[name] and float(found[name]) for name in ("top1", "ece")]
+                cell = (found["representation"], found["classifier"], found["rule"] or "")
+                listed.add((path.stem, *cell, *numbers))
+    ours = {
+        (row.dataset, row.representation, row.classifier, row.rule, row.top1, row.ece)
+        for row in published.read_references(REFERENCES)
+        if "first release" not in row.source  # the presets aim at the second one
+    }
+    assert len(listed) > 50
+    assert ours == listed
+
+
+GOOD = "mislas,MiSLAS,cifar100_lt_100,mixup,mislas,,ResNet-32,200+10,47.0,4.83,somewhere,"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{HEADER},colour\n{GOOD},red\n", "line 1: unknown column colour: its columns must be table,method,"),
+        (HEADER.replace("ece,", ""), "line 1: no column ece: its columns must be"),
+        (HEADER.replace("top1,ece", "ece,top1"), "line 1: wrong order"),
+        (f"{HEADER}\n{GOOD}\n{GOOD.replace('47.0', 'about 47')}\n", "line 3: top1 must be a number in percent.*'about"),
+        (f"{HEADER}\n{GOOD.replace('4.83', 'nan')}\n", "line 2: ece must be a number in percent, 0 to 100, or empty"),
+        (f"{HEADER}\n{GOOD.replace('47.0', '470')}\n", "line 2: top1 must be a number"),
+        (f"{HEADER}\n{GOOD}\n{GOOD.replace('47.0', '46.9')}\n", "line 3: repeats line 2"),
+        (f"{HEADER}\n{GOOD.replace('mislas,', 'paper,', 1)}\n", "line 2: table must be one of mislas, marc, .*'paper'"),
+        (f"{HEADER}\n{GOOD.replace('somewhere', '')}\n", "line 2: source must not be empty"),
+        (f"{HEADER}\n{GOOD}\n\n{GOOD}\n", "line 3: table must not be empty"),
+        (f"{HEADER}\n{GOOD.rpartition(',somewhere')[0]}\n", "line 2: source must not be empty"),
+        (f"{HEADER}\n{GOOD}\n{GOOD},more\n", "not valid CSV: .*line 3"),
+        ("", "not valid CSV"),
+        ("\udcff", "not valid CSV"),
+    ],
+)
+def test_a_wrong_line_is_named(text, message):
+    stage.REFERENCES.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=f"references/published.csv:? ?{message}") as caught:
+        published.read_references(stage.REFERENCES)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_references_at_all():
+    stage.REFERENCES.unlink()
+    with pytest.raises(UserError, match=r"references/published\.csv is missing"):
+        stage.main()
+
+
+def test_nothing_has_been_run():
+    stage.main()
+    assert headings() == [*published.TITLES.values(), "Everything on one footing", "Not run"]
+    for name, title in published.TITLES.items():
+        text = section(title)
+        assert "Nothing of this table has been run yet." in text
+        assert f"rows have not been measured. `python -m stages.published --table {name}` runs them." in text
+        assert {tuple(row[4:10]) for row in rows(text)[1:]} == {("—",) * 6}
+    assert section("Not run").endswith("Not run yet: `python -m stages.published --table never` runs it.\n")
+    assert len(pd.read_csv(stage.ROWS)) == len(published.read_references(REFERENCES))
+    assert pd.read_csv(stage.ROWS)["top1"].isna().all()
+    assert pd.read_csv(stage.PAIRS).empty
+
+
+def test_the_numbers_of_a_row():
+    """By hand: accuracies 0.44, 0.45, 0.46 are 45.00 ± 1.00, which is 2 points less than the published 47.0."""
+    put(measured(predictions(0.44, 0.45, 0.46)))
+    stage.main()
+    text = section("MiSLAS")
+    head, *body = rows(text)
+    assert head[6] == "best on test, last 20 epochs"
+    (row,) = [row for row in body if row[:2] == ["cifar100_lt_100", "MiSLAS"]]
+    assert row[2:10] == ["47.0", "4.83", "45.00 ± 1.00", "−2.00", "48.10 ± 0.40", "5.12 ± 0.31", "3", "1,041"]
+    assert f"- {row[10]} repo README dvlab-research/MiSLAS@0fc381e; released checkpoint" in text
+    assert "at the last epoch (200)" in text
+    assert "Trained 3 networks at a time on NVIDIA H200." in text
+    assert "Training images of cifar100_lt_100 (10,847): the images are the real ones, the subset a fair draw" in text
+    assert "standard deviation: none of 1." in text  # at the border: 2.00 is 1 point and one deviation, and not more
+    assert "Not trained as published" not in text
+    frame = pd.read_csv(stage.ROWS)
+    assert "10847," in stage.ROWS.read_text()  # and not 10847.0
+    (line,) = frame[frame["top1"].notna()].to_dict("records")
+    expected = {"top1": 45, "top1_std": 1, "best_on_test": 48.1, "ece": 5.12, "difference": -2, "misses": False}
+    expected |= {"published_top1": 47, "seconds": 1041.2, "official": False, "measured_epochs": 200}
+    assert {key: line[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("top1", "deviation", "misses"),
+    [
+        (0.448, 0.012, False),  # 2.20 = 1 + 1.20
+        (0.4479, 0.012, True),
+        (0.492, 0.012, False),  # upwards too
+        (0.4921, 0.012, True),
+        (0.46, None, False),  # one seed
+        (0.4599, None, True),
+        (0.459951, None, False),  # 46.00 as it is shown
+    ],
+)
+def test_the_border_of_a_miss(top1, deviation, misses):
+    cell = published.Measured.model_validate(measured(predictions(0.4, 0.5)) | {"top1": top1, "top1_std": deviation})
+    (reference,) = [
+        row for row in published.read_references(REFERENCES) if row.top1 == 47.0 and row.classifier == "mislas"
+    ]
+    comparison = published.Comparison(reference, cell)
+    assert comparison.misses is misses
+    text = published.published_markdown("mislas", [comparison], "command")
+    shown = rows(text)[1][5]
+    assert (shown == f"**{shown.strip('*')}**") is misses
+    assert ("- cifar100_lt_100, MiSLAS: " in text) is misses
+
+
+def test_a_cell_behind_two_published_rows_and_a_rule():
+    """Table and checkpoint both show the cell; a rule shows its own numbers, without a best epoch."""
+    put(measured(predictions(0.52, 0.53)), "cifar100_lt_50")
+    rule = {"top1": 0.515, "top1_std": 0.005, "ece": 0.04, "ece_std": 0.001, "nll": 1.4, "transductive": True}
+    bagmar = measured(predictions(0.5, 0.51), posthoc={"pn_transductive": rule}, epochs=20)
+    put(bagmar, "cifar100_lt_100", "bagmar", "joint")
+    put(measured(predictions(0.5, 0.51)), "cifar100_lt_50", "bagmar", "joint")  # the rule was not applied
+    stage.main()
+    ours = [row for row in rows(section("MiSLAS"))[1:] if row[4] != "—"]
+    assert [(*row[:4], row[4]) for row in ours] == [
+        ("cifar100_lt_50", "MiSLAS", "52.3", "2.47", "52.50 ± 0.71"),
+        ("cifar100_lt_50", "MiSLAS", "52.3", "2.25", "52.50 ± 0.71"),
+    ]
+    text = section("BaGMar")
+    ours = [row for row in rows(text)[1:] if row[4] != "—"]
+    assert [(row[0], row[1], row[4], row[6]) for row in ours] == [
+        ("cifar100_lt_100", "GALA loss (BaGMar)", "50.50 ± 0.71", "48.10 ± 0.40"),
+        ("cifar100_lt_100", "GALA loss + prediction re-balancing †", "51.50 ± 0.50", "—"),
+        ("cifar100_lt_100", "BaGMar + PN (tau 1) †", "51.50 ± 0.50", "—"),
+        ("cifar100_lt_100", "BaGMar + PN (tuned tau) †", "51.50 ± 0.50", "—"),
+        ("cifar100_lt_50", "GALA loss (BaGMar)", "50.50 ± 0.71", "48.10 ± 0.40"),
+    ]
+    assert "† transductive" in text
+    assert "at the last epoch (20 to 200)" in text
+    assert "- cifar100_lt_100, GALA loss (BaGMar): epochs 20 (published 200)" in text
+    assert "11 of 16 rows have not been measured" in text
+
+
+def test_a_footing_table():
+    right_1, right_2 = predictions(0.4, 0.42), predictions(0.6, 0.62, 0.64, seed=1)
+    after = predictions(0.6, 0.62, 0.65, seed=2)
+    numbers = {"top1": round(after.mean(), 6), "ece": 0.03, "nll": None, "few": 0.3}
+    mislas = measured(right_2, posthoc={"temperature": numbers | {"correct": encode(after)}})
+    joint = measured(right_1, posthoc={"pn_transductive": numbers | {"transductive": True}})
+    put(joint, "footing_cpu", "ce", "joint")
+    put(mislas, "footing_cpu", "mixup", "mislas")
+    stage.main()
+    text = section("Everything on one footing")
+    above, below = text.split("Top-1 of the row less that of the column")
+    assert rows(above)[1:] == [
+        ["1", "ce/joint", "41.00 ± 1.41", "70.00", "50.00", "—", "5.12 ± 0.31", "1.500", "2", "1,041"],
+        ["2", "mixup/mislas", "62.00 ± 2.00", "70.00", "50.00", "—", "5.12 ± 0.31", "1.500", "3", "1,041"],
+        ["3", "mixup/mislas + temperature", "62.33", "—", "—", "30.00", "3.00", "—", "3", "1,041"],
+        ["4", "ce/joint + pn_transductive †", "62.33", "—", "—", "30.00", "3.00", "—", "2", "1,041"],
+    ]
+    assert "Not run yet: fsgl/joint. `python -m stages.published --table small`" in above
+    head, *matrix = rows(below)
+    assert head == ["no.", "method", "1", "2"]
+    assert [row[:2] for row in matrix] == [["2", "mixup/mislas"], ["3", "mixup/mislas + temperature"]]
+    assert re.fullmatch(r"\*\*\+21\.0<br>\+1\d\.\d to \+2\d\.\d\*\*", matrix[0][2])
+    assert matrix[0][3] == ""
+    assert re.fullmatch(r"\+0\.3<br>−\d\.\d to \+\d\.\d", matrix[1][3])
+    assert "Not in the matrix, as only sums of their predictions were kept: ce/joint + pn_transductive." in below
+
+    frame = pd.read_csv(stage.PAIRS)
+    assert list(frame.columns) == published.PAIR_COLUMNS
+    assert frame["first"].tolist() == ["mixup/mislas", *["mixup/mislas + temperature"] * 2]
+    assert frame["second"].tolist() == ["ce/joint", "ce/joint", "mixup/mislas"]
+    assert frame["difference"].tolist() == [21.0, 21.3333, 0.3333]
+    assert frame["excludes_zero"].tolist() == [True, True, False]
+    pairs = published.paired(np.stack([right.mean(axis=0) for right in (right_1, right_2, after)]))
+    assert frame["low"].tolist() == [round(100 * pair.low, 4) for pair in pairs]
+
+
+def test_the_bootstrap_against_a_loop():
+    """The same resamples, drawn one after the other, give the same percentiles for every pair."""
+    correct_MN = np.stack([predictions(accuracy, seed=i).mean(axis=0) for i, accuracy in enumerate((0.3, 0.5, 0.55))])
+    rng, means = np.random.default_rng(7), []
+    for _ in range(200):
+        drawn = rng.integers(0, IMAGES, (1, IMAGES))[0]
+        means.append(correct_MN[:, drawn].mean(axis=1))
+    means_RM = np.array(means)
+    pairs = published.paired(correct_MN, resamples=200, seed=7)
+    assert [(pair.row, pair.column) for pair in pairs] == [(1, 0), (2, 0), (2, 1)]
+    for pair in pairs:
+        low, high = np.percentile(means_RM[:, pair.row] - means_RM[:, pair.column], [2.5, 97.5])
+        assert (pair.low, pair.high) == pytest.approx((low, high), abs=1e-12)
+        assert pair.difference == pytest.approx(correct_MN[pair.row].mean() - correct_MN[pair.column].mean())
+
+
+def test_the_bootstrap_against_the_normal_interval():
+    """Of 4,000 images a mean is as good as normal: d ± 1.96 s / sqrt(N), with s of the paired differences."""
+    rng = np.random.default_rng(0)
+    hard_N = rng.random(4000)  # what is hard for one is hard for the other, which is why pairing tells more
+    correct_MN = np.stack([(hard_N + 0.1 * rng.random(4000) < bound).astype(float) for bound in (0.5, 0.52)])
+    (pair,) = published.paired(correct_MN)
+    difference_N = correct_MN[1] - correct_MN[0]
+    half = 1.96 * difference_N.std() / np.sqrt(4000)
+    assert (pair.low, pair.high) == pytest.approx(
+        (difference_N.mean() - half, difference_N.mean() + half), abs=half * 0.1
+    )
+    unpaired = 1.96 * np.sqrt(correct_MN.var(axis=1).sum() / 4000)
+    assert pair.high - pair.low < unpaired
+
+
+def test_methods_that_agree_do_not_differ():
+    (pair,) = published.paired(np.stack([predictions(0.5)[0]] * 2).astype(float))
+    assert (pair.difference, pair.low, pair.high, pair.excludes_zero) == (0, 0, 0, False)
+    assert published.paired(np.zeros((1, IMAGES))) == []
+
+
+@pytest.mark.parametrize("N", [2, 8, 9, 400, 10001])
+def test_bits_come_back(N):
+    right = np.random.default_rng(N).random(N) < 0.3
+    unpacked = published.unpack(encode([right])["0"], N)
+    assert unpacked.dtype == bool
+    assert np.array_equal(unpacked, right)
+
+
+@pytest.mark.parametrize(
+    ("text", "N", "message"),
+    [("A", 4, "base64"), ("Ä", 4, "ASCII"), ("AAAA", 8, "3 bytes are not one bit for each of 8"), ("/w==", 7, "more")],
+)
+def test_damaged_bits_are_refused(text, N, message):
+    with pytest.raises(ValueError, match=message):
+        published.unpack(text, N)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top1": 0.6}, "footing_cpu/ce/joint: `correct` has 2 seeds and an accuracy of 0.41.* beside it 2 and 0.6"),
+        ({"seeds": 3}, "`correct` has 2 seeds"),
+        ({"correct": {"0": "AAAA"}}, "`correct` is damaged"),
+        ({"correct": {}}, "`correct` is damaged"),
+        ({"test_images": 500}, "`correct` is damaged .*50 bytes are not one bit for each of 500 images"),
+        ({"epochs": "many"}, r"footing_cpu/ce/joint.json is damaged \(epochs: .*got 'many'"),
+        ({"cost": {"machine": "a", "seconds": 1.0}}, r"is damaged \(cost.at_once: this key is missing"),
+        ({"top1": 41.0}, r"is damaged \(top1: .*less than or equal to 1"),
+    ],
+)
+def test_a_damaged_cell_is_named(change, message):
+    put(measured(predictions(0.4, 0.42)) | change, "footing_cpu", "ce", "joint")
+    with pytest.raises(UserError, match=message) as caught:
+        stage.main()
+    assert "\n" not in str(caught.value)
+    assert not stage.TEXT.exists()
+
+
+def test_cells_of_other_test_images_are_not_paired():
+    put(measured(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
+    put(measured(predictions(0.4, 0.42)[:, :300]) | {"test_images": 300}, "footing_cpu", "mixup", "mislas")
+    with pytest.raises(UserError, match="mixup/mislas: measured on 300 test images, ce/joint on 400: make one of them"):
+        stage.main()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title: Not run", "titel: Not run", "published/params.yaml: footing.never.titel: unknown key"),
+        ("rule: temperature", "rule: none", "footing.small.rows: lists mixup/mislas more than once"),
+        ("dataset: nothing", "dataset: 7", "footing.never.dataset: "),
+    ],
+)
+def test_a_wrong_footing_is_named(old, new, message):
+    stage.SETTINGS.write_text(FOOTING.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        stage.main()
+
+
+def test_a_project_without_footing_tables():
+    stage.SETTINGS.write_text("epochs: 200\n")
+    stage.main()
+    assert headings() == list(published.TITLES.values())
+
+
+def test_the_same_bytes_twice():
+    for representation, classifier in itertools.product(("ce", "mixup"), ("joint", "mislas")):
+        put(measured(predictions(0.4, 0.5)), "footing_cpu", representation, classifier)
+    outputs = (stage.TEXT, stage.ROWS, stage.PAIRS)
+    stage.main()
+    first = [path.read_bytes() for path in outputs]
+    stage.main()
+    assert [path.read_bytes() for path in outputs] == first
+
+
+def test_it_needs_no_torch():
+    code = "import sys; sys.path.insert(0, 'src'); import stages.tables; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
