@@ -82,8 +82,8 @@ def best_on_test(
     """What the best of the late epochs would have been reported as: a mean over seeds, each at its own best epoch.
 
     folder: checkpoints of stage 1 or 2, with late/seed<k>/epoch<e>.safetensors below it, the networks as `classifier`
-    leaves them. The epoch is chosen by top-1 on the test split, as the published codes do it, so this says nothing about
-    new images. None when there are no late epochs.
+    leaves them. The epoch is chosen by top-1 on the test split, as the published codes do it, so this says nothing
+    about new images. None when there are no late epochs.
     """
     longtail = paths.longtail(where["dataset"])
     _, counts = read_classes(longtail)
@@ -181,25 +181,26 @@ def main() -> None:
     parser.add_argument(
         "--images",
         type=Path,
-        help="take the images from IMAGES/cifar10 and IMAGES/cifar100, each train/<class>/ and test/<class>/, instead of "
-        "the official archives; the subset is then not the published image list, and the tables say so",
+        help="take the images from IMAGES/cifar10 and IMAGES/cifar100, each train/<class>/ and test/<class>/, instead "
+        "of the official archives; the subset is then not the published image list, and the tables say so",
     )
     args = parser.parse_args()
 
     chosen, p = plan.load(params.load())
-    for table in args.table or []:
-        if table not in chosen.tables:
-            raise errors.UserError(f"--table {table}: there is none of that name: there are {', '.join(chosen.tables)}")
+    for name in args.table or []:
+        if name not in chosen.tables:
+            raise errors.UserError(f"--table {name}: there is none of that name: there are {', '.join(chosen.tables)}")
     out = paths.PUBLISHED.resolve()
-    asked: dict[tuple[str, str], list[str]] = {}
-    for table in args.table or chosen.tables:
-        for dataset, representation, classifiers in chosen.trainings(table):
+    asked: dict[tuple[str, str, int], list[str]] = {}  # (data set, representation, late epochs): classifiers
+    for name in args.table or chosen.tables:
+        table = chosen.tables[name]
+        for dataset, representation, classifiers in table.cells():
             if dataset in (args.dataset or [dataset]) and representation in (args.representation or [representation]):
-                asked.setdefault((dataset, representation), []).extend(classifiers)
-    for (dataset, representation), classifiers in asked.items():
-        for stage, names in (("representations", [representation]), ("classifiers", classifiers)):
-            for name in names:
-                settings.training(p, dataset, name, stage)
+                asked.setdefault((dataset, representation, table.late_epochs), []).extend(classifiers)
+    for (dataset, representation, _), classifiers in asked.items():
+        settings.training(p, dataset, representation, "representations")
+        for classifier in classifiers:
+            settings.training(p, dataset, classifier, "classifiers")
     if not asked:
         raise errors.UserError("nothing is asked for: no table has such a data set and representation")
     if args.images:
@@ -212,14 +213,14 @@ def main() -> None:
         downloads.symlink_to(Path("data/downloads").resolve())
     Path("data/downloads").mkdir(exist_ok=True)
     os.chdir(WORKSPACE)
-    for (dataset, representation), classifiers in asked.items():
+    for (dataset, representation, late_epochs), classifiers in asked.items():
         todo = [
             name
             for name in dict.fromkeys(classifiers)
             if not (args.missing and (out / dataset / representation / f"{name}.json").exists())
         ]
         if todo:
-            cells(p, chosen.late_epochs, dataset, representation, todo, out)
+            cells(p, late_epochs, dataset, representation, todo, out)
 
 
 if __name__ == "__main__":

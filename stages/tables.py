@@ -9,33 +9,28 @@ from pathlib import Path
 import pandas as pd
 
 from stages import paths
-from tailcal import lock, published
+from tailcal import lock, plan, published
 from tailcal.errors import run
 from tailcal.files import write_text
 
 REFERENCES = Path("references/published.csv")
-SETTINGS = Path("published/params.yaml")
-MEASURED = Path("metrics/published")
-TEXT = MEASURED / "tables.md"
-ROWS = MEASURED / "tables.csv"
-PAIRS = MEASURED / "footing.csv"
+TEXT = Path("metrics/published/tables.md")
+ROWS = Path("metrics/published/tables.csv")
+PAIRS = Path("metrics/published/footing.csv")
 
 
 def main() -> None:
-    # Not the folder: the cells in it are another program's.
     with lock.alone(paths.LOCKS, TEXT, ROWS, PAIRS):
         tables()
 
 
 def tables() -> None:
     """Write the three files. Raises UserError when one that is read is missing or wrong."""
-    cells = published.read_measured(MEASURED)
+    cells = published.read_measured(paths.PUBLISHED)
     papers = published.compare(published.read_references(REFERENCES), cells)
-    footings = [
-        published.footing_table(name, footing, cells) for name, footing in published.read_footings(SETTINGS).items()
-    ]
+    footings = [published.footing_table(name, footing, cells) for name, footing in plan.read().footing.items()]
     sections = [published.published_markdown(name, rows, _command(name)) for name, rows in papers.items()]
-    sections += [published.footing_markdown(table, _command(table.name)) for table in footings]
+    sections += [published.footing_markdown(table, _command(table.footing.table)) for table in footings]
     write_text(TEXT, "\n".join([published.INTRODUCTION, *sections]))
     _write(ROWS, published.comparison_rows(papers))
     _write(PAIRS, published.pair_rows(footings))

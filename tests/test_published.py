@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from stages import paths
 from stages import tables as stage
-from tailcal import params, published
+from tailcal import params, plan, published
 from tailcal.errors import UserError
 from tests.conftest import ROOT
 
@@ -20,10 +21,17 @@ REFERENCES = ROOT / "references/published.csv"
 HEADER = ",".join(published.COLUMNS)
 IMAGES = 400
 FOOTING = """\
-epochs: 200              # a key of the runner's
+seeds: [0]
+tables:
+  short:
+    late_epochs: 0
+    grids:
+    - {datasets: [footing_cpu, nothing], representations: [ce, mixup, fsgl], classifiers: [joint, mislas]}
+datasets: {}
 footing:
   small:
     title: Everything on one footing
+    table: short
     dataset: footing_cpu
     rows:
     - {representation: ce, classifier: joint}
@@ -33,6 +41,7 @@ footing:
     - {representation: fsgl, classifier: joint}
   never:
     title: Not run
+    table: short
     dataset: nothing
     rows:
     - {representation: ce, classifier: joint}
@@ -78,7 +87,7 @@ def measured(correct_SN, **others):
 
 
 def put(cell, dataset="cifar100_lt_100", representation="mixup", classifier="mislas"):
-    path = stage.MEASURED / dataset / representation / f"{classifier}.json"
+    path = paths.PUBLISHED / dataset / representation / f"{classifier}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(cell))
     return path
@@ -90,8 +99,8 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stage.REFERENCES.parent.mkdir()
     stage.REFERENCES.write_text(REFERENCES.read_text())
-    stage.SETTINGS.parent.mkdir()
-    stage.SETTINGS.write_text(FOOTING)
+    plan.PLAN.parent.mkdir()
+    plan.PLAN.write_text(FOOTING)
 
 
 def section(title):
@@ -190,7 +199,7 @@ def test_nothing_has_been_run():
         assert "Nothing of this table has been run yet." in text
         assert f"rows have not been measured. `python -m stages.published --table {name}` runs them." in text
         assert {tuple(row[4:10]) for row in rows(text)[1:]} == {("—",) * 6}
-    assert section("Not run").endswith("Not run yet: `python -m stages.published --table never` runs it.\n")
+    assert section("Not run").endswith("Not run yet: `python -m stages.published --table short` runs it.\n")
     assert len(pd.read_csv(stage.ROWS)) == len(published.read_references(REFERENCES))
     assert pd.read_csv(stage.ROWS)["top1"].isna().all()
     assert pd.read_csv(stage.PAIRS).empty
@@ -289,7 +298,7 @@ def test_a_footing_table():
         ["3", "mixup/mislas + temperature", "62.33", "—", "—", "30.00", "3.00", "—", "3", "1,041"],
         ["4", "ce/joint + pn_transductive †", "62.33", "—", "—", "30.00", "3.00", "—", "2", "1,041"],
     ]
-    assert "Not run yet: fsgl/joint. `python -m stages.published --table small`" in above
+    assert "Not run yet: fsgl/joint. `python -m stages.published --table short`" in above
     head, *matrix = rows(below)
     assert head == ["no.", "method", "1", "2"]
     assert [row[:2] for row in matrix] == [["2", "mixup/mislas"], ["3", "mixup/mislas + temperature"]]
@@ -394,20 +403,14 @@ def test_cells_of_other_test_images_are_not_paired():
     ("old", "new", "message"),
     [
         ("title: Not run", "titel: Not run", "published/params.yaml: footing.never.titel: unknown key"),
-        ("rule: temperature", "rule: none", "footing.small.rows: lists mixup/mislas more than once"),
+        ("rule: temperature", "rule: none", "footing.small: rows lists mixup/mislas more than once"),
         ("dataset: nothing", "dataset: 7", "footing.never.dataset: "),
     ],
 )
 def test_a_wrong_footing_is_named(old, new, message):
-    stage.SETTINGS.write_text(FOOTING.replace(old, new))
+    plan.PLAN.write_text(FOOTING.replace(old, new))
     with pytest.raises(UserError, match=message):
         stage.main()
-
-
-def test_a_project_without_footing_tables():
-    stage.SETTINGS.write_text("epochs: 200\n")
-    stage.main()
-    assert headings() == list(published.TITLES.values())
 
 
 def test_the_same_bytes_twice():

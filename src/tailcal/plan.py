@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tailcal import params
 from tailcal.errors import UserError
@@ -31,32 +31,82 @@ class Row(Strict):
     classifier: Word
     rule: Word = "none"
 
+    @property
+    def name(self) -> str:
+        """How a table calls it."""
+        return f"{self.representation}/{self.classifier}" + ("" if self.rule == "none" else f" + {self.rule}")
+
 
 class Footing(Strict):
-    """A table of one footing: methods on one data set that share all that is not the method."""
+    """Methods that were trained on the same data set in the same way, side by side; `table` is what trains them."""
 
-    title: str
+    title: Annotated[str, Field(min_length=1)]
+    table: Word
     dataset: Word
     rows: Annotated[list[Row], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Footing":
+        names = [row.name for row in self.rows]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"rows lists {repeated[0]} more than once")
+        return self
+
+
+class Trainings(Strict):
+    """What is trained for a table: grids of cells. `late_epochs` are kept besides, for best on test; 0 are none."""
+
+    late_epochs: Annotated[int, Field(ge=0)]
+    grids: Annotated[list[Grid], Field(min_length=1)]
+
+    def cells(self) -> Iterator[tuple[str, str, Words]]:
+        """Each (data set, representation) once, with all its classifiers, in the order of training."""
+        classifiers: dict[tuple[str, str], list[str]] = {}
+        for grid in self.grids:
+            for pair in product(grid.datasets, grid.representations):
+                classifiers.setdefault(pair, []).extend(grid.classifiers)
+        for (dataset, representation), names in classifiers.items():
+            yield dataset, representation, list(dict.fromkeys(names))
 
 
 class Plan(Strict):
     """The whole of published/params.yaml."""
 
     seeds: Seeds
-    late_epochs: Annotated[int, Field(ge=0)]
-    tables: dict[Word, Annotated[list[Grid], Field(min_length=1)]]
+    tables: dict[Word, Trainings]
     datasets: dict[Word, Variant]
     footing: dict[Word, Footing]
 
-    def trainings(self, table: str) -> Iterator[tuple[str, str, Words]]:
-        """Each (data set, representation) of a table once, with all its classifiers, in the order of training."""
-        classifiers: dict[tuple[str, str], list[str]] = {}
-        for grid in self.tables[table]:
-            for pair in product(grid.datasets, grid.representations):
-                classifiers.setdefault(pair, []).extend(grid.classifiers)
-        for (dataset, representation), names in classifiers.items():
-            yield dataset, representation, list(dict.fromkeys(names))
+    @model_validator(mode="after")
+    def _rows_are_trained(self) -> "Plan":
+        for name, footing in self.footing.items():
+            if footing.table not in self.tables:
+                known = ", ".join(self.tables)
+                raise ValueError(f"footing.{name}.table: there is no {footing.table}: use one of {known}")
+            trained = {(d, r, c) for d, r, names in self.tables[footing.table].cells() for c in names}
+            for row in footing.rows:
+                if (footing.dataset, row.representation, row.classifier) not in trained:
+                    missing = f"{footing.dataset}/{row.representation}/{row.classifier}"
+                    raise ValueError(f"footing.{name}.rows: tables.{footing.table} does not train {missing}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_training_a_network(self) -> "Plan":
+        seen: dict[tuple[str, str], tuple[str, int]] = {}
+        for name, table in self.tables.items():
+            for dataset, representation, _ in table.cells():
+                other, late = seen.setdefault((dataset, representation), (name, table.late_epochs))
+                if late != table.late_epochs:
+                    raise ValueError(
+                        f"tables.{name}.late_epochs is {table.late_epochs}: must be {late} as in tables.{other}, which "
+                        f"trains {dataset}/{representation} too"
+                    )
+        return self
+
+
+def read(path: Path = PLAN) -> Plan:
+    """The plan. Raises UserError (one line) naming the key that is wrong."""
+    return params.validate(Plan, params.read(path), "", path)
 
 
 def load(p: Params, path: Path = PLAN) -> tuple[Plan, Params]:
@@ -64,8 +114,8 @@ def load(p: Params, path: Path = PLAN) -> tuple[Plan, Params]:
 
     Raises UserError (one line) naming the key that is wrong.
     """
-    plan = params.validate(Plan, params.read(path), "", path)
-    named = {name for grids in plan.tables.values() for grid in grids for name in grid.datasets}
+    plan = read(path)
+    named = {name for table in plan.tables.values() for grid in table.grids for name in grid.datasets}
     datasets = {name: _dataset(p, plan, name, path) for name in sorted(named)}
     return plan, p.model_copy(update={"seeds": plan.seeds, "datasets": datasets})
 

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.stats import bootstrap
 
 from tailcal import files, params
 from tailcal.errors import UserError
+from tailcal.plan import Footing
 from tailcal.tables import DASH, MARK, Table
 
 TITLES = {
@@ -389,40 +390,6 @@ def _other(row: Comparison) -> str:
     )
 
 
-class Row(params.Strict):
-    """A method of a footing table."""
-
-    representation: params.Word
-    classifier: params.Word
-    rule: params.Word = "none"
-
-
-class Footing(params.Strict):
-    """Methods that were trained on the same data set in the same way."""
-
-    title: Annotated[str, Field(min_length=1)]
-    dataset: params.Word
-    rows: Annotated[list[Row], Field(min_length=1)]
-
-    @field_validator("rows")
-    @classmethod
-    def _distinct(cls, rows: list[Row]) -> list[Row]:
-        names = [_name(row.representation, row.classifier, row.rule) for row in rows]
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"lists {repeated[0]} more than once")
-        return rows
-
-
-class _Footings(params.Strict):
-    footing: dict[params.Word, Footing]
-
-
-def read_footings(path: Path) -> dict[str, Footing]:
-    """The footing tables that published/params.yaml asks for; its other keys belong to the runner. Raises UserError."""
-    asked = {"footing": params.read(path).get("footing", {})}
-    return params.validate(_Footings, asked, "", path).footing
-
-
 @dataclass(frozen=True)
 class Method:
     """A measured row of a footing table."""
@@ -440,7 +407,7 @@ def measured_methods(footing: Footing, cells: Cells) -> tuple[list[Method], list
     """
     found, missing = [], []
     for row in footing.rows:
-        name = _name(row.representation, row.classifier, row.rule)
+        name = row.name
         cell = cells.get((footing.dataset, row.representation, row.classifier))
         numbers = cell and cell.after(row.rule)
         if numbers is None:
