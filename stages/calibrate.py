@@ -85,7 +85,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     upstream = read_upstream(stage1 / "provenance.json")
 
     record = {
-        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{classifier}.py"),
+        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{training.method}.py"),
         "params": {
             "dataset": upstream["params"]["dataset"],
             "representation": upstream["params"]["representation"],
@@ -102,7 +102,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     def make(start: Path) -> tuple[models.Network, method.Method]:
         network = models.build(**upstream["network"])
         weights.load_weights(network, start, upstream["weights"].get(start.stem))
-        return network, method.load(classifier)(training.settings, counts)
+        return network, method.load(training.method)(training.settings, counts)
 
     replicas = [
         train.Replica(

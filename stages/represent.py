@@ -70,7 +70,7 @@ def represent(p: params.Params, dataset_name: str, representation: str) -> None:
         network_record["trains"] = training.pretrained.trains
         begins["pretrained"] = weights_digest(dataset)
     record = {
-        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{representation}.py"),
+        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{training.method}.py"),
         "params": {
             "dataset": {"source": meta["source"]} | dataset.model_dump(include={"imbalance", "holdout_per_class"}),
             "representation": training.record() | {"precision": p.precision},
@@ -82,7 +82,7 @@ def represent(p: params.Params, dataset_name: str, representation: str) -> None:
     out = paths.representation(dataset_name, representation)
     scratch = paths.scratch("represent", dataset_name, representation) / checkpoint.fingerprint(record)
 
-    Method = method.load(representation)
+    Method = method.load(training.method)
 
     def make() -> tuple[models.Network, method.Method]:
         network = models.build(**network_record, head="linear")
