@@ -70,7 +70,7 @@ def represent(p: params.Params, dataset_name: str, representation: str) -> None:
         network_record["trains"] = training.pretrained.trains
         begins["pretrained"] = weights_digest(dataset)
     record = {
-        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{training.method}.py"),
+        "code": provenance.code_version("stages.represent", method.module(training.method)),
         "params": {
             "dataset": {"source": meta["source"]} | dataset.model_dump(include={"imbalance", "holdout_per_class"}),
             "representation": training.record() | {"precision": p.precision},

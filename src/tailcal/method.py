@@ -156,13 +156,18 @@ class Classifier(Method):
 
 def names(stage: Stage | None = None) -> list[str]:
     """Names of the methods there are (of one stage)."""
-    found = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
+    found = sorted(each.name for each in pkgutil.iter_modules(methods.__path__))
     return [name for name in found if stage is None or load(name).stage == stage]
 
 
+def module(name: str) -> str:
+    """The name of a method's module."""
+    return f"{methods.__name__}.{name}"
+
+
 def load(name: str) -> type[Method]:
-    """The class `Method` of `tailcal.methods.<name>`."""
-    return importlib.import_module(f"{methods.__name__}.{name}").Method
+    """The class `Method` of a method's module."""
+    return importlib.import_module(module(name)).Method
 
 
 def resolve(name: str, block: dict[str, Any], stage: Stage) -> tuple[str, dict[str, Any]]:

@@ -1,7 +1,8 @@
 """What one training goes by, once the data set's overrides have been applied to the method's block.
 
-The stage `check` writes these settings to one small file a training. DVC compares those files, so a change reruns
-exactly the trainings whose own settings it changes, however it came about: a recipe, a preset, a method's block.
+The stage `check` writes these settings to one small file a training, with a digest of its code. DVC compares those
+files, so a change reruns exactly the trainings whose own settings it changes, however it came about: a recipe, a
+preset, a method's block, a method's file.
 """
 
 from dataclasses import dataclass, fields
