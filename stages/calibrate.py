@@ -85,7 +85,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     upstream = read_upstream(stage1 / "provenance.json")
 
     record = {
-        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{classifier}.py"),
+        "code": provenance.code_version("stages.calibrate", method.module(training.method)),
         "params": {
             "dataset": upstream["params"]["dataset"],
             "representation": upstream["params"]["representation"],
@@ -104,7 +104,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     def make(start: Path) -> tuple[models.Network, method.Method]:
         network = models.build(**upstream["network"])
         weights.load_weights(network, start, upstream["weights"].get(start.stem))
-        return network, method.load(classifier)(training.settings, counts)
+        return network, method.load(training.method)(training.settings, counts)
 
     replicas = [
         train.Replica(
@@ -138,6 +138,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
         split: train.predict([one.network for one in trained.values()], images, p.runtime)
         for split, images in placed.items()
     }
+    labels = {split: images.labels.cpu().numpy() for split, images in placed.items()}
     folder = paths.predictions(dataset_name, representation, classifier)
     for i, seed in enumerate(trained):
         for split in logits:
@@ -146,10 +147,8 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
                     f"{dataset_name}/{representation}/{classifier} seed {seed}: its {split} logits are not "
                     f"finite numbers: milder settings of {classifier} usually help"
                 )
-        labels = {split: images.labels.cpu().numpy() for split, images in placed.items()}
-        path = folder / f"seed{seed}.npz"
-        predictions.Predictions(logits["test"][i], labels["test"], logits["holdout"][i], labels["holdout"]).write(path)
-        checksums[path.name] = files.sha256(path)
+        made = predictions.Predictions(logits["test"][i], labels["test"], logits["holdout"][i], labels["holdout"])
+        checksums[f"seed{seed}.npz"] = made.write(folder / f"seed{seed}.npz")
     files.write_json(
         folder / "provenance.json", record | distributed.record(p.runtime.sync_bn) | {"checksums": checksums}
     )

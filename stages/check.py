@@ -1,15 +1,19 @@
 """Check params.yaml and the presets on its grid before anything is trained, and write what each stage goes by.
 
-Every other stage depends on its own file of these, so that a change reruns what it concerns and nothing else.
+That is its settings and a digest of its code. Every other stage depends on its own file of these and on data, so that
+a change reruns what it concerns and nothing else.
 """
 
 import argparse
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages import paths
-from tailcal import errors, files, lock, method, params, posthoc, settings, sources
+from tailcal import errors, files, lock, method, params, posthoc, provenance, settings, sources
+
+TEMPLATES = provenance.PACKAGE / "templates"
 
 
 def pretrained(dataset: params.Dataset) -> dict[str, str]:
@@ -29,15 +33,27 @@ def pretrained(dataset: params.Dataset) -> dict[str, str]:
     return dataset.pretrained.model_dump() | {"sha256": files.sha256(Path(file))}
 
 
+def code(stage: str, *modules: str, data: Iterable[Path] = ()) -> dict[str, str]:
+    """The digest of a stage's code: of its script, of the modules it loads by name, of the files `data` they read."""
+    return {"code": provenance.code_version(f"stages.{stage}", *modules, data=data)}
+
+
 def main() -> None:
-    """Write data/settings/<stage>/<cell>.json. Raises UserError for the first thing that is wrong."""
+    """Write data/settings/<stage>/<cell>.json and data/settings/<stage>.json.
+
+    Raises UserError for the first thing that is wrong.
+    """
     p = params.load()
     for stage in ("representations", "classifiers"):
         for name, block in getattr(p, stage).items():
             method.configure(name, block, stage)
     posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
 
-    resolved = {}
+    resolved = {
+        ("evaluate",): {"seeds": p.seeds, "evaluate": p.evaluate.model_dump()} | code("evaluate"),
+        ("report",): {"grid": p.grid.model_dump()} | code("report", data=TEMPLATES.glob("*.html")),
+    }
+    common = {"precision": p.precision, "seeds": p.seeds}
     for name in dict.fromkeys([*p.grid.datasets, *p.datasets]):
         dataset = params.dataset(p, name)
         source = sources.configure(dataset)
@@ -48,18 +64,22 @@ def main() -> None:
                 "mean and std must have one value a channel"
             )
         begins = {"pretrained": pretrained(dataset)} if name in p.grid.datasets and dataset.pretrained else {}
-        resolved["download", name] = source.model_dump()
+        resolved["download", name] = {"source": source.model_dump()} | code("download", sources.module(source.kind))
         resolved["subsample", name] = {
             "imbalance": dataset.imbalance.record(),
             "holdout_per_class": dataset.holdout_per_class,
             "channels": means,
             "pad": getattr(dataset.augmentation, "pad", 0),
+            **code("subsample"),
         }
         for representation in p.representations:
             training = settings.training(p, name, representation, "representations")
-            resolved["represent", name, representation] = training.record() | begins
+            own = begins | code("represent", method.module(training.method))
+            resolved["represent", name, representation] = training.record() | common | own
         for classifier in p.classifiers:
-            resolved["calibrate", name, classifier] = settings.training(p, name, classifier, "classifiers").record()
+            training = settings.training(p, name, classifier, "classifiers")
+            own = code("calibrate", method.module(training.method))
+            resolved["calibrate", name, classifier] = training.record() | common | own
 
     with lock.alone(paths.LOCKS, paths.SETTINGS):
         shutil.rmtree(paths.SETTINGS, ignore_errors=True)

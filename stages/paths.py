@@ -19,8 +19,8 @@ COSTS_PAGE = Path("plots/costs.html")
 
 
 def settings(stage: str, *cell: str) -> Path:
-    """What one stage of a cell goes by, as `check` resolved it: the file that DVC compares."""
-    return SETTINGS / stage / f"{'-'.join(cell)}.json"
+    """What a stage goes by in one cell (in all, where none is named), as `check` resolved it: what DVC compares."""
+    return SETTINGS / stage / f"{'-'.join(cell)}.json" if cell else SETTINGS / f"{stage}.json"
 
 
 def costs(stage: str, *cell: str) -> Path:

@@ -74,7 +74,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
         network_record["trains"] = training.pretrained.trains
         begins["pretrained"] = weights_digest(dataset)
     record = {
-        "code": provenance.code_version(Path(__file__), Path(method.__file__).parent / f"methods/{representation}.py"),
+        "code": provenance.code_version("stages.represent", method.module(training.method)),
         "params": {
             "dataset": {
                 "source": meta["source"],
@@ -92,7 +92,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     out = paths.representation(dataset_name, representation)
     scratch = paths.scratch("represent", dataset_name, representation) / checkpoint.fingerprint(record)
 
-    Method = method.load(representation)
+    Method = method.load(training.method)
 
     def make() -> tuple[models.Network, method.Method]:
         network = models.build(**network_record, head="linear")

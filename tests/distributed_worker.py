@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from tailcal import distributed, train
-from tailcal.method import load
 from tailcal.models import build
-from tests.test_contract import COUNTS, RECIPE, RUNTIME, config_of, images
+from tests.test_contract import COUNTS, RECIPE, RUNTIME, config_of, images, load
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""What every method promises, checked on every file of tailcal.methods: nobody has to remember to add a test here."""
+"""What every method promises, checked on every block of params.yaml and every file of tailcal.methods: nobody has to
+remember to add a test here."""
 
 import inspect
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 import yaml
 
+from tailcal import method as methods
 from tailcal import params, train
 from tailcal.errors import UserError
-from tailcal.method import Trained, configure, load, names
+from tailcal.method import Method, Trained, configure
 from tailcal.models import build
 from tailcal.models.heads import HEADS
 from tailcal.optim import learning_rate
@@ -42,6 +44,22 @@ RUNTIME = Runtime(
     checkpoint_seconds=0.0,
 )
 BLOCKS = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+FILES = {
+    name: block.get("method", name)
+    for stage in ("representations", "classifiers")
+    for name, block in BLOCKS[stage].items()
+}
+
+
+def load(name) -> type[Method]:
+    return methods.load(FILES.get(name, name))
+
+
+def names(stage=None) -> list[str]:
+    """Of blocks and of files, so that a file without a block is found out."""
+    return sorted(name for name in {*FILES, *methods.names()} if stage in (None, load(name).stage))
 
 
 def config_of(name):
@@ -180,6 +198,12 @@ def test_what_takes_steps_has_an_augmentation_and_nothing_else_has(name):
     cls = load(name)
     assert issubclass(cls.Config, Trained) == cls.trained
     assert not (cls.trained and cls.fitted)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_its_settings_have_no_key_of_the_blocks_own(name):
+    """These stand in a block or an override beside the settings, and would never reach them."""
+    assert not {"method", "recipe", "backbone"} & load(name).Config.model_fields.keys()
 
 
 @pytest.mark.parametrize("name", names())

@@ -1,5 +1,7 @@
-"""dvc.yaml against the code: a stage's deps are what it imports, and its params are what it reads."""
+"""dvc.yaml against the code: what `check` writes for a stage is what the stage consists of and goes by, and no more."""
 
+import hashlib
+import json
 import subprocess
 import sys
 from itertools import product
@@ -8,88 +10,202 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages import paths
+import tailcal
+from stages import check, paths
 from tailcal import method, params, provenance, sources
+from tests.conftest import edit
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-SOURCES = [f"tailcal.sources.{kind}" for kind in sources.kinds()]
+AXES = {"represent": "representations", "calibrate": "classifiers"}
+DATASETS = ("digits_lt", "cifar10_lt_100", "cifar100_lt_100", "own_images", "imagenet_lt")  # one a source
+# What a fresh interpreter loads of ours: a line for the stage alone, and a line for the stage with each of the modules
+# that follow. Then the import statements inside functions are run too, as often as they bring new modules.
+LOADED = """
+import ast, importlib, os, sys
+
+def ours():
+    return {n: m for n, m in sys.modules.items() if n.split(".")[0] in ("stages", "tailcal")}
+
+def loaded():
+    done = set()
+    while new := ours().keys() - done:
+        for name in new:
+            module = ours()[name]
+            for node in ast.walk(ast.parse(open(module.__file__).read())):
+                named = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+                if isinstance(node, ast.Import | ast.ImportFrom) and named[0].split(".")[0] in ("stages", "tailcal"):
+                    exec(ast.unparse(node), dict(vars(module)))
+        done |= new
+    return " ".join(sorted(m.__file__ for m in ours().values()))
+
+stage, *modules = sys.argv[1:]
+importlib.import_module(f"stages.{stage}")
+for module in ["", *modules]:
+    if not os.fork():
+        module and importlib.import_module(module)
+        print(loaded(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
-def variants(stage: str) -> list[tuple[dict[str, str], list[str]]]:
-    """Each substitution of ${item...} that changes a stage's deps, and the modules the stage then loads by name."""
-    if stage == "represent":
-        return [({"representation": name}, [f"tailcal.methods.{name}"]) for name in method.names("representations")]
-    if stage == "calibrate":
-        return [({"classifier": name}, [f"tailcal.methods.{name}"]) for name in method.names("classifiers")]
-    return [({}, SOURCES if stage in ("check", "download") else [])]
+def loaded(stage: str, modules: list[str]) -> list[list[Path]]:
+    """The sources that a fresh interpreter loads: for the stage, and for the stage with each of these modules."""
+    command = [sys.executable, "-c", LOADED, stage, *modules]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = [[Path(file) for file in line.split()] for line in ran.stdout.splitlines()]
+    assert len(found) == 1 + len(modules)
+    return found
 
 
-def test_the_settings_that_dvc_compares_are_written_for_every_stage():
+def digest(files: list[Path]) -> str:
+    """Of sources: the stage's `code`."""
+    content = b"".join(path.name.encode() + b"\0" + path.read_bytes() + b"\0" for path in files)
+    return f"{tailcal.__version__}+{hashlib.sha256(content).hexdigest()[:12]}"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A folder in which `check` has written the settings of every block, for a data set of every source."""
+    root = tmp_path_factory.mktemp("checked")
+    (root / "presets").symlink_to(ROOT / "presets")
+    (root / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    edit(root / "params.yaml", [("  - digits_lt\n", "".join(f"  - {name}\n" for name in DATASETS))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        check.main()
+    return root
+
+
+def settings(root: Path, stage: str, *cell: str) -> dict:
+    return json.loads((root / paths.settings(stage, *cell)).read_text())
+
+
+def test_every_stage_depends_on_its_settings_and_on_no_source():
     """A dep below data/settings that check does not write would never be found; a wrong name would never change."""
-    for stage in ("download", "subsample", "represent", "calibrate"):
-        (dep,) = [d for d in STAGES[stage]["deps"] if d.startswith("data/settings")]
-        axes = [f"${{item.{axis}}}" for axis in STAGES[stage]["matrix"] if f"${{item.{axis}}}" in dep]
-        assert dep == str(paths.settings(stage, *axes))
-        assert "${item.dataset}" in axes
+    assert STAGES["check"]["deps"] == [str(paths.PRETRAINED), "presets", "src/tailcal", "stages"]
+    for name, stage in STAGES.items():
+        if name == "check":
+            continue
+        (dep,) = [dep for dep in stage["deps"] if dep.startswith(f"{paths.SETTINGS}/")]
+        axes = [f"${{item.{axis}}}" for axis in stage.get("matrix", {}) if f"${{item.{axis}}}" in dep]
+        assert dep == str(paths.settings(name, *axes))
+        assert all(dep.startswith(("data/", "metrics/", "plots/")) for dep in stage["deps"])
 
 
-def declared(stage: str, item: dict[str, str]) -> set[str]:
-    """The source files among a stage's deps."""
-    files = set()
-    for dep in STAGES[stage]["deps"]:
-        for key, value in item.items():
-            dep = dep.replace(f"${{item.{key}}}", value)
-        if dep.startswith(("src/", "stages/")):
-            path = ROOT / dep
-            found = path.rglob("*.py") if path.is_dir() else [path]
-            files |= {str(file.relative_to(ROOT)) for file in found}
-    return files
+def test_check_writes_the_settings_of_each_stage_and_no_others(written):
+    p = params.load(ROOT / "params.yaml")
+    expected = {paths.settings("evaluate"), paths.settings("report")}
+    for dataset in DATASETS:
+        expected |= {paths.settings(stage, dataset) for stage in ("download", "subsample")}
+        expected |= {paths.settings(stage, dataset, name) for stage, axis in AXES.items() for name in getattr(p, axis)}
+    assert {path.relative_to(written) for path in (written / paths.SETTINGS).rglob("*.json")} == expected
 
 
-def imported(stage: str, modules: list[str]) -> set[str]:
-    """The project's files that a fresh interpreter loads for a stage, and those that functions import."""
-    code = (
-        f"import sys, importlib\n"
-        f"for name in ['stages.{stage}', *{modules!r}]: importlib.import_module(name)\n"
-        "print('\\n'.join(m.__file__ for n, m in sys.modules.items() "
-        "if n.split('.')[0] in ('stages', 'tailcal') and getattr(m, '__file__', None)))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    files = {Path(line) for line in ran.stdout.split()}
-    files |= set(provenance.closure(*files))
-    return {str(file.relative_to(ROOT)) for file in files}
+def test_check_tracks_every_parameter_but_runtime():
+    """And it alone: what a stage reads of them is in its settings."""
+    assert set(STAGES["check"]["params"]) == set(params.Params.model_fields) - {"runtime"}
+    assert [name for name, stage in STAGES.items() if "params" in stage] == ["check"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_deps_are_the_imports(stage):
-    files = set().union(*(declared(stage, item) for item, _ in variants(stage)))
-    modules = [module for _, names in variants(stage) for module in names]
-    assert {file for file in files if file.endswith(".py")} == imported(stage, modules)
+def test_what_a_stage_reads_of_the_parameters_is_in_its_settings(written):
+    p = params.load(written / "params.yaml")
+    for stage, axis in AXES.items():
+        for name in getattr(p, axis):
+            found = settings(written, stage, "digits_lt", name)
+            assert (found["seeds"], found["precision"]) == (p.seeds, p.precision)
+    assert settings(written, "evaluate").items() >= {"seeds": p.seeds, "evaluate": p.evaluate.model_dump()}.items()
+    assert settings(written, "report")["grid"] == p.grid.model_dump()
 
 
 @pytest.mark.parametrize("stage", ["represent", "calibrate"])
-def test_deps_hold_for_every_method(stage):
-    for item, modules in variants(stage):
-        source = ROOT / "src/tailcal/methods" / f"{modules[0].rsplit('.', 1)[1]}.py"
-        needed = {str(path.relative_to(ROOT)) for path in provenance.closure(source)}
-        assert needed <= declared(stage, item), f"{source.name} imports files that {stage} does not list"
+def test_the_code_of_a_training_is_what_it_loads(stage, written):
+    blocks = getattr(params.load(ROOT / "params.yaml"), AXES[stage])
+    methods = method.names(AXES[stage])
+    alone, *each = loaded(stage, [method.module(name) for name in methods])
+    files = dict(zip(methods, each, strict=True))
+    for name, own in files.items():
+        here = {path.stem for path in set(own) - set(alone) if path.parent.name == "methods"}
+        assert here == {name}, "its own file, and no other method's"
+    for (name, block), dataset in product(blocks.items(), DATASETS):
+        assert settings(written, stage, dataset, name)["code"] == digest(files[block.get("method", name)])
 
 
-def test_the_page_template_is_a_dep_of_the_report():
-    assert "src/tailcal/templates/report.html" in STAGES["report"]["deps"]
+def test_the_code_of_a_download_is_what_it_loads(written):
+    kinds = sources.kinds()
+    _, *each = loaded("download", [sources.module(kind) for kind in kinds])
+    files, seen = dict(zip(kinds, each, strict=True)), set()
+    for dataset in DATASETS:
+        found = settings(written, "download", dataset)
+        seen.add(found["source"]["kind"])
+        assert found["code"] == digest(files[found["source"]["kind"]])
+    assert seen == set(kinds)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_no_stage_tracks_runtime(stage):
-    assert not [p for p in STAGES[stage].get("params", []) if p.startswith("runtime")]
+@pytest.mark.parametrize("stage", ["subsample", "evaluate", "report"])
+def test_the_code_of_a_stage_is_what_it_loads(stage, written):
+    (files,) = loaded(stage, [])
+    templates = sorted(ROOT.glob("src/tailcal/templates/*")) if stage == "report" else []
+    cell = ["digits_lt"] if stage == "subsample" else []
+    assert settings(written, stage, *cell)["code"] == digest([*files, *templates])
+
+
+def test_relative_and_late_imports_are_part_of_the_code(tmp_path, monkeypatch):
+    """Nothing of ours has relative ones; a user's method may."""
+    sources_of = {
+        "__init__": "",
+        "one": "from . import two\n",
+        "two": "def f():\n    import ours.deep.three, os\n",
+        "deep/__init__": "",
+        "deep/three": "from ..four import name\n",
+        "four": "name = 1\n",
+        "five": "import ours.one\n",
+    }
+    for name, text in sources_of.items():
+        (tmp_path / f"ours/{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"ours/{name}.py").write_text(text)
+    monkeypatch.setattr(provenance, "OURS", {"ours": tmp_path})
+    expected = sorted(tmp_path / f"ours/{name}.py" for name in sources_of if name != "five")
+    assert provenance.closure("ours.one") == expected
+    with pytest.raises(ValueError, match=r"ours\.six is no module of ours"):
+        provenance.code_version("ours.six")
+
+
+@pytest.mark.pipeline
+def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project):
+    p = project()
+
+    def changed(*edited: str) -> set[str]:
+        """The settings that other bytes in these files change: their paths below data/settings, without the cell."""
+        before = {path: path.read_bytes() for path in (p.root / paths.SETTINGS).rglob("*.json")}
+        for name in edited:
+            with (p.root / name).open("a") as source:
+                source.write("# an edit\n")
+        p.stage("check")
+        assert {path for path in (p.root / paths.SETTINGS).rglob("*.json")} == before.keys()
+        return {
+            str(path.relative_to(p.root / paths.SETTINGS).with_suffix(""))
+            for path, content in before.items()
+            if path.read_bytes() != content
+        }
+
+    p.stage("check")
+    blocks = params.load(ROOT / "params.yaml").classifiers
+    mislas = {name for name, block in blocks.items() if block.get("method", name) == "mislas"}
+    assert len(mislas) == 5
+    assert changed("src/tailcal/methods/mislas.py") == {f"calibrate/digits_lt-{name}" for name in mislas}
+    assert changed("src/tailcal/tables.py") == {"evaluate", "report"}
+    assert changed("src/tailcal/templates/costs.html") == {"report"}
+    assert changed("src/tailcal/sources/digits.py") == {"download/digits_lt"}
+    assert changed("src/tailcal/sources/list.py", "stages/benchmark.py", "src/tailcal/predict.py") == set()
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "report"])
 def test_measuring_and_reporting_load_no_torch(stage):
     code = f"import stages.{stage}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    assert not [f for f in declared(stage, {}) if "import torch" in (ROOT / f).read_text()]
+    assert not [f for f in provenance.closure(f"stages.{stage}") if "import torch" in f.read_text()]
 
 
 def test_every_output_that_git_keeps_is_not_ignored_and_every_cached_one_is():

@@ -181,6 +181,22 @@ def test_shifted_bn_moves_the_running_statistics_and_nothing_else_of_the_backbon
         assert torch.equal(after.backbone.conv1.weight, before.backbone.conv1.weight)
 
 
+@pytest.mark.parametrize("smoothing", ["concave", "linear", "convex"])
+def test_mislas_without_smoothing_is_plain_cross_entropy(smoothing):
+    settings = MISLAS | {"smoothing": smoothing, "smooth_head": 0.0, "smooth_tail": 0.0, "shifted_bn": False}
+    _, network, method = calibrated("mislas", **settings)
+    method.set_mode(network)
+    images, labels = torch.randn(8, 1, 8, 8), torch.arange(8) % 4
+    gradients = []
+    for loss in (
+        method.loss(network, Batch(images, labels, labels), 0.0)[0],
+        F.cross_entropy(network(images), labels),
+    ):
+        learning = [p for p in network.parameters() if p.requires_grad]
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, learning)])
+    torch.testing.assert_close(*gradients)
+
+
 def test_mislas_learns_scales_at_the_full_rate_and_the_classifier_slower():
     torch.manual_seed(0)
     network = build("resnet8", "linear", 1, 4)
@@ -219,7 +235,44 @@ def test_mislas_learns_scales_at_the_full_rate_and_the_classifier_slower():
             "joint",
             {},
             "representations",
-            "representations.joint: no such method: there are bagmar, balanced_softmax, ce, ce_strong,",
+            "params.yaml: representations.joint: joint belongs to classifiers: there are bagmar, balanced_softmax, ce",
+        ),
+        ("cee", STANDARD, "representations", "representations.cee: no such method: there are bagmar, balanced_softmax"),
+        (
+            "mine",
+            STANDARD | {"method": "cee"},
+            "representations",
+            "params.yaml: representations.mine.method: no such method: there are bagmar, balanced_softmax, ce, cl",
+        ),
+        (
+            "mine",
+            {"method": ["ce"]},
+            "representations",
+            "representations.mine.method: no such method: there are bagmar",
+        ),
+        (
+            "mine",
+            {"method": "crt"},
+            "representations",
+            "representations.mine.method: crt belongs to classifiers: there are bagmar, balanced_softmax",
+        ),
+        (
+            "mixup",
+            STANDARD | {"method": "ce"},
+            "representations",
+            "representations.mixup: is another method's name: give",
+        ),
+        (
+            "joint",
+            STANDARD | {"method": "ce"},
+            "representations",
+            "representations.joint: is another method's name: give",
+        ),
+        (
+            "mine",
+            STANDARD | {"method": "ce", "alpha": 1.0},
+            "representations",
+            "representations.mine.alpha: unknown key",
         ),
         ("mislas", MISLAS | {"shifted_bn": False, "smooth_tail": 0.9}, "classifiers", "must not be below smooth_tail"),
         (

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tailcal import params, settings
 from tailcal.draws import Draws, derive
 from tailcal.method import Batch, load
 from tailcal.methods.bagmar import accumulate, adjust
 from tailcal.methods.fsgl import consistency, cross_entropy, feature_scale, label_weights, scaling_factors
 from tailcal.mixing import box, cutmix
 from tailcal.models import build
+from tests.conftest import ROOT
 
 COUNTS = torch.tensor([500, 5, 20, 100])
 BAGMAR = {"augmentation": "standard", "lambda1": 1.0, "accumulation": "total"}
@@ -135,9 +137,9 @@ def test_cutmix_against_a_loop():
         assert all(np.array_equal(image[0].numpy(), expected) for image in result)
 
 
-def glmc_pieces(name: str, **settings):
+def pieces(**settings):
     torch.manual_seed(0)
-    method = load(name)(load(name).Config(**FSGL | settings), COUNTS)
+    method = load("fsgl")(load("fsgl").Config(**FSGL | settings), COUNTS)
     network = build("resnet8", "linear", 1, 4).double()
     method.setup(network)
     network.double()
@@ -149,7 +151,7 @@ def glmc_pieces(name: str, **settings):
 
 @pytest.mark.parametrize(("gamma", "progress"), [(0.5, 0.25), (1.0, 0.9), (0.0, 0.0)])
 def test_fsgl_against_a_loop_over_samples(gamma, progress):
-    method, network, given = glmc_pieces("fsgl", gamma=gamma)
+    method, network, given = pieces(gamma=gamma)
     batch = method.mix(given, Draws(0, 5, torch.Generator()))
     loss, logits = method.loss(network, batch, progress)
 
@@ -185,15 +187,17 @@ def test_fsgl_against_a_loop_over_samples(gamma, progress):
 
 
 def test_glmc_is_fsgl_without_feature_scaling():
-    plain, scaled = (glmc_pieces(name, gamma=0.0) for name in ("glmc", "fsgl"))
-    values = [m.loss(n, m.mix(g, Draws(0, 1, torch.Generator())), 0.5)[0] for m, n, g in (plain, scaled)]
-    assert torch.equal(*values)
-    method, network, given = glmc_pieces("fsgl", gamma=1.0)
-    assert not torch.equal(values[0], method.loss(network, method.mix(given, Draws(0, 1, torch.Generator())), 0.5)[0])
+    p = params.load(ROOT / "params.yaml")
+    glmc, fsgl = (settings.training(p, "digits_lt", name, "representations", ROOT) for name in ("glmc", "fsgl"))
+    assert (glmc.method, glmc.settings.gamma, glmc.recipe.sam_rho) == ("fsgl", 0.0, 0.0)
+    assert (fsgl.method, fsgl.settings.gamma > 0, fsgl.recipe.sam_rho > 0) == ("fsgl", True, True)
+    for gamma in (0.0, 1.0):
+        method, _, _ = pieces(gamma=gamma)
+        assert torch.equal(method.factors, torch.ones(4)) == (gamma == 0)
 
 
 def test_fsgl_is_used_with_its_rebalanced_classifier_unscaled():
-    method, network, _ = glmc_pieces("fsgl")
+    method, network, _ = pieces()
     images = torch.randn(3, 1, 8, 8, dtype=torch.double)
     expected = network.head.rebalanced(network.backbone(images))
     method.finish(network)

@@ -24,10 +24,8 @@ def load_with(tmp_path, old: str, new: str, count: int = 1):
 def test_the_shipped_file_loads_and_every_block_is_valid():
     p = params.load(ROOT / "params.yaml")
     for stage in ("representations", "classifiers"):
-        assert list(getattr(p, stage)) == [name for name in getattr(p, stage) if name in method.names(stage)]
-        assert set(getattr(p, stage)) == set(method.names(stage)), (
-            "a method without a block, or a block without a method"
-        )
+        used = {method.resolve(name, block, stage)[0] for name, block in getattr(p, stage).items()}
+        assert used == set(method.names(stage)), "a method without a block"
     posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
 
 
@@ -36,9 +34,10 @@ def test_the_shipped_file_loads_and_every_block_is_valid():
 def test_every_method_has_settings_on_every_data_set(name, stage):
     p = params.load(ROOT / "params.yaml")
     sources.configure(params.dataset(p, name, ROOT))
-    for each in method.names(stage):
+    for each, block in getattr(p, stage).items():
         training = settings.training(p, name, each, stage, ROOT)
-        assert (training.recipe is not None) == method.load(each).trained
+        assert (training.name, training.method) == (each, block.get("method", each))
+        assert (training.recipe is not None) == method.load(training.method).trained
         assert (training.backbone is not None) == (stage == "representations")
 
 
@@ -75,6 +74,16 @@ def test_every_method_has_settings_on_every_data_set(name, stage):
         ("    epochs: 60", "    epochs: 60\n    iterations: 9", "recipes.digits: must have a budget: either epochs or"),
         ("cutout: 4", "cutout: -4", "datasets.digits_lt.augmentation.cutout: input should be greater"),
         ("  bins: 15", "  bins: 15\n  binz: 3", "evaluate.binz: unknown key"),
+        (
+            "      fsgl:\n",
+            "      fsgl:\n        method: ce\n",
+            "datasets.digits_lt.overrides.fsgl.method: a data set cannot choose another method: give it a block of its",
+        ),
+        (
+            "classifiers:               #",
+            "classifiers:\n  ce: {method: joint} #",
+            "classifiers.ce: representations has a block of that name too, and overrides could not tell them apart",
+        ),
         ("  - ce\n", "  - cee\n", "grid.representations names cee, which has no block"),
         ("  - ce\n", "  - ce\n  - ce\n", "grid.representations: lists ce more than once"),
         ("  - ce\n", "  - c-e\n", "must be letters, digits and _ only"),
@@ -151,10 +160,40 @@ def test_a_mistake_in_an_override_names_its_key(tmp_path, old, new, says):
     with pytest.raises(UserError) as error:
         sources.configure(params.dataset(p, "cifar100_lt_100", tmp_path))
         for stage in ("representations", "classifiers"):
-            for name in method.names(stage):
+            for name in getattr(p, stage):
                 settings.training(p, "cifar100_lt_100", name, stage, tmp_path)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_variant_trains_with_the_file_that_it_names_and_its_own_settings():
+    p = params.load(ROOT / "params.yaml")
+    p.classifiers["late"] = {"method": "tau_norm", "tau": 2.0}
+    training = settings.training(p, "digits_lt", "late", "classifiers", ROOT)
+    assert (training.name, training.method, training.settings.tau) == ("late", "tau_norm", 2.0)
+    assert type(training.settings) is method.load("tau_norm").Config
+    assert training.record()["name"] == "late"
+    assert training.record()["method"] == "tau_norm"
+    p.classifiers["late"]["method"] = "no_such"
+    with pytest.raises(UserError, match=r"params\.yaml: classifiers\.late\.method: no such method: there are crt, "):
+        settings.training(p, "digits_lt", "late", "classifiers", ROOT)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "own_images"])
+def test_the_blocks_of_mislas_are_its_ablation_on_every_data_set(name):
+    """Smoothing and shifted batch norm, each on and off; all else as in mislas."""
+    p = params.load(ROOT / "params.yaml")
+    mislas = settings.training(p, name, "mislas", "classifiers", ROOT)
+    unsmoothed = {"smooth_head": 0.0, "smooth_tail": 0.0}
+    for variant, changes in {
+        "mislas_shifted_bn": {"shifted_bn": True},
+        "mislas_fixed_bn": {"shifted_bn": False},
+        "mislas_unsmoothed_shifted_bn": unsmoothed | {"shifted_bn": True},
+        "mislas_unsmoothed": unsmoothed | {"shifted_bn": False},
+    }.items():
+        found = settings.training(p, name, variant, "classifiers", ROOT)
+        expected = mislas.record() | {"name": variant, "settings": mislas.record()["settings"] | changes}
+        assert found.record() == expected
 
 
 def test_a_recipe_for_what_takes_no_step_is_a_mistake(tmp_path):

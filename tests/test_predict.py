@@ -21,7 +21,7 @@ from tailcal import files, predict
 from tailcal.augment import normalise, plain
 from tailcal.errors import UserError
 from tailcal.export import export
-from tailcal.method import Batch, configure, load
+from tailcal.method import Batch, configure, load, resolve
 from tailcal.metrics.calibration import nll
 from tailcal.metrics.scores import softmax
 from tailcal.models import build
@@ -37,6 +37,7 @@ COUNTS = [9, 6, 4, 2]
 CELLS = {  # classifier: representation; of each representation the network
     "joint": "ce",
     "mislas": "ce",
+    "mislas_shifted_bn": "ce",
     "tau_norm": "ce",
     "ncm": "ce",
     "disalign": "ldam_drw",
@@ -69,7 +70,8 @@ def make_cell(
     record = dict(zip(("backbone", "head"), NETWORKS[representation], strict=True))
     record |= {"channels": channels, "num_classes": 4}
     block = PARAMS["classifiers"][classifier] | settings
-    method = load(classifier)(configure(classifier, block, "classifiers"), torch.tensor(COUNTS))
+    chosen, own = resolve(classifier, block, "classifiers")
+    method = load(chosen)(configure(classifier, block, "classifiers"), torch.tensor(COUNTS))
     network = build(**record)
     method.setup(network)
     config = validate(Prepared, {"augmentation": augmentation}, "").augmentation
@@ -89,7 +91,7 @@ def make_cell(
     save_weights(network, root / paths.classifier(*where) / "seed0.safetensors")
 
     files.write_json(root / paths.representation("made_up", representation) / "provenance.json", {"network": record})
-    training = {"method": classifier, "settings": block, "augmentation": augmentation, "recipe": {"epochs": 1}}
+    training = {"name": classifier, "method": chosen, "settings": own, "augmentation": augmentation}
     provenance = {"code": "0+0", "params": {"classifier": training}}
     model = Predictor(network, config, 1.0)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """The contract of a method, and how methods are found. Read this first.
 
-A method is one file of `tailcal.methods`; its file name is its name in params.yaml. The file holds a class `Method`
-derived from one of the two bases below. To follow a training through the hooks:
+A method is one file of `tailcal.methods`. A block of params.yaml names it with the key `method`, or by having its name.
+The file holds a class `Method` derived from one of the two bases below. To follow a training through the hooks:
 
     method = Method(config, class_counts)          typed settings, training images per class
     groups = method.setup(network)                 replace the head, freeze, name the parameters that learn
@@ -156,20 +156,38 @@ class Classifier(Method):
 
 def names(stage: Stage | None = None) -> list[str]:
     """Names of the methods there are (of one stage)."""
-    found = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
+    found = sorted(each.name for each in pkgutil.iter_modules(methods.__path__))
     return [name for name in found if stage is None or load(name).stage == stage]
 
 
+def module(name: str) -> str:
+    """The name of a method's module."""
+    return f"{methods.__name__}.{name}"
+
+
 def load(name: str) -> type[Method]:
-    """The class `Method` of `tailcal.methods.<name>`."""
-    return importlib.import_module(f"{methods.__name__}.{name}").Method
+    """The class `Method` of a method's module."""
+    return importlib.import_module(module(name)).Method
+
+
+def resolve(name: str, block: dict[str, Any], stage: Stage) -> tuple[str, dict[str, Any]]:
+    """The method of a block of params.yaml, which is its key `method` or else its own name, and its other keys.
+
+    Raises UserError when that stage has no such method, or when the block of one method has the name of another.
+    """
+    chosen, every = block.get("method", name), names()
+    if chosen not in names(stage):
+        key = f"{stage}.{name}.method" if "method" in block else f"{stage}.{name}"
+        wrong = f"{chosen} belongs to {load(chosen).stage}" if chosen in every else "no such method"
+        raise UserError(f"{PARAMS}: {key}: {wrong}: there are {', '.join(names(stage))}")
+    if name != chosen and name in every:
+        raise UserError(
+            f"{PARAMS}: {stage}.{name}: is another method's name: give this block of {chosen} one of its own"
+        )
+    return chosen, {key: value for key, value in block.items() if key != "method"}
 
 
 def configure(name: str, block: dict[str, Any], stage: Stage) -> Strict:
-    """Check a method's block of params.yaml against its Config.
-
-    Raises UserError when no method of that name exists for that stage, or a key is wrong.
-    """
-    if name not in names(stage):
-        raise UserError(f"{PARAMS}: {stage}.{name}: no such method: there are {', '.join(names(stage))}")
-    return validate(load(name).Config, block, f"{stage}.{name}")
+    """Check a block of params.yaml against the Config of its method. Raises UserError as `resolve`, or naming a key."""
+    chosen, settings = resolve(name, block, stage)
+    return validate(load(chosen).Config, settings, f"{stage}.{name}")

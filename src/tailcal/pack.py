@@ -120,7 +120,7 @@ def _keys(listing: Listing, names: list[str]) -> tuple[np.ndarray, Bad]:
     """A key for each file, uint64 [N], never 0; and the rows whose file is missing or none."""
     from PIL import __version__
 
-    code = provenance.code_version(Path(images.__file__))
+    code = provenance.code_version(images.__name__)
     common = [os.path.realpath(listing.root), listing.size, listing.channels, code, __version__]
     start = hashlib.blake2b(json.dumps(common).encode(), digest_size=8)
     keys, bad = np.empty(len(names), np.uint64), {}

@@ -1,9 +1,9 @@
 """params.yaml and presets/, typed and strict: a wrong key is one clear line. Imports no torch.
 
 A data set on the grid is a block of `datasets`, or else the file `presets/<name>.yaml`, which holds such a block. The
-blocks under `representations` and `classifiers` belong to the methods of the same name; each method file declares its
-own Config, which `tailcal.method.configure` applies. The block `source` of a data set belongs to a module of
-`tailcal.sources` in the same way.
+blocks under `representations` and `classifiers` belong to the methods that their key `method` names, or else to those
+of the same name; each method file declares its own Config, which `tailcal.method.configure` applies. The block `source`
+of a data set belongs to a module of `tailcal.sources` in the same way.
 """
 
 import re
@@ -277,6 +277,11 @@ class Params(Strict):
                     )
                     known = ", ".join(sorted(getattr(self, axis)))
                     raise ValueError(f"grid.{axis} names {name}, which {wrong}: use one of {known}")
+        if both := sorted(self.representations.keys() & self.classifiers.keys()):
+            raise ValueError(
+                f"classifiers.{both[0]}: representations has a block of that name too, and overrides could not tell "
+                "them apart: use another name"
+            )
         return self
 
 
@@ -422,6 +427,11 @@ def resolve(p: Params, found: Dataset, file: Path, block: str) -> Dataset:
     for key, recipe in used.items():
         if recipe not in known:
             raise UserError(f"{found.key(key)}: there is no recipe {recipe!r}: there are {', '.join(sorted(known))}")
+    if chosen := [name for name, override in found.overrides.items() if "method" in override.settings]:
+        raise UserError(
+            f"{found.key(f'overrides.{chosen[0]}.method')}: a data set cannot choose another method: give it a block "
+            f"of its own in {PARAMS}"
+        )
     if unknown := sorted(set(found.overrides) - set(p.representations) - set(p.classifiers)):
         raise UserError(f"{found.key('overrides')}.{unknown[0]}: no method of that name has a block in {PARAMS}")
     return found

@@ -1,12 +1,14 @@
 """One seed's predictions as a file: logits of the test split, never seen in training, and of the hold-out."""
 
-from dataclasses import asdict, dataclass
+import hashlib
+import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tailcal.errors import UserError
-from tailcal.files import atomic, read_arrays, verify
+from tailcal.files import read_arrays, verify, write_bytes
 from tailcal.metrics.scores import check
 
 
@@ -19,10 +21,12 @@ class Predictions:
     holdout_logits: np.ndarray
     holdout_labels: np.ndarray
 
-    def write(self, path: Path) -> None:
-        """Write them atomically, as .npz."""
-        with atomic(path) as stream:
-            np.savez(stream, **asdict(self))
+    def write(self, path: Path) -> str:
+        """Write them atomically, as .npz; returns the file's SHA-256."""
+        stream = io.BytesIO()
+        np.savez(stream, **vars(self))
+        write_bytes(path, content := stream.getvalue())
+        return hashlib.sha256(content).hexdigest()
 
 
 def read(path: Path, expected: str | None, K: int) -> Predictions:

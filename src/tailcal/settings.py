@@ -1,7 +1,8 @@
 """What one training goes by, once the data set's overrides have been applied to the method's block.
 
-The stage `check` writes these settings to one small file a training. DVC compares those files, so a change reruns
-exactly the trainings whose own settings it changes, however it came about: a recipe, a preset, a method's block.
+The stage `check` writes these settings to one small file a training, with a digest of its code. DVC compares those
+files, so a change reruns exactly the trainings whose own settings it changes, however it came about: a recipe, a
+preset, a method's block, a method's file.
 """
 
 from dataclasses import dataclass, fields
@@ -21,10 +22,12 @@ RECIPE = {"representations": "represent", "classifiers": "calibrate"}  # the dat
 class Training:
     """Everything that one training depends on, but for code, data, seed and (stage 2) the representation.
 
-    `backbone` is None in stage 2, where it is the representation's; `recipe` is None for a method that takes no step;
-    `pretrained` is None for a backbone that begins at random.
+    `name` is the block's, as on the grid; `method` is the file's. `backbone` is None in stage 2, where it is the
+    representation's; `recipe` is None for a method that takes no step; `pretrained` is None for a backbone that begins
+    at random.
     """
 
+    name: str
     method: str
     settings: Strict
     augmentation: Augmentation
@@ -44,11 +47,13 @@ class Training:
 
 
 def training(p: Params, dataset_name: str, name: str, stage: Stage, root: Path = Path()) -> Training:
-    """The settings of one method on one data set; presets lie below `root`. Raises UserError naming the wrong key."""
+    """The settings of one block on one data set; presets lie below `root`. Raises UserError naming the wrong key."""
     dataset = params.dataset(p, dataset_name, root)
     override = dataset.overrides.get(name, Override())
     block = params.chosen(getattr(p, stage), name, stage)
-    config = method.configure(name, block, stage)
+    chosen, own = method.resolve(name, block, stage)
+    Method = method.load(chosen)
+    config = params.validate(Method.Config, own, f"{stage}.{name}")
     backbone = recipe_name = pretrained = None
     if stage == "representations":
         key = f"overrides.{name}.backbone" if override.backbone else "backbone"
@@ -61,22 +66,22 @@ def training(p: Params, dataset_name: str, name: str, stage: Stage, root: Path =
             raise UserError(f"{dataset.key(key)}: must be one of {', '.join(models.BACKBONES)}, got {backbone!r}")
     elif override.backbone:
         raise UserError(f"{dataset.key(f'overrides.{name}.backbone')}: a classifier has no backbone of its own")
-    trained = method.load(name).trained
-    if override.recipe and not trained:
+    if override.recipe and not Method.trained:
         raise UserError(f"{dataset.key(f'overrides.{name}.recipe')}: {name} takes no training step, so has no recipe")
-    if trained:
+    if Method.trained:
         recipe_name = override.recipe or getattr(dataset, RECIPE[stage])
     if override.settings:
         # The block alone was right, so what is wrong with both together is the override's.
-        config = dataset.validate_block(type(config), block | override.settings, f"overrides.{name}")
-    own = recipe_name in dataset.recipes
+        config = dataset.validate_block(Method.Config, own | override.settings, f"overrides.{name}")
+    own_recipe = recipe_name in dataset.recipes
     return Training(
         name,
+        chosen,
         config,
         dataset.augmentation,
         backbone,
         recipe_name,
-        dataset.recipes[recipe_name] if own else p.recipes.get(recipe_name),
+        dataset.recipes[recipe_name] if own_recipe else p.recipes.get(recipe_name),
         pretrained,
-        dataset.key(f"recipes.{recipe_name}") if own else f"{PARAMS}: recipes.{recipe_name}",
+        dataset.key(f"recipes.{recipe_name}") if own_recipe else f"{PARAMS}: recipes.{recipe_name}",
     )

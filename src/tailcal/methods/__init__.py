@@ -1,1 +1,1 @@
-"""One file a method; the file's name is the method's name in params.yaml. See tailcal.method for the contract."""
+"""One file a method; blocks of params.yaml use it by its name. See tailcal.method for the contract."""

@@ -110,7 +110,12 @@ class ImageFiles(Source):
 
 def kinds() -> list[str]:
     """Names of the sources there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(each.name for each in pkgutil.iter_modules(__path__))
+
+
+def module(kind: str) -> str:
+    """The name of a source's module."""
+    return f"{__name__}.{kind}"
 
 
 def same_name(names: Sequence[str]) -> tuple[int, int] | None:
@@ -131,7 +136,7 @@ def configure(dataset: Dataset) -> Source:
     kind = dataset.source.get("kind")
     if kind not in kinds():
         raise UserError(f"{dataset.key('source.kind')}: must be one of {', '.join(kinds())}, got {kind!r}")
-    config = dataset.validate_block(importlib.import_module(f"{__name__}.{kind}").Config, dataset.source, "source")
+    config = dataset.validate_block(importlib.import_module(module(kind)).Config, dataset.source, "source")
     config._block = dataset.key("source")
     return config
 
@@ -146,4 +151,4 @@ def record(config: Source) -> dict[str, Any]:
 
 def load(config: Source, downloads: Path) -> Raw | Listing:
     """Fetch the images. `downloads` keeps archives between runs. Raises UserError when they cannot be had whole."""
-    return importlib.import_module(f"{__name__}.{config.kind}").load(config, downloads)
+    return importlib.import_module(module(config.kind)).load(config, downloads)

@@ -1,1 +1,0 @@
-mislas.py
