@@ -60,9 +60,7 @@ def prepare(p: params.Params, name: str) -> None:
     dataset = params.dataset(p, name)
     config = sources.configure(dataset)
     made = {
-        "code": provenance.code_version(
-            *(Path(__file__).with_name(f"{stage}.py") for stage in ("download", "subsample"))
-        ),
+        "code": provenance.code_version("stages.download", "stages.subsample", sources.module(config.kind)),
         "source": config.model_dump(mode="json"),
         "imbalance": dataset.imbalance.record(),
         "holdout_per_class": dataset.holdout_per_class,
@@ -90,7 +88,8 @@ def best_on_test(
     network = read_upstream(paths.representation(where["dataset"], where["representation"]) / "provenance.json")[
         "network"
     ]
-    block = settings.training(p, where["dataset"], classifier, "classifiers").settings.model_dump()
+    training = settings.training(p, where["dataset"], classifier, "classifiers")
+    block = training.settings.model_dump()
     dataset = params.dataset(p, where["dataset"])
     images, labels = splits.read_split(longtail, "test")
     data = store.Images(
@@ -103,7 +102,7 @@ def best_on_test(
             return None
         networks = []
         for path in late:
-            networks.append(predict.build(network, classifier, block, counts.tolist(), path))
+            networks.append(predict.build(network, training.method, block, counts.tolist(), path))
             networks[-1].load_state_dict(load_file(path))
         logits = train.predict(networks, data, p.runtime)
         best.append(max((measure(one, labels, counts, bins) for one in logits), key=lambda numbers: numbers["top1"]))
