@@ -15,6 +15,7 @@ FIGURES = Path("plots/figures")
 RELIABILITY = Path("plots/reliability.json")
 REPORT = Path("plots/report.html")
 PUBLISHED = Path("metrics/published/cells")
+OVERVIEW = Path("metrics/published/overview.md")
 COSTS_PAGE = Path("plots/costs.html")
 
 

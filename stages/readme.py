@@ -1,4 +1,4 @@
-"""Put metrics/table.md into README.md, between its two markers. Not a stage of DVC: run it on final results."""
+"""Put the tables into README.md, each between its two markers. Not a stage of DVC: run it on final results."""
 
 from pathlib import Path
 
@@ -7,17 +7,20 @@ from tailcal.errors import UserError, run
 from tailcal.files import write_text
 
 README = Path("README.md")
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+TABLES = {"table": paths.TABLE_TEXT, "published": paths.OVERVIEW}  # marker: what stands between its two ends
 
 
 def main() -> None:
     """Replace what lies between the markers; everything else of README.md stays as it is."""
-    text, table = _read(README), _read(paths.TABLE_TEXT)
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"{README}: must have the markers {BEGIN} and {END}, in this order")
-    write_text(README, f"{before}{BEGIN}\n\n{table.strip()}\n\n{END}{after}")
+    text = _read(README)
+    for marker, path in TABLES.items():
+        begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise UserError(f"{README}: must have the markers {begin} and {end}, in this order")
+        text = f"{before}{begin}\n\n{_read(path).strip()}\n\n{end}{after}"
+    write_text(README, text)
 
 
 def _read(path: Path) -> str:

@@ -11,27 +11,31 @@ import pandas as pd
 from stages import paths
 from tailcal import lock, plan, published
 from tailcal.errors import run
-from tailcal.files import write_text
+from tailcal.files import write_json, write_text
 
 REFERENCES = Path("references/published.csv")
 TEXT = Path("metrics/published/tables.md")
 ROWS = Path("metrics/published/tables.csv")
 PAIRS = Path("metrics/published/footing.csv")
+SUMMARY = Path("metrics/published/summary.json")
+EVERYTHING = "dvc repro --force published/dvc.yaml"
 
 
 def main() -> None:
-    with lock.alone(paths.LOCKS, TEXT, ROWS, PAIRS):
+    with lock.alone(paths.LOCKS, TEXT, ROWS, PAIRS, SUMMARY, paths.OVERVIEW):
         tables()
 
 
 def tables() -> None:
-    """Write the three files. Raises UserError when one that is read is missing or wrong."""
+    """Write the five files. Raises UserError when one that is read is missing or wrong."""
     cells = published.read_measured(paths.PUBLISHED)
     papers = published.compare(published.read_references(REFERENCES), cells)
     footings = [published.footing_table(name, footing, cells) for name, footing in plan.read().footing.items()]
     sections = [published.published_markdown(name, rows, _command(name)) for name, rows in papers.items()]
     sections += [published.footing_markdown(table, _command(table.footing.table)) for table in footings]
     write_text(TEXT, "\n".join([published.INTRODUCTION, *sections]))
+    write_text(paths.OVERVIEW, published.overview(papers, footings, EVERYTHING))
+    write_json(SUMMARY, published.summary(cells))
     _write(ROWS, published.comparison_rows(papers))
     _write(PAIRS, published.pair_rows(footings))
 

@@ -351,18 +351,25 @@ def test_report_imports_no_torch():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_readme_block_is_replaced_and_stays():
+BLOCKS = "# Title\n\n{0}\n{1}\n{2}\n\nbetween\n\n{3}\n{4}\n{5}\n\nafter\n"
+MARKERS = [f"<!-- {name}:{end} -->" for name in readme.TABLES for end in ("begin", "end")]
+
+
+def test_readme_blocks_are_replaced_and_stay():
     report.main()
-    text = f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n"
-    readme.README.write_text(text)
+    paths.OVERVIEW.parent.mkdir(parents=True)
+    paths.OVERVIEW.write_text("what was published\n")
+    first, first_end, second, second_end = MARKERS
+    readme.README.write_text(BLOCKS.format(first, "old", first_end, second, "older", second_end))
     readme.main()
     once = readme.README.read_text()
-    assert once == f"# Title\n\n{readme.BEGIN}\n\n{paths.TABLE_TEXT.read_text().strip()}\n\n{readme.END}\n\nafter\n"
+    table = f"\n{paths.TABLE_TEXT.read_text().strip()}\n"
+    assert once == BLOCKS.format(first, table, first_end, second, "\nwhat was published\n", second_end)
     readme.main()
     assert readme.README.read_text() == once
 
 
-@pytest.mark.parametrize("text", [None, "no markers", f"{readme.END}\n{readme.BEGIN}"])
+@pytest.mark.parametrize("text", [None, "no markers", f"{MARKERS[1]}\n{MARKERS[0]}"])
 def test_readme_without_markers(text):
     report.main()
     if text is not None:

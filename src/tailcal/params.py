@@ -397,11 +397,12 @@ def dataset(p: Params, name: str, root: Path = Path()) -> Dataset:
     Raises UserError (one line) when there is neither, when the preset is wrong, or when it uses a name without a block.
     """
     preset = PRESETS / f"{name}.yaml"
-    if name in p.datasets and (root / preset).exists():
+    if (found := p.datasets.get(name)) and found._file:
+        return found
+    if found and (root / preset).exists():
         raise UserError(f"{PARAMS}: datasets.{name} is also the file {preset}: rename one of the two")
-    if name in p.datasets:
-        found = p.datasets[name]
-        return found if found._file else resolve(p, found, PARAMS, f"datasets.{name}.")
+    if found:
+        return resolve(p, found, PARAMS, f"datasets.{name}.")
     if (root / preset).is_file():
         return resolve(p, validate(Dataset, read(root / preset), "", preset), preset, "")
     if (root / preset).exists() or (root / preset).is_symlink():

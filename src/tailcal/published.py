@@ -18,7 +18,7 @@ from scipy.stats import bootstrap
 from tailcal import files, params
 from tailcal.errors import UserError
 from tailcal.plan import Footing
-from tailcal.tables import DASH, MARK, Table
+from tailcal.tables import DASH, HEADLINE, MARK, Table
 
 TITLES = {
     "mislas": "MiSLAS (Zhong et al. 2021)",
@@ -505,6 +505,50 @@ def footing_table(name: str, footing: Footing, cells: Cells) -> FootingTable:
     pairs = paired(np.stack([found[position].correct for position in kept])) if kept else []
     pairs = [replace(pair, row=kept[pair.row], column=kept[pair.column]) for pair in pairs]
     return FootingTable(name, footing, found, missing, pairs)
+
+
+def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], command: str) -> str:
+    """What a first page shows: each published row that has been measured, and the methods of each footing table.
+
+    command: what measures the rows that are missing.
+    """
+    rows = [row for table in papers.values() for row in table]
+    measured = [row for row in rows if row.numbers]
+    said = f"{len(measured)} of the {len(rows)} published rows have been measured here."
+    if len(measured) < len(rows):
+        said += f" `{command}` measures the others; they need a GPU."
+    parts = [said]
+    if measured:
+        header = ["data set", "method", "published", "ours", "published ECE", "our ECE", "seeds", "s a network"]
+        parts += [_caption(measured), Table(header, [_short(row) for row in measured]).markdown().rstrip()]
+    for table in footings:
+        if table.methods:
+            parts += [f"**{table.footing.title}**", _footing_caption(table)]
+            parts.append(_footing_numbers(table.methods).markdown().rstrip())
+    if any(row.numbers.transductive for row in measured) or any(
+        method.numbers.transductive for table in footings for method in table.methods
+    ):
+        parts.append(_TRANSDUCTIVE)
+    return "\n\n".join(parts) + "\n"
+
+
+def _short(row: Comparison) -> list[tuple[str, bool]]:
+    published, ours = row.reference, row.numbers
+    return [
+        (published.dataset, False),
+        (_marked(published.method, ours), False),
+        (_printed(published.top1), False),
+        (_spread(ours.top1, ours.top1_std), row.misses),
+        (_printed(published.ece), False),
+        (_spread(ours.ece, ours.ece_std), False),
+        (str(row.cell.seeds), False),
+        (f"{row.cell.cost.seconds:,.0f}", False),
+    ]
+
+
+def summary(cells: Cells) -> dict[str, dict[str, float | None]]:
+    """The few numbers of each cell that `dvc metrics` lists: fractions, by data set/representation/classifier."""
+    return {"/".join(cell): {name: getattr(numbers, name) for name in HEADLINE} for cell, numbers in cells.items()}
 
 
 PAIR_COLUMNS = ["footing", "dataset", "first", "second", "difference", "low", "high", "excludes_zero", "test_images"]

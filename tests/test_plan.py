@@ -1,0 +1,234 @@
+"""The published tables from one end to the other, on a folder of a few images; and what a wrong plan is told."""
+
+import base64
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from stages import paths, tables
+from stages import published as stage
+from tailcal import params, plan
+from tailcal.errors import UserError
+from tests.conftest import ROOT
+
+CLASSES, LARGEST, TEST = 10, 20, 6
+SHORT = {"epochs": 2, "batch_size": 16, "schedule": {"shape": "cosine", "warmup": 0, "warmup_lr": 0.0}}
+PLAN = {
+    "seeds": [0, 1],
+    "tables": {
+        "mislas": {
+            "late_epochs": 1,
+            "grids": [
+                {"datasets": ["small"], "representations": ["ce"], "classifiers": ["joint", "mislas", "tau_norm"]}
+            ],
+        },
+        "later": {
+            "late_epochs": 2,
+            "grids": [{"datasets": ["small"], "representations": ["mixup"], "classifiers": ["joint"]}],
+        },
+    },
+    "datasets": {
+        "small": {
+            "preset": "cifar10_lt_10",
+            "backbone": "resnet8",
+            "recipes": {"mislas": SHORT, "mislas_stage2": SHORT},
+        }
+    },
+    "footing": {
+        "small": {
+            "title": "A few images",
+            "table": "mislas",
+            "dataset": "small",
+            "rows": [{"representation": "ce", "classifier": name} for name in ("joint", "mislas")],
+        }
+    },
+}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """The project's parameters with a small plan, and a folder of images: random ones, brighter with the class."""
+    for name in ("params.yaml", "presets", "references"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "published").mkdir()
+    (tmp_path / plan.PLAN).write_text(yaml.safe_dump(PLAN, sort_keys=False))
+    rng = np.random.default_rng(0)
+    counts = {"train": [round(LARGEST * 0.1 ** (k / 9)) + 1 for k in range(CLASSES)], "test": [TEST] * CLASSES}
+    for split, numbers in counts.items():
+        for k, number in enumerate(numbers):
+            folder = tmp_path / f"images/cifar10/{split}/class{k}"
+            folder.mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(rng.integers(0, 60 + 19 * k, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage, "OFFICIAL", {"cifar10": LARGEST})
+    return tmp_path
+
+
+@pytest.fixture
+def run(project, monkeypatch):
+    """Run the stage with some options; returns the cells' files by name."""
+
+    def published(*options):
+        monkeypatch.setattr(sys, "argv", ["published", *options])
+        try:
+            stage.main()
+        finally:
+            monkeypatch.chdir(project)
+        return {str(path.relative_to(paths.PUBLISHED)): path for path in sorted(paths.PUBLISHED.rglob("*.json"))}
+
+    return published
+
+
+def change(edit):
+    """Change the plan that lies in the project."""
+    content = json.loads(json.dumps(PLAN))
+    edit(content)
+    plan.PLAN.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.pipeline
+def test_a_table_from_images_to_its_page(run):
+    found = run("--table", "mislas", "--images", "images")
+    assert list(found) == ["small/ce/joint.json", "small/ce/mislas.json", "small/ce/tau_norm.json"]
+    cells = {path.stem: read(path) for path in found.values()}
+    for name, cell in cells.items():
+        assert (cell["seeds"], cell["epochs"], cell["backbone"], cell["test_images"]) == (2, 2, "resnet8", 60)
+        assert cell["data"] == {"train_images": sum([20, 15, 11, 9, 7, 5, 4, 3, 2, 2]), "official": False}
+        assert cell["provenance"]["diagnostics"] == {"late_epochs": 1}
+        bits = [
+            np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:60] for text in cell["correct"].values()
+        ]
+        assert np.mean(bits) == pytest.approx(cell["top1"], abs=1e-6)
+        if name == "tau_norm":  # it takes no step, so it has no epochs
+            assert cell["best_on_test"] is None
+        else:  # the best of the last epoch alone is the last epoch
+            last = {key: cell[key] for key in ("top1", "top1_std", "ece", "ece_std")}
+            assert cell["best_on_test"] == {"epochs": 1} | last
+    assert {path.name for path in Path("data").iterdir()} == {"downloads", "published"}
+    assert not Path("metrics/cells").exists()
+
+    tables.main()
+    page = paths.OVERVIEW.read_text()
+    assert "A few images" in page
+    assert "fair draw" in page
+    assert "ce/mislas" in tables.TEXT.read_text()
+    assert read(tables.SUMMARY)["small/ce/joint"]["top1"] == cells["joint"]["top1"]
+
+    before = {name: path.read_bytes() for name, path in found.items()}
+    times = {name: path.stat().st_mtime_ns for name, path in found.items()}
+    run("--table", "mislas", "--images", "images", "--missing")
+    assert {name: path.stat().st_mtime_ns for name, path in found.items()} == times
+    run("--table", "mislas", "--images", "images")  # everything again, from the last checkpoints
+    assert {name: path.read_bytes() for name, path in found.items()} == before
+
+
+@pytest.mark.pipeline
+def test_late_epochs_change_nothing_but_the_diagnostic(run):
+    best = read(run("--table", "later", "--images", "images")["small/mixup/joint.json"])
+    change(lambda content: content["tables"]["later"].update(late_epochs=0))
+    none = read(run("--table", "later", "--images", "images")["small/mixup/joint.json"])
+    assert none["best_on_test"] is None
+    assert "diagnostics" not in none["provenance"]
+    assert best["best_on_test"]["epochs"] == 2
+    assert best["best_on_test"]["top1"] >= best["top1"]
+    different = {"best_on_test", "cost", "provenance"}
+    assert {k: v for k, v in best.items() if k not in different} == {
+        k: v for k, v in none.items() if k not in different
+    }
+
+
+def test_a_variant_is_its_preset_but_for_what_it_says():
+    chosen, p = plan.load(params.load(ROOT / "params.yaml"), ROOT / plan.PLAN)
+    plain, decay = p.datasets["cifar100_lt_50"], p.datasets["cifar100_lt_50_decay"]
+    assert {key for key in plain.model_fields_set | {"recipes"} if getattr(plain, key) != getattr(decay, key)} == {
+        "recipes"
+    }
+    for name in ("mislas", "mislas_stage2"):
+        assert decay.recipes[name] == p.recipes[name].model_copy(update={"weight_decay": 5e-4})
+    assert p.seeds == chosen.seeds
+    assert p.datasets["footing_cpu"].key("backbone").endswith("published/params.yaml: datasets.footing_cpu.backbone")
+
+
+def test_every_cell_of_the_plan_can_be_trained():
+    """Its settings are right, and what a footing compares differs in nothing but the method."""
+    chosen, p = plan.load(params.load(ROOT / "params.yaml"), ROOT / plan.PLAN)
+    for table in chosen.tables.values():
+        for dataset, representation, classifiers in table.cells():
+            stage.settings.training(p, dataset, representation, "representations")
+            for classifier in classifiers:
+                stage.settings.training(p, dataset, classifier, "classifiers")
+    for name in ("footing_standard", "footing_strong", "footing_cpu"):
+        footing = chosen.footing[name]
+        for kind, stage_name in (("representation", "representations"), ("classifier", "classifiers")):
+            names = {getattr(row, kind) for row in footing.rows}
+            trained = [stage.settings.training(p, footing.dataset, each, stage_name) for each in names]
+            recipes = [t.recipe.model_copy(update={"sam_rho": 0.0}) for t in trained if t.recipe]
+            assert all(recipe == recipes[0] for recipe in recipes), name
+            assert len({t.backbone for t in trained}) == 1
+            augmentations = {t.settings.augmentation for t in trained if t.recipe}
+            assert augmentations == {"strong" if name == "footing_strong" else "standard"}, (name, kind)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["tables"]["later"].update(late=1), r"published/params.yaml: tables.later.late: unknown key"),
+        (
+            lambda c: c["tables"]["later"]["grids"][0].update(representations=["ce"]),
+            r"tables.later.late_epochs is 2: must be 1 as in tables.mislas, which trains small/ce too",
+        ),
+        (lambda c: c["footing"]["small"].update(table="none"), "footing.small.table: there is no none: use one of mis"),
+        (lambda c: c["footing"]["small"].update(dataset="big"), "tables.mislas does not train big/ce/joint"),
+        (
+            lambda c: c["datasets"]["small"].update(preset="cifar"),
+            "datasets.small.preset: there is no presets/cifar.yaml",
+        ),
+        (
+            lambda c: c["datasets"]["small"].update(backbon="x"),
+            "published/params.yaml: datasets.small.backbon: unknown key",
+        ),
+        (
+            lambda c: c["datasets"]["small"]["recipes"]["mislas"].update(lr=-1.0),
+            "published/params.yaml: datasets.small.recipes.mislas.lr: ",
+        ),
+        (
+            lambda c: c["datasets"]["small"].update(represent="fast"),
+            "datasets.small.represent: there is no recipe 'fast'",
+        ),
+        (
+            lambda c: c["datasets"]["small"].update(backbone="resnet7"),
+            "published/params.yaml: datasets.small.backbone: must be one of",
+        ),
+        (lambda c: c["tables"]["later"]["grids"][0].update(datasets=["nowhere"]), "no data set nowhere"),
+    ],
+)
+def test_a_wrong_plan_is_named(run, edit, message):
+    change(edit)
+    with pytest.raises(UserError, match=message) as caught:
+        run("--images", "images")
+    assert "\n" not in str(caught.value)
+    assert not Path("data/published").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--table", "marc"), "--table marc: there is none of that name: there are mislas, later"),
+        (("--dataset", "big"), "nothing is asked for: no table has such a data set and representation"),
+        (("--images", "elsewhere"), "elsewhere/cifar10: there is no such folder"),
+    ],
+)
+def test_a_wrong_option_is_named(run, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(*options)
+    assert "\n" not in str(caught.value)
