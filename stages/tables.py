@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from stages import paths
-from tailcal import lock, plan, published
+from tailcal import lock, plan, published, published_page, references
 from tailcal.errors import run
 from tailcal.files import write_json, write_text
 
@@ -29,12 +29,12 @@ def main() -> None:
 def tables() -> None:
     """Write the five files. Raises UserError when one that is read is missing or wrong."""
     cells = published.read_measured(paths.PUBLISHED)
-    papers = published.compare(published.read_references(REFERENCES), cells)
+    papers = published.compare(references.read_references(REFERENCES), cells)
     footings = [published.footing_table(name, footing, cells) for name, footing in plan.read().footing.items()]
-    sections = [published.published_markdown(name, rows, _command(name)) for name, rows in papers.items()]
-    sections += [published.footing_markdown(table, _command(table.footing.table)) for table in footings]
-    write_text(TEXT, "\n".join([published.INTRODUCTION, *sections]))
-    write_text(paths.OVERVIEW, published.overview(papers, footings, EVERYTHING))
+    sections = [published_page.paper(name, rows, _command(name)) for name, rows in papers.items()]
+    sections += [published_page.footing(table, _command(table.footing.table)) for table in footings]
+    write_text(TEXT, "\n".join([published_page.INTRODUCTION, *sections]))
+    write_text(paths.OVERVIEW, published_page.overview(papers, footings, EVERYTHING))
     write_json(SUMMARY, published.summary(cells))
     _write(ROWS, published.comparison_rows(papers))
     _write(PAIRS, published.pair_rows(footings))

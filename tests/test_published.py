@@ -13,12 +13,12 @@ import pytest
 
 from stages import paths
 from stages import tables as stage
-from tailcal import params, plan, published
+from tailcal import params, plan, published, published_page, references
 from tailcal.errors import UserError
 from tests.conftest import ROOT
 
 REFERENCES = ROOT / "references/published.csv"
-HEADER = ",".join(published.COLUMNS)
+HEADER = ",".join(references.COLUMNS)
 IMAGES = 400
 FOOTING = """\
 seeds: [0]
@@ -119,9 +119,9 @@ def rows(text):
 
 
 def test_names_are_known():
-    references, p = published.read_references(REFERENCES), params.load(ROOT / "params.yaml")
-    assert {row.table for row in references} == set(published.TITLES)
-    for row in references:
+    published_rows, p = references.read_references(REFERENCES), params.load(ROOT / "params.yaml")
+    assert {row.table for row in published_rows} == set(references.TITLES)
+    for row in published_rows:
         assert row.representation in p.representations
         assert row.classifier in p.classifiers
         assert row.rule in ("", *p.evaluate.posthoc)
@@ -149,7 +149,7 @@ def test_numbers_are_those_that_the_presets_aim_at():
                 listed.add((path.stem, *cell, *numbers))
     ours = {
         (row.dataset, row.representation, row.classifier, row.rule, row.top1, row.ece)
-        for row in published.read_references(REFERENCES)
+        for row in references.read_references(REFERENCES)
         if "first release" not in row.source  # the presets aim at the second one
     }
     assert len(listed) > 50
@@ -181,7 +181,7 @@ GOOD = "mislas,MiSLAS,cifar100_lt_100,mixup,mislas,,ResNet-32,200+10,47.0,4.83,s
 def test_a_wrong_line_is_named(text, message):
     stage.REFERENCES.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=f"references/published.csv:? ?{message}") as caught:
-        published.read_references(stage.REFERENCES)
+        references.read_references(stage.REFERENCES)
     assert "\n" not in str(caught.value)
 
 
@@ -193,14 +193,14 @@ def test_no_references_at_all():
 
 def test_nothing_has_been_run():
     stage.main()
-    assert headings() == [*published.TITLES.values(), "Everything on one footing", "Not run"]
-    for name, title in published.TITLES.items():
+    assert headings() == [*references.TITLES.values(), "Everything on one footing", "Not run"]
+    for name, title in references.TITLES.items():
         text = section(title)
         assert "Nothing of this table has been run yet." in text
         assert f"rows have not been measured. `python -m stages.published --table {name}` runs them." in text
         assert {tuple(row[4:10]) for row in rows(text)[1:]} == {("—",) * 6}
     assert section("Not run").endswith("Not run yet: `python -m stages.published --table short` runs it.\n")
-    assert len(pd.read_csv(stage.ROWS)) == len(published.read_references(REFERENCES))
+    assert len(pd.read_csv(stage.ROWS)) == len(references.read_references(REFERENCES))
     assert pd.read_csv(stage.ROWS)["top1"].isna().all()
     assert pd.read_csv(stage.PAIRS).empty
 
@@ -243,11 +243,11 @@ def test_the_numbers_of_a_row():
 def test_the_border_of_a_miss(top1, deviation, misses):
     cell = published.Measured.model_validate(measured(predictions(0.4, 0.5)) | {"top1": top1, "top1_std": deviation})
     (reference,) = [
-        row for row in published.read_references(REFERENCES) if row.top1 == 47.0 and row.classifier == "mislas"
+        row for row in references.read_references(REFERENCES) if row.top1 == 47.0 and row.classifier == "mislas"
     ]
     comparison = published.Comparison(reference, cell)
     assert comparison.misses is misses
-    text = published.published_markdown("mislas", [comparison], "command")
+    text = published_page.paper("mislas", [comparison], "command")
     shown = rows(text)[1][5]
     assert (shown == f"**{shown.strip('*')}**") is misses
     assert ("- cifar100_lt_100, MiSLAS: " in text) is misses

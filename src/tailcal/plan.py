@@ -12,6 +12,12 @@ from tailcal.errors import UserError
 from tailcal.params import Dataset, Grid, Params, Seeds, Strict, Word, Words
 
 PLAN = Path("published/params.yaml")
+PLAIN = ("", "none")  # no post-hoc rule, as the references and as the project's own tables say it
+
+
+def cell_name(representation: str, classifier: str, rule: str = "none") -> str:
+    """How a table calls the predictions of a cell, after a post-hoc rule or (PLAIN) after none."""
+    return f"{representation}/{classifier}" + ("" if rule in PLAIN else f" + {rule}")
 
 
 class Variant(BaseModel):
@@ -34,7 +40,7 @@ class Row(Strict):
     @property
     def name(self) -> str:
         """How a table calls it."""
-        return f"{self.representation}/{self.classifier}" + ("" if self.rule == "none" else f" + {self.rule}")
+        return cell_name(self.representation, self.classifier, self.rule)
 
 
 class Footing(Strict):
