@@ -145,12 +145,13 @@ class Outcome(Strict):
 
 
 class Verdict(Strict):
-    """A mode beside the reference: differences of the means, the first epoch's loss of the seed that is furthest off
-    (relative), and what the mode is refused for, if anything."""
+    """A mode beside the reference: differences of the means, how far off the first epoch's loss is at the worst seed,
+    relative and in absolute terms, and what the mode is refused for, if anything."""
 
     top1: float
     ece: float
     first_epoch_loss: float
+    first_epoch_absolute: float
     same_bits: bool
     refused_for: list[str]
     accepted: bool
@@ -192,7 +193,8 @@ def judge(reference: Outcome, other: Outcome, mode: Mode) -> Verdict:
     # The numbers have six digits; a difference that equals a deviation must not fail for its seventeenth.
     top1, ece = round(other.top1 - reference.top1, 6), round(other.ece - reference.ece, 6)
     pairs = [(seed, other.seeds[name]) for name, seed in reference.seeds.items()]
-    loss = max(abs(b.first_epoch_loss - a.first_epoch_loss) / abs(a.first_epoch_loss) for a, b in pairs)
+    off = [abs(b.first_epoch_loss - a.first_epoch_loss) for a, b in pairs]
+    loss = max(difference / abs(a.first_epoch_loss) for difference, (a, _) in zip(off, pairs, strict=True))
     same_bits = all(a.sha256 == b.sha256 for a, b in pairs)
     if mode.exact:
         failed = {"bits": not same_bits}
@@ -207,6 +209,7 @@ def judge(reference: Outcome, other: Outcome, mode: Mode) -> Verdict:
         top1=top1,
         ece=ece,
         first_epoch_loss=round(loss, 6),
+        first_epoch_absolute=round(max(off), 6),
         same_bits=same_bits,
         refused_for=refused_for,
         accepted=not refused_for,
@@ -239,7 +242,8 @@ def table(record: Record) -> Table:
         rows.append([cell.name, REFERENCE, *_numbers(cell.reference), *[DASH] * 3, _seconds(cell.reference), DASH])
         for name, held in cell.modes.items():
             verdict = held.verdict
-            beside = [_signed(verdict.top1), _signed(verdict.ece), f"{100 * verdict.first_epoch_loss:.2f}%"]
+            loss = f"{100 * verdict.first_epoch_loss:.2f}% ({verdict.first_epoch_absolute:.4f})"
+            beside = [_signed(verdict.top1), _signed(verdict.ece), loss]
             accepted = "yes" if verdict.accepted else f"no: {', '.join(verdict.refused_for)}"
             rows.append([cell.name, name, *_numbers(held.outcome), *beside, _seconds(held.outcome), accepted])
     return Table(HEADER, [[(text, False) for text in row] for row in rows])
@@ -258,7 +262,8 @@ def markdown(record: Record) -> str:
             "standard deviation over seeds, for top-1 and for ECE, and the mean loss of stage 1's first epoch is off "
             f"by at most a tolerance, relative, at every seed: {', '.join(tolerances)}. By chance alone, networks of "
             f"the reference with {seeds} other seeds would be refused for top-1 about {by_chance(seeds):.0%} of the "
-            "time, and for ECE as often."
+            "time, and for ECE as often. In brackets is the largest absolute difference of that loss: a loss that has "
+            "terms of both signs may lie near 0, where a small difference is a large share."
         )
     if exact:
         rules.append(
