@@ -7,14 +7,13 @@ where it was. It stands outside the pipeline: see published/dvc.yaml.
 
 import argparse
 import base64
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
 
-from stages import paths
+from stages import paths, workspace
 from stages.calibrate import calibrate, read_upstream
 from stages.download import download
 from stages.evaluate import evaluate, read_classes
@@ -206,20 +205,15 @@ def main() -> None:
         images = args.images.resolve()
         p = p.model_copy(update={"datasets": {name: from_folder(d, images) for name, d in p.datasets.items()}})
 
-    (WORKSPACE / "data").mkdir(parents=True, exist_ok=True)
-    downloads = WORKSPACE / "data/downloads"
-    if not downloads.is_symlink():
-        downloads.symlink_to(Path("data/downloads").resolve())
-    Path("data/downloads").mkdir(exist_ok=True)
-    os.chdir(WORKSPACE)
-    for (dataset, representation, late_epochs), classifiers in asked.items():
-        todo = [
-            name
-            for name in dict.fromkeys(classifiers)
-            if not (args.missing and (out / dataset / representation / f"{name}.json").exists())
-        ]
-        if todo:
-            cells(p, late_epochs, dataset, representation, todo, out)
+    with workspace.inside(WORKSPACE):
+        for (dataset, representation, late_epochs), classifiers in asked.items():
+            todo = [
+                name
+                for name in dict.fromkeys(classifiers)
+                if not (args.missing and (out / dataset / representation / f"{name}.json").exists())
+            ]
+            if todo:
+                cells(p, late_epochs, dataset, representation, todo, out)
 
 
 if __name__ == "__main__":

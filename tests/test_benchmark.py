@@ -232,7 +232,7 @@ def test_gpu_the_profiler_sees_the_kernels(replicas, cuda_graphs):
 def test_the_stage_writes_its_numbers_and_the_pipeline_does_not_see_it(project):
     p = project()
     (p.root / cases.FILE).write_text(TINY)
-    output = p.run("dvc", "repro", "--force", "benchmark/dvc.yaml")
+    output = p.run("dvc", "repro", "--force", "benchmark/dvc.yaml:benchmark")
     assert "| one " in output
     assert "represent" not in output
     record = json.loads((p.root / "metrics/benchmark.json").read_text())

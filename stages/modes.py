@@ -1,0 +1,142 @@
+"""See whether faster ways of training may stand in for the reference: metrics/modes.json, and metrics/modes.md to read.
+
+What is trained, benchmark/modes.yaml says, and by what rule a mode is accepted, the table. The stages are those of the
+pipeline, run here one after the other in a folder of its own for each mode, data/modes/<mode>, so that the results of
+the grid are left alone. A run that is interrupted goes on where it was. It stands outside the pipeline: see
+benchmark/dvc.yaml.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from stages import paths, published, workspace
+from stages.calibrate import calibrate
+from stages.evaluate import evaluate, read_cell, read_classes
+from stages.represent import represent
+from tailcal import errors, files, lock, method, params, provenance, settings, sources, train
+from tailcal.benchmark import measure, modes
+from tailcal.benchmark.modes import REFERENCE, Cell, Held, Measured, Mode, Outcome, Record, Seed
+from tailcal.metrics.cell import measure as numbers_of
+
+OUT = Path("metrics/modes.json")
+TEXT = Path("metrics/modes.md")
+WORKSPACES = Path("data/modes")
+
+
+def outcome(p: params.Params, cell: Cell) -> Outcome:
+    """What the stages have left of a cell in the present folder."""
+    where = cell.model_dump()
+    pair = (cell.dataset, cell.representation)
+    names, counts = read_classes(paths.longtail(cell.dataset))
+    stage1 = paths.representation(*pair)
+    history = pd.read_csv(stage1 / "history.csv").query("epoch == 1").set_index("seed")
+    weights = files.read_json(stage1 / "provenance.json")["weights"]
+    checksums = files.read_json(paths.predictions(**where) / "provenance.json")["checksums"]
+    runs = read_cell(paths.predictions(**where), checksums, p.seeds, len(names))
+    seeds = {}
+    for seed, run in zip(p.seeds, runs, strict=True):
+        numbers = numbers_of(run.test_logits, run.test_labels, counts, p.evaluate.bins)
+        digests = {
+            "representation": weights[f"seed{seed}"],
+            "classifier": checksums[f"seed{seed}.safetensors"],
+            "predictions": checksums[f"seed{seed}.npz"],
+        }
+        seeds[str(seed)] = Seed(
+            top1=round(numbers["top1"], 6),
+            ece=round(numbers["ece"], 6),
+            first_epoch_loss=float(history.loc[seed, "loss"]),
+            sha256=digests,
+        )
+    costs = [
+        files.read_json(paths.costs(stage, *place))["seeds"]
+        for stage, place in (("represent", pair), ("calibrate", tuple(where.values())))
+    ]
+    seconds = [cost[str(seed)]["seconds"] for cost in costs for seed in p.seeds]
+    measured = files.read_json(paths.metrics(**where))
+    return Outcome(
+        **{key: measured[key] for key in ("top1", "top1_std", "ece", "ece_std")},
+        seconds=round(sum(seconds) / len(p.seeds), 2),
+        seeds=seeds,
+    )
+
+
+def trained(p: params.Params, cell: Cell, name: str, mode: Mode) -> Outcome:
+    """Train and measure a cell in a mode, in the folder of the mode."""
+    runtime = p.runtime.model_copy(update={"cuda_graphs": mode.cuda_graphs})
+    p = p.model_copy(update={"precision": mode.precision, "runtime": runtime})
+    where = cell.model_dump()
+    pair, three = (cell.dataset, cell.representation), tuple(where.values())
+    with workspace.inside(WORKSPACES / name):
+        published.prepare(p, cell.dataset)
+        with lock.alone(paths.LOCKS, paths.representation(*pair), paths.scratch("represent", *pair)):
+            represent(p, *pair)
+        outputs = [paths.classifier(*three), paths.predictions(*three), paths.metrics(*three)]
+        with lock.alone(paths.LOCKS, *outputs, paths.scratch("calibrate", *three)):
+            calibrate(p, *three)
+            evaluate(p, where)
+            return outcome(p, cell)
+
+
+def hold(p: params.Params, cell: Cell, suite: modes.Suite) -> Measured:
+    """Train a cell in the reference and in every mode, one after the other, and judge the modes."""
+    reference = trained(p, cell, REFERENCE, Mode(precision="float32", cuda_graphs=False))
+    held = {}
+    for name, mode in suite.modes.items():
+        other = trained(p, cell, name, mode)
+        held[name] = Held(outcome=other, verdict=modes.judge(reference, other, mode))
+    source = p.datasets[cell.dataset].source["kind"]
+    return Measured(**cell.model_dump(), source=source, reference=reference, modes=held)
+
+
+def code(p: params.Params, suite: modes.Suite) -> str:
+    """The digest of all code that the suite's numbers come from."""
+    modules = set()
+    for cell in suite.cells:
+        modules.add(sources.module(p.datasets[cell.dataset].source["kind"]))
+        for name, axis in ((cell.representation, "representations"), (cell.classifier, "classifiers")):
+            modules.add(method.module(settings.training(p, cell.dataset, name, axis).method))
+    return provenance.code_version("stages.modes", *sorted(modules))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m stages.modes", description=__doc__)
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="take CIFAR's images from IMAGES/cifar10 and IMAGES/cifar100, each train/<class>/ and test/<class>/, "
+        "instead of the official archives",
+    )
+    args = parser.parse_args()
+
+    declared, p = modes.load(params.load())
+    device = train.prepare(p.runtime)
+    suite = getattr(declared, device.type)
+    datasets = p.datasets
+    if args.images:
+        datasets = {
+            name: published.from_folder(dataset, args.images.resolve())
+            if dataset.source["kind"] in published.OFFICIAL
+            else dataset
+            for name, dataset in datasets.items()
+        }
+    p = p.model_copy(update={"seeds": suite.seeds, "datasets": datasets})
+    digest = code(p, suite)  # before hours of training: this reads the settings of every cell
+    with lock.alone(paths.LOCKS, OUT, TEXT):
+        record = Record(
+            machine=measure.machine(device),
+            versions=provenance.versions(),
+            code=digest,
+            at_once=min(p.runtime.replicas, len(suite.seeds)),
+            seeds=suite.seeds,
+            modes=suite.modes,
+            cells=[hold(p, cell, suite) for cell in suite.cells],
+        )
+        files.write_json(OUT, record.model_dump())
+        files.write_text(TEXT, modes.markdown(record))
+    print(modes.table(record).markdown(), end="")
+
+
+if __name__ == "__main__":
+    errors.run(main)
