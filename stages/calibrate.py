@@ -34,6 +34,8 @@ from tailcal import (
     weights,
 )
 
+TRAINING_SPLIT = ("train_images.npy", "train_labels.npy")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -79,10 +81,15 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     training = settings.training(p, dataset_name, classifier, "classifiers")
     device = train.prepare(p.runtime, p.precision)
     longtail = paths.longtail(dataset_name)
-    counts = torch.tensor(splits.read_meta(longtail)["train_counts"])
+    meta = splits.read_meta(longtail)
+    counts = torch.tensor(meta["train_counts"])
     data = store.Images(*splits.read_split(longtail, "train"), dataset.augmentation, device, p.runtime.placement)
     stage1 = paths.representation(dataset_name, representation)
     upstream = read_upstream(stage1 / "provenance.json")
+    if any(upstream["data"].get(name) != meta["checksums"].get(name) for name in TRAINING_SPLIT):
+        raise errors.UserError(
+            f"{stage1} was trained on another training split than {longtail} holds: delete it and run `dvc repro`"
+        )
 
     record = {
         "code": provenance.code_version("stages.calibrate", method.module(training.method)),

@@ -38,7 +38,6 @@ def weights_digest(dataset: params.Dataset) -> str:
     return files.sha256(path)
 
 
-@seal.training()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
@@ -54,6 +53,7 @@ def main() -> None:
         represent(p, *cell)
 
 
+@seal.training()
 def represent(p: params.Params, dataset_name: str, representation: str, late_epochs: int = 0) -> Path:
     """Train every seed's network; write the weights, history.csv and provenance.json.
 

@@ -62,6 +62,22 @@ def test_a_training_can_open_its_own(tmp_path):
         (tmp_path / "notes.txt").write_text("elsewhere")
 
 
+def test_below_the_projects_data_neither_its_own_nor_the_projects_can_be_seen(files, tmp_path, monkeypatch):
+    del files
+    workspace = tmp_path / "data/published"
+    for name in (FORBIDDEN[0], OPEN[0]):
+        (workspace / name).parent.mkdir(parents=True, exist_ok=True)
+        (workspace / name).write_bytes(Path(name).read_bytes())
+    monkeypatch.setattr(seal, "PROJECT", tmp_path)
+    monkeypatch.chdir(workspace)
+    with seal.training():
+        np.load(OPEN[0])
+        np.load(tmp_path / OPEN[2])
+        for path in (FORBIDDEN[0], tmp_path / FORBIDDEN[0], Path("../../") / FORBIDDEN[0]):
+            with pytest.raises(seal.SealedError, match=f"{FORBIDDEN[0]}: must not be opened"):
+                np.load(path)
+
+
 @pytest.mark.usefixtures("files")
 def test_the_seal_holds_in_every_thread_and_after_an_inner_one_ends():
     caught = []

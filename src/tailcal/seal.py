@@ -10,7 +10,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+PROJECT = Path(__file__).resolve().parents[2]
 DATA = "data/"
 ALLOWED = re.compile(
     r"data/(lt/[^/]+/(meta\.json|train_(images|labels)\.npy)|(settings|pretrained|representations|classifiers|costs)/.*)"
@@ -30,7 +32,10 @@ class _Seal:
     def __call__(self, event: str, arguments: tuple) -> None:
         if not self.depth or event != "open" or not isinstance(arguments[0], (str, bytes, os.PathLike)):
             return
-        path = os.path.relpath(os.fsdecode(arguments[0])).replace(os.sep, "/")
+        opened = Path(os.path.normpath(Path.cwd() / os.fsdecode(arguments[0])))
+        # A stage may work in a folder below the project's data/, as in a project of its own: it sees neither's.
+        root = next((root for root in (Path.cwd(), PROJECT) if opened.is_relative_to(root)), None)
+        path = opened.relative_to(root).as_posix() if root else ""
         if path.startswith(DATA) and not ALLOWED.fullmatch(path):
             raise SealedError(f"{path}: must not be opened while a training runs, which may see its own split only")
 
