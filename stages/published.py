@@ -7,6 +7,7 @@ where it was. It stands outside the pipeline: see published/dvc.yaml.
 
 import argparse
 import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +45,44 @@ def from_folder(dataset: params.Dataset, images: Path) -> params.Dataset:
     """The same data set, with its images from a folder `images`/<kind> instead of the official archive.
 
     The training split there may hold less than all images: the long tail is cut as if the largest class were whole.
+    Raises UserError for a data set that has no official archive.
     """
     kind = dataset.source["kind"]
+    if kind not in OFFICIAL:
+        raise errors.UserError(f"{dataset.key('source.kind')}: is {kind}, which --images cannot take the place of")
     place = {"kind": "folder", "path": str(images / kind), "size": 32, "channels": 3}
+    largest = dataset.imbalance.largest or OFFICIAL[kind]
     changed = dataset.model_copy(
-        update={"source": place, "imbalance": dataset.imbalance.model_copy(update={"largest": OFFICIAL[kind]})}
+        update={"source": place, "imbalance": dataset.imbalance.model_copy(update={"largest": largest})}
     )
-    changed._file, changed._block = dataset._file, dataset._block
+    changed._file, changed._block = Path(f"--images {images}"), ""  # where an error line says that the keys come from
     return changed
 
 
+def listing(config: sources.Source) -> str | None:
+    """A digest of the names, sizes and times of a folder's files, so that a change of them is seen; None elsewhere."""
+    if config.kind != "folder":
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(config.folder("path").rglob("*")):
+        stat = path.stat()
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 def prepare(p: params.Params, name: str) -> None:
-    """Download and subsample a data set, unless the same code has done so from the same block."""
+    """Download and subsample a data set, unless the same code has done so from the same block, and it is all there."""
     dataset = params.dataset(p, name)
     config = sources.configure(dataset)
     made = {
         "code": provenance.code_version("stages.download", "stages.subsample", sources.module(config.kind)),
         "source": config.model_dump(mode="json"),
+        "listing": listing(config),
         "imbalance": dataset.imbalance.record(),
         "holdout_per_class": dataset.holdout_per_class,
     }
     stamp = paths.SCRATCH / "prepared" / f"{name}.json"
-    if stamp.exists() and files.read_json(stamp) == made:
+    if stamp.exists() and files.read_json(stamp) == made and whole(paths.longtail(name)):
         return
     with lock.alone(paths.LOCKS, paths.raw(name), paths.longtail(name), paths.scratch("pack", name)):
         download(name, config)
@@ -73,21 +90,29 @@ def prepare(p: params.Params, name: str) -> None:
         files.write_json(stamp, made)
 
 
-def best_on_test(
-    p: params.Params, where: dict[str, str], folder: Path, classifier: str, bins: int
-) -> dict[str, Any] | None:
+def whole(longtail: Path) -> bool:
+    """Whether a data set's splits are all there with the checksums that they were written with."""
+    try:
+        for name, checksum in splits.read_meta(longtail)["checksums"].items():
+            files.verify(longtail / name, checksum)
+    except errors.UserError:
+        return False
+    return True
+
+
+def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[str, Any]:
     """What the best of the late epochs would have been reported as: a mean over seeds, each at its own best epoch.
 
-    folder: checkpoints of stage 1 or 2, with late/seed<k>/epoch<e>.safetensors below it, the networks as `classifier`
-    leaves them. The epoch is chosen by top-1 on the test split, as the published codes do it, so this says nothing
-    about new images. None when there are no late epochs.
+    folder: checkpoints of stage 1 or 2, with late/seed<k>/epoch<e>.safetensors below it. The epoch is chosen by top-1
+    on the test split, as the published codes do it, so this says nothing about new images. Raises UserError when the
+    late epochs are no longer there.
     """
     longtail = paths.longtail(where["dataset"])
     _, counts = read_classes(longtail)
     network = read_upstream(paths.representation(where["dataset"], where["representation"]) / "provenance.json")[
         "network"
     ]
-    training = settings.training(p, where["dataset"], classifier, "classifiers")
+    training = settings.training(p, where["dataset"], where["classifier"], "classifiers")
     block = training.settings.model_dump()
     dataset = params.dataset(p, where["dataset"])
     images, labels = splits.read_split(longtail, "test")
@@ -98,13 +123,17 @@ def best_on_test(
     for seed in p.seeds:
         late = sorted((folder / f"late/seed{seed}").glob("epoch*.safetensors"))
         if not late:
-            return None
+            raise errors.UserError(
+                f"{folder}/late/seed{seed} has no late epochs any more: delete {folder} to train again"
+            )
         networks = []
         for path in late:
             networks.append(predict.build(network, training.method, block, counts.tolist(), path))
             networks[-1].load_state_dict(load_file(path))
         logits = train.predict(networks, data, p.runtime)
-        best.append(max((measure(one, labels, counts, bins) for one in logits), key=lambda numbers: numbers["top1"]))
+        best.append(
+            max((measure(one, labels, counts, p.evaluate.bins) for one in logits), key=lambda numbers: numbers["top1"])
+        )
     numbers = over_seeds(best)
     return {"epochs": len(late)} | {key: numbers[key] for key in ("top1", "top1_std", "ece", "ece_std")}
 
@@ -131,7 +160,11 @@ def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None
     seconds = [sum(one["seeds"][str(seed)]["seconds"] for one in (stage1, stage2)) for seed in p.seeds]
     training = settings.training(p, where["dataset"], where["representation"], "representations")
     return numbers | {
-        "data": {"train_images": sum(meta["train_counts"]), "official": meta["source"]["kind"] in OFFICIAL},
+        "data": {
+            "train_images": sum(meta["train_counts"]),
+            "official": meta["source"]["kind"] in OFFICIAL,
+            "test_split": {name: meta["checksums"][name] for name in ("test_images.npy", "test_labels.npy")},
+        },
         "backbone": training.backbone,
         "epochs": len(set(_epochs(made / "history.csv"))),
         "cost": {
@@ -160,13 +193,16 @@ def cells(
     for classifier in classifiers:
         cell = (*pair, classifier)
         where = dict(zip(("dataset", "representation", "classifier"), cell, strict=True))
+        chosen = settings.training(p, dataset, classifier, "classifiers")
         outputs = [paths.classifier(*cell), paths.predictions(*cell), paths.metrics(*cell)]
         with lock.alone(paths.LOCKS, *outputs, paths.scratch("calibrate", *cell)):
             stage2 = calibrate(p, *cell, late_epochs)
             evaluate(p, where)
-            # Of a classifier that takes no step only `joint` has epochs, those of stage 1.
-            folder = stage1 if classifier == "joint" else stage2
-            late = best_on_test(p, where, folder, classifier, p.evaluate.bins) if late_epochs else None
+            late = None
+            if late_epochs and (
+                chosen.recipe or chosen.method == "joint"
+            ):  # the others take no step, and have no epochs
+                late = best_on_test(p, where, stage2 if chosen.recipe else stage1)
             files.write_json(out / dataset / representation / f"{classifier}.json", compose(p, where, late))
 
 
@@ -200,11 +236,14 @@ def main() -> None:
         for classifier in classifiers:
             settings.training(p, dataset, classifier, "classifiers")
     if not asked:
-        raise errors.UserError("nothing is asked for: no table has such a data set and representation")
+        known = sorted({name for table in chosen.tables.values() for name, _, _ in table.cells()})
+        raise errors.UserError(f"no table has such a data set and representation: the data sets are {', '.join(known)}")
     if args.images:
         images = args.images.resolve()
-        p = p.model_copy(update={"datasets": {name: from_folder(d, images) for name, d in p.datasets.items()}})
+        changed = {name: from_folder(params.dataset(p, name), images) for name, _, _ in asked}
+        p = p.model_copy(update={"datasets": p.datasets | changed})
 
+    written = 0
     with workspace.inside(WORKSPACE):
         for (dataset, representation, late_epochs), classifiers in asked.items():
             todo = [
@@ -213,7 +252,12 @@ def main() -> None:
                 if not (args.missing and (out / dataset / representation / f"{name}.json").exists())
             ]
             if todo:
-                cells(p, late_epochs, dataset, representation, todo, out)
+                try:
+                    cells(p, late_epochs, dataset, representation, todo, out)
+                except errors.UserError as error:
+                    raise errors.UserError(f"{error} (in {WORKSPACE}, by `python -m stages.published`)") from None
+            written += len(todo)
+    print(f"{paths.PUBLISHED}: {written} cells written; `python -m stages.tables` makes the tables")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from stages import paths
-from tailcal import lock, plan, published, published_page, references
+from tailcal import lock, params, plan, published, published_page, references
 from tailcal.errors import run
 from tailcal.files import write_json, write_text
 
-REFERENCES = Path("references/published.csv")
 TEXT = Path("metrics/published/tables.md")
 ROWS = Path("metrics/published/tables.csv")
 PAIRS = Path("metrics/published/footing.csv")
@@ -28,9 +27,11 @@ def main() -> None:
 
 def tables() -> None:
     """Write the five files. Raises UserError when one that is read is missing or wrong."""
-    cells = published.read_measured(paths.PUBLISHED)
-    papers = published.compare(references.read_references(REFERENCES), cells)
-    footings = [published.footing_table(name, footing, cells) for name, footing in plan.read().footing.items()]
+    cells, chosen = published.read_measured(paths.PUBLISHED), plan.read()
+    printed = references.read_references(references.REFERENCES)
+    published.require_known(printed, chosen, params.load().evaluate.posthoc)
+    papers = published.compare(printed, cells)
+    footings = [published.footing_table(name, footing, cells) for name, footing in chosen.footing.items()]
     sections = [published_page.paper(name, rows, _command(name)) for name, rows in papers.items()]
     sections += [published_page.footing(table, _command(table.footing.table)) for table in footings]
     write_text(TEXT, "\n".join([published_page.INTRODUCTION, *sections]))

@@ -12,8 +12,9 @@ from PIL import Image
 
 from stages import paths, tables
 from stages import published as stage
-from tailcal import params, plan
+from tailcal import params, plan, references, seal
 from tailcal.errors import UserError
+from tailcal.methods import mixup
 from tests.conftest import ROOT
 
 CLASSES, LARGEST, TEST = 10, 20, 6
@@ -53,8 +54,11 @@ PLAN = {
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """The project's parameters with a small plan, and a folder of images: random ones, brighter with the class."""
-    for name in ("params.yaml", "presets", "references"):
+    for name in ("params.yaml", "presets"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "references").mkdir()
+    printed = "mislas,CE,small,ce,joint,,ResNet-32,200,50.0,5.0,somewhere,"
+    (tmp_path / references.REFERENCES).write_text(f"{','.join(references.COLUMNS)}\n{printed}\n")
     (tmp_path / "published").mkdir()
     (tmp_path / plan.PLAN).write_text(yaml.safe_dump(PLAN, sort_keys=False))
     rng = np.random.default_rng(0)
@@ -103,7 +107,8 @@ def test_a_table_from_images_to_its_page(run):
     cells = {path.stem: read(path) for path in found.values()}
     for name, cell in cells.items():
         assert (cell["seeds"], cell["epochs"], cell["backbone"], cell["test_images"]) == (2, 2, "resnet8", 60)
-        assert cell["data"] == {"train_images": sum([20, 15, 11, 9, 7, 5, 4, 3, 2, 2]), "official": False}
+        data = {key: cell["data"][key] for key in ("train_images", "official")}
+        assert data == {"train_images": sum([20, 15, 11, 9, 7, 5, 4, 3, 2, 2]), "official": False}
         assert cell["provenance"]["diagnostics"] == {"late_epochs": 1}
         bits = [
             np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:60] for text in cell["correct"].values()
@@ -120,7 +125,9 @@ def test_a_table_from_images_to_its_page(run):
     tables.main()
     page = paths.OVERVIEW.read_text()
     assert "A few images" in page
-    assert "fair draw" in page
+    assert "taken from a folder and not from the official archive" in page
+    assert "1 of the 1 published numbers" in page
+    assert "- small, CE: epochs 2 (published 200), backbone resnet8 (published resnet32)" in page
     assert "ce/mislas" in tables.TEXT.read_text()
     assert read(tables.SUMMARY)["small/ce/joint"]["top1"] == cells["joint"]["top1"]
 
@@ -130,6 +137,38 @@ def test_a_table_from_images_to_its_page(run):
     assert {name: path.stat().st_mtime_ns for name, path in found.items()} == times
     run("--table", "mislas", "--images", "images")  # everything again, from the last checkpoints
     assert {name: path.read_bytes() for name, path in found.items()} == before
+
+
+@pytest.mark.pipeline
+def test_images_that_change_and_splits_that_are_damaged_are_made_anew(run, project):
+    (path,) = run("--table", "later", "--images", "images").values()
+    first = read(path)["data"]
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(project / "images/cifar10/test/class0/0.png")
+    run("--table", "later", "--images", "images")
+    second = read(path)["data"]
+    assert first["test_split"]["test_images.npy"] != second["test_split"]["test_images.npy"]
+    split = project / "data/published/data/lt/small/test_images.npy"
+    content = split.read_bytes()
+    split.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    run("--table", "later", "--images", "images")
+    assert split.read_bytes() == content
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("where", ["", "../../"])
+def test_a_method_that_peeks_ends_the_run(run, project, monkeypatch, where):
+    """At the workspace's own test split, and at one of the project around it."""
+    run("--table", "mislas", "--images", "images", "--missing")
+    lost = project / paths.PUBLISHED / "small/mixup/joint.json"
+    if where:
+        (project / "data/lt/small").mkdir(parents=True)
+        (project / "data/lt/small/test_labels.npy").write_bytes(b"labels")
+        monkeypatch.setattr(seal, "PROJECT", project)
+    peek = f"{where}data/lt/small/test_labels.npy"
+    monkeypatch.setattr(mixup.Method, "set_mode", lambda self, network: Path(peek).open("rb"))  # noqa: ARG005, SIM115
+    with pytest.raises(seal.SealedError, match=r"data/lt/small/test_labels\.npy"):
+        run("--table", "later", "--images", "images")
+    assert not lost.exists()
 
 
 @pytest.mark.pipeline
@@ -209,7 +248,10 @@ def test_every_cell_of_the_plan_can_be_trained():
             lambda c: c["datasets"]["small"].update(backbone="resnet7"),
             "published/params.yaml: datasets.small.backbone: must be one of",
         ),
-        (lambda c: c["tables"]["later"]["grids"][0].update(datasets=["nowhere"]), "no data set nowhere"),
+        (
+            lambda c: c["tables"]["later"]["grids"][0].update(datasets=["nowhere"]),
+            "name the data set nowhere: there is",
+        ),
     ],
 )
 def test_a_wrong_plan_is_named(run, edit, message):
@@ -224,8 +266,11 @@ def test_a_wrong_plan_is_named(run, edit, message):
     ("options", "message"),
     [
         (("--table", "marc"), "--table marc: there is none of that name: there are mislas, later"),
-        (("--dataset", "big"), "nothing is asked for: no table has such a data set and representation"),
-        (("--images", "elsewhere"), "elsewhere/cifar10: there is no such folder"),
+        (("--dataset", "big"), "no table has such a data set and representation: the data sets are small"),
+        (
+            ("--images", "elsewhere"),
+            r"--images \S*/elsewhere: source.path: \S*/elsewhere/cifar10: there is no such folder",
+        ),
     ],
 )
 def test_a_wrong_option_is_named(run, options, message):

@@ -9,7 +9,7 @@ import pytest
 
 from tailcal import longtail, posthoc, seal
 from tailcal.metrics.cell import measure
-from tests.conftest import ROOT
+from tests.conftest import ROOT, edit
 
 FORBIDDEN = [
     "data/lt/digits_lt/test_images.npy",
@@ -117,6 +117,20 @@ def test_a_method_that_peeks_ends_its_stage(stage, project):
     said = p.stage(stage, *cell, ok=False)
     assert "SealedError: data/lt/digits_lt/test_labels.npy: must not be opened while a training runs" in said
     assert not list(p.root.glob("data/predictions/*/*/*/*.npz"))
+
+
+@pytest.mark.pipeline
+def test_stage_2_trains_on_no_other_split_than_stage_1(project):
+    p = project()
+    for stage in ("download", "subsample"):
+        p.stage(stage, "--dataset", "digits_lt")
+    cell = ("--dataset", "digits_lt", "--representation", "ce")
+    p.stage("represent", *cell)
+    edit(p.root / "params.yaml", [("factor: 20", "factor: 10")])
+    p.stage("subsample", "--dataset", "digits_lt")
+    said = p.stage("calibrate", *cell, "--classifier", "joint", ok=False)
+    where = "data/representations/digits_lt/ce was trained on another training split than data/lt/digits_lt holds"
+    assert said == f"error: {where}: delete it and run `dvc repro`\n"
 
 
 @pytest.mark.parametrize("name", posthoc.RULES)

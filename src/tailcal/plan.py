@@ -122,15 +122,20 @@ def load(p: Params, path: Path = PLAN) -> tuple[Plan, Params]:
     """
     plan = read(path)
     named = {name for table in plan.tables.values() for grid in table.grids for name in grid.datasets}
-    datasets = {name: _dataset(p, plan, name, path) for name in sorted(named)}
+    datasets = {name: _dataset(p, plan, name, path) for name in sorted({*named, *plan.datasets})}
     return plan, p.model_copy(update={"seeds": plan.seeds, "datasets": datasets})
 
 
 def _dataset(p: Params, plan: Plan, name: str, path: Path) -> Dataset:
     """A data set of the plan: a preset, or a variant of one."""
     root = path.parent.parent
+    own = root / params.PRESETS / f"{name}.yaml"
+    if name not in plan.datasets and name not in p.datasets and not own.exists():
+        raise UserError(f"{path}: tables name the data set {name}: there is neither datasets.{name} nor {own}")
     if name not in plan.datasets:
         return params.dataset(p, name, root)
+    if own.exists() or name in p.datasets:
+        raise UserError(f"{path}: datasets.{name} has the name of another data set: give it one of its own")
     variant = plan.datasets[name]
     preset = root / params.PRESETS / f"{variant.preset}.yaml"
     if not preset.is_file():

@@ -4,6 +4,7 @@ Fractions in the measurements, percent in the references and in whatever is read
 """
 
 import base64
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +15,16 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.stats import bootstrap
 
-from tailcal import files, params
+from tailcal import params
 from tailcal.errors import UserError
-from tailcal.plan import PLAIN, Footing
-from tailcal.references import COLUMNS, PERCENT, Reference
+from tailcal.plan import PLAIN, PLAN, Footing, Plan
+from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
 from tailcal.tables import HEADLINE
 
 MISS = 1.0  # points beyond the spread of the seeds from which on a difference is marked
 RESAMPLES = 2000  # of the test images, by the bootstrap
 CONFIDENCE = 0.95
+AGAIN = "delete the cell's file and run `python -m stages.published --missing`"
 ROUNDING = 1e-5  # by which a stored accuracy may differ from that of the predictions beside it
 
 
@@ -33,35 +35,39 @@ class _Part(BaseModel):
 
 
 Count = Annotated[int, Field(ge=1)]
+Spread = Annotated[float, Field(ge=0)] | None
+Line = Annotated[str, Field(pattern=r"^[^|\n]+$")]  # what stands in a cell of a Markdown table
 
 
 class Numbers(_Part):
     """Means over seeds and their standard deviations, fractions; None where there is none."""
 
     top1: params.Fraction
-    top1_std: float | None = None
-    many: float | None = None
-    medium: float | None = None
-    few: float | None = None
-    ece: float | None
-    ece_std: float | None = None
+    top1_std: Spread = None
+    many: params.Fraction | None = None
+    medium: params.Fraction | None = None
+    few: params.Fraction | None = None
+    ece: params.Fraction | None
+    ece_std: Spread = None
     nll: float | None
     transductive: bool = False
     correct: dict[str, str] | None = None  # {seed: as `unpack` reads it}
 
 
 class Data(_Part):
-    """official: the published list of images, or else a fair draw of as many from the real ones."""
+    """official: the images of the official archive and so the published list of them, and not a folder's.
+    test_split: SHA-256 of the test split's files."""
 
-    train_images: int
+    train_images: Count
     official: bool
+    test_split: dict[str, str]
 
 
 class Cost(_Part):
     """seconds: training one network, stage 1 and 2, with `at_once` networks side by side."""
 
-    machine: str
-    seconds: float
+    machine: Line
+    seconds: Annotated[float, Field(ge=0)]
     at_once: Count
 
 
@@ -70,11 +76,13 @@ class Best(_Part):
 
     epochs: Count
     top1: params.Fraction
-    top1_std: float | None = None
+    top1_std: Spread = None
+    ece: params.Fraction
+    ece_std: Spread = None
 
 
 class Measured(Numbers):
-    """A cell as it was measured: a file of metrics/published."""
+    """A cell as it was measured: a file of metrics/published/cells."""
 
     seeds: Count
     posthoc: dict[str, Numbers] = {}
@@ -82,7 +90,7 @@ class Measured(Numbers):
     cost: Cost
     best_on_test: Best | None = None
     epochs: Count
-    backbone: str
+    backbone: Line
     test_images: Annotated[int, Field(ge=2)]
 
     def after(self, rule: str) -> Numbers | None:
@@ -101,9 +109,11 @@ def read_measured(folder: Path) -> Cells:
     found = {}
     for path in sorted(folder.glob("*/*/*.json")):
         try:
-            cell = Measured.model_validate(files.read_json(path))
+            cell = Measured.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except ValidationError as error:
-            raise UserError(f"{path} is damaged ({params.describe(error, '')}): delete it and make it again") from None
+            raise UserError(f"{path} is damaged ({params.describe(error, '')}): {AGAIN}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}): {AGAIN}") from None
         found[path.parts[-3], path.parts[-2], path.stem] = cell
     return found
 
@@ -149,6 +159,21 @@ def compare(references: Iterable[Reference], cells: Cells) -> dict[str, list[Com
     return {table: [row for group in groups.values() for row in group] for table, groups in tables.items()}
 
 
+def require_known(references: Iterable[Reference], plan: Plan, rules: Iterable[str]) -> None:
+    """Raise UserError for a published or footing row that nothing trains, or whose rule is none of `rules`."""
+    trained = {name: {(d, r, c) for d, r, cs in table.cells() for c in cs} for name, table in plan.tables.items()}
+    known = (*PLAIN, *rules)
+    for row in references:
+        if (cell := (row.dataset, row.representation, row.classifier)) not in trained.get(row.table, ()):
+            raise UserError(f"{REFERENCES}: {row.method}: {PLAN}: tables.{row.table} does not train {'/'.join(cell)}")
+        if row.rule not in known:
+            raise UserError(f"{REFERENCES}: {row.method}: there is no rule {row.rule}: use one of {', '.join(rules)}")
+    for name, footing in plan.footing.items():
+        for row in footing.rows:
+            if row.rule not in known:
+                raise UserError(f"{PLAN}: footing.{name}: there is no rule {row.rule}: use one of {', '.join(rules)}")
+
+
 def comparison_rows(tables: dict[str, list[Comparison]]) -> pd.DataFrame:
     """One row a published row; accuracies and ECE in percent, nothing where there is no number."""
     return pd.DataFrame([_flat(row) for rows in tables.values() for row in rows], dtype=object)  # whole numbers stay so
@@ -164,6 +189,7 @@ def _flat(row: Comparison) -> dict[str, Any]:
         "top1_std": ours and points(ours.top1_std, 4),
         "best_on_test": best and points(best.top1, 4),
         "best_on_test_std": best and points(best.top1_std, 4),
+        "best_on_test_ece": best and points(best.ece, 4),
         "best_on_test_epochs": best and best.epochs,
         "ece": ours and points(ours.ece, 4),
         "ece_std": ours and points(ours.ece_std, 4),
@@ -206,9 +232,11 @@ def measured_methods(footing: Footing, cells: Cells) -> tuple[list[Method], list
             missing.append(name)
             continue
         where = f"{footing.dataset}/{name}"
-        if found and cell.test_images != found[0].cell.test_images:
-            first = f"{found[0].name} on {found[0].cell.test_images:,}"
-            raise UserError(f"{where}: measured on {cell.test_images:,} test images, {first}: make one of them again")
+        if found and cell.data.test_split != found[0].cell.data.test_split:
+            raise UserError(
+                f"{where}: was measured on another test split than {found[0].name}, other images or another order of "
+                "them: make one of the two again"
+            )
         found.append(Method(name, cell, numbers, _seed_mean(numbers, cell, where)))
     return found, missing
 
@@ -219,11 +247,11 @@ def _seed_mean(numbers: Numbers, cell: Measured, where: str) -> np.ndarray | Non
     try:
         correct_SN = np.stack([unpack(text, cell.test_images) for text in numbers.correct.values()])
     except ValueError as error:
-        raise UserError(f"{where}: `correct` is damaged ({error}): delete the cell's file and make it again") from None
+        raise UserError(f"{where}: `correct` is damaged ({error}): {AGAIN}") from None
     if len(correct_SN) != cell.seeds or abs(correct_SN.mean() - numbers.top1) > ROUNDING:
         raise UserError(
             f"{where}: `correct` has {len(correct_SN)} seeds and an accuracy of {correct_SN.mean():.6f}, the numbers "
-            f"beside it {cell.seeds} and {numbers.top1:.6f}: delete the cell's file and make it again"
+            f"beside it {cell.seeds} and {numbers.top1:.6f}: {AGAIN}"
         )
     return correct_SN.mean(axis=0)
 

@@ -10,10 +10,10 @@ from tailcal.tables import DASH, MARK, Table
 INTRODUCTION = f"""\
 # Published tables, and the same footing
 
-Made by `python -m stages.tables` from `references/published.csv` and the files below `metrics/published`. Top-1 is the
-accuracy and ECE the expected calibration error, both in %; a point is a percentage point; ± is the standard deviation
-over seeds, each seed a network trained anew. "s a network" is the time in seconds that training one network took, both
-stages together. {DASH} is a number that was not printed, or not measured.
+Made by `python -m stages.tables` from `references/published.csv` and the files below `metrics/published/cells`. Top-1
+is the accuracy and ECE the expected calibration error, both in %; a point is a percentage point; ± is the standard
+deviation over seeds, each seed a network trained anew. "s a network" is the time in seconds that training one network
+took, both stages together. {DASH} is a number that was not printed, or not measured.
 
 "Best on test" is the mean over seeds of the best of the last epochs, chosen on the test split, as the papers' released
 codes choose the epoch that they report. It is there so that published numbers can be compared like for like: a
@@ -76,8 +76,8 @@ def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
     sentences = [f"Trained {', or '.join(machines)}."]
     if drawn:
         sentences.append(
-            f"Training images of {', '.join(drawn)}: the images are the real ones, the subset a fair draw of the right "
-            "size, not the published image list."
+            f"The training images of {', '.join(drawn)} were taken from a folder and not from the official archive, "
+            "whose order decides which are kept: as many a class, but a draw of their own, not the published list."
         )
     return " ".join(sentences)
 
@@ -96,8 +96,7 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
         paragraphs.append(f"{off}: {len(missed)} of {len(compared)}.\n\n" + "\n".join(lines))
     elif compared:
         paragraphs.append(f"{off}: none of {len(compared)}.")
-    if other := [f"- {row.reference.dataset}, {row.reference.method}: {text}" for row in rows if (text := _other(row))]:
-        paragraphs.append("Not trained as published:\n\n" + "\n".join(other))
+    paragraphs += _otherwise(rows)
     if any(row.numbers and row.numbers.transductive for row in rows):
         paragraphs.append(_TRANSDUCTIVE)
     names: dict[str, list[str]] = {}
@@ -105,6 +104,12 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
         names.setdefault(row.reference.cell, []).append(row.reference.method)
     cells = [f"{', '.join(dict.fromkeys(methods))} = `{cell}`" for cell, methods in names.items()]
     return [*paragraphs, f"The cells of ours: {'; '.join(cells)}."]
+
+
+def _otherwise(rows: list[Comparison]) -> list[str]:
+    """A paragraph that lists the rows whose training differs from the published one; none where none does."""
+    other = [f"- {row.reference.dataset}, {row.reference.method}: {text}" for row in rows if (text := _other(row))]
+    return ["Not trained as published:\n\n" + "\n".join(other)] if other else []
 
 
 _TRANSDUCTIVE = f"{MARK} transductive: the prediction for one test image depends on the other test images."
@@ -137,15 +142,16 @@ def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], 
 
     command: what measures the rows that are missing.
     """
-    rows = [row for table in papers.values() for row in table]
+    rows = [row for table in papers.values() for row in table if row.reference.top1 is not None]
     measured = [row for row in rows if row.numbers]
-    said = f"{len(measured)} of the {len(rows)} published rows have been measured here."
+    said = f"{len(measured)} of the {len(rows)} published numbers have been measured here."
     if len(measured) < len(rows):
         said += f" `{command}` measures the others; they need a GPU."
     parts = [said]
     if measured:
-        header = ["data set", "method", "published", "ours", "published ECE", "our ECE", "seeds", "s a network"]
-        parts += [_caption(measured), Table(header, [_short(row) for row in measured]).markdown().rstrip()]
+        header = ["data set", "method", "published", "ours", "difference", "published ECE", "our ECE", "seeds"]
+        table = Table([*header, "s a network"], [_short(row) for row in measured])
+        parts += [f"{_caption(measured)} {_BEST_ON_TEST}", table.markdown().rstrip(), *_otherwise(measured)]
     for table in footings:
         if table.methods:
             parts += [f"**{table.footing.title}**", _footing_caption(table)]
@@ -157,13 +163,20 @@ def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], 
     return "\n\n".join(parts) + "\n"
 
 
+_BEST_ON_TEST = (
+    "The published numbers are of the epoch that was best on the test split, as the released codes have it; ours are "
+    "not, and metrics/published/tables.md has the best of our last epochs beside them."
+)
+
+
 def _short(row: Comparison) -> list[tuple[str, bool]]:
     published, ours = row.reference, row.numbers
     return [
         (published.dataset, False),
         (_marked(published.method, ours), False),
         (_printed(published.top1), False),
-        (_spread(ours.top1, ours.top1_std), row.misses),
+        (_spread(ours.top1, ours.top1_std), False),
+        (DASH if row.difference is None else _signed(row.difference, 2), row.misses),
         (_printed(published.ece), False),
         (_spread(ours.ece, ours.ece_std), False),
         (str(row.cell.seeds), False),
@@ -194,9 +207,9 @@ def footing(table: FootingTable, command: str) -> str:
 _PAIRS = (
     f"Top-1 of the row less that of the column, in points, mean over seeds; below it the {CONFIDENCE:.0%} percentile "
     f"interval of a paired bootstrap ({RESAMPLES:,} resamples of the test images, the same for all pairs). **Bold**: "
-    "the interval, before rounding, excludes 0; each pair is taken for itself, with no correction for their number. "
-    "The interval covers the choice of test images, and not that of seeds: their standard deviation stands in the "
-    "table above."
+    "the interval, before rounding, excludes 0, for these very networks; each pair is taken for itself, with no "
+    "correction for their number. The interval covers the choice of test images, and not that of seeds: their standard "
+    "deviation stands in the table above, and where it is as large as a difference, other seeds may turn it round."
 )
 
 
@@ -207,7 +220,8 @@ def _footing_caption(table: FootingTable) -> str:
         f"{table.footing.dataset}, {cells[0].test_images:,} test images, {backbones}; mean ± standard deviation over "
         f"seeds, at the last epoch ({_span({cell.epochs for cell in cells})}). All in %, but for the negative "
         "log-likelihood (NLL), which has no unit. Many, medium and few: classes with more than 100, 20 to 100 and "
-        f"fewer than 20 training images. {_conditions((table.footing.dataset, cell) for cell in cells)}"
+        f"fewer than 20 training images; {DASH}: there is no such class, or no such number. "
+        f"{_conditions((table.footing.dataset, cell) for cell in cells)}"
     )
 
 

@@ -1,15 +1,15 @@
 """references/published.csv: what papers printed, with sources. Percent. Imports no torch."""
 
+import csv
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from tailcal.errors import UserError
 from tailcal.plan import cell_name
 
+REFERENCES = Path("references/published.csv")
 TITLES = {
     "mislas": "MiSLAS (Zhong et al. 2021)",
     "marc": "MARC (Wang et al. 2022)",
@@ -48,17 +48,10 @@ PERCENT = ("top1", "ece")
 
 def read_references(path: Path) -> list[Reference]:
     """The published numbers, in the file's order. Raises UserError naming file and line for whatever is wrong in it."""
-    try:
-        # The header as a row like any other: with one of its own, pandas takes a field too many for an index.
-        frame = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: take it from git again") from None
-    except ValueError as error:  # pandas' own errors are some, and so are bytes that are no UTF-8
-        raise UserError(f"{path}: not valid CSV: {' '.join(str(error).split())}") from None
-    lines = frame.to_numpy(dtype=object).tolist()  # fields that a line lacks are empty
-    _check_columns(lines[0], f"{path} line 1")
+    lines = _lines(path)
+    _check_columns(lines[0][1], f"{path} line 1")
     references, seen = [], {}
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in lines[1:]:
         reference = _reference(line, f"{path} line {number}")
         # A number that was printed in a table and came with a checkpoint too has two sources, and is two rows.
         key = tuple(getattr(reference, column) for column in COLUMNS if column not in (*PERCENT, "note"))
@@ -67,6 +60,27 @@ def read_references(path: Path) -> list[Reference]:
         seen[key] = number
         references.append(reference)
     return references
+
+
+def _lines(path: Path) -> list[tuple[int, list[str]]]:
+    """Each line with its number. A field goes over no line's end: a stray quotation mark would swallow what follows."""
+    lines = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, strict=True)
+            for line in reader:
+                if reader.line_num != len(lines) + 1:
+                    raise UserError(f"{path} line {len(lines) + 1}: a quotation mark is not closed in its line")
+                lines.append((reader.line_num, line))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: take it from git again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: must be text in UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path} line {len(lines) + 1}: not valid CSV: {error}") from None
+    if not lines:
+        raise UserError(f"{path}: is empty: take it from git again")
+    return lines
 
 
 def _check_columns(columns: list[str], where: str) -> None:
@@ -78,6 +92,8 @@ def _check_columns(columns: list[str], where: str) -> None:
 
 
 def _reference(line: list[str], where: str) -> Reference:
+    if len(line) != len(COLUMNS):
+        raise UserError(f"{where}: has {len(line)} fields: must have {len(COLUMNS)}, {','.join(COLUMNS)}")
     row: dict[str, Any] = dict(zip(COLUMNS, line, strict=True))
     for column in COLUMNS:
         if not row[column] and column not in OPTIONAL:
