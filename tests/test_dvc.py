@@ -227,6 +227,17 @@ def test_the_committed_cells_are_those_of_the_grid():
         assert {line.removeprefix(f"{folder}/") for line in listed.stdout.split()} == cells
 
 
-def test_the_readme_shows_the_committed_table():
-    table = (ROOT / "metrics/table.md").read_text()
-    assert table.strip() in (ROOT / "README.md").read_text(), "run `python -m stages.readme`"
+@pytest.mark.parametrize("table", readme.TABLES.values(), ids=readme.TABLES)
+def test_the_readme_shows_the_committed_tables(table):
+    assert (ROOT / table).read_text().strip() in (ROOT / "README.md").read_text(), "run `python -m stages.readme`"
+
+
+def test_the_committed_tables_are_those_of_the_committed_cells(tmp_path, monkeypatch):
+    for name in ("params.yaml", "presets", "published", "references"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "metrics/published").mkdir(parents=True)
+    (tmp_path / paths.PUBLISHED).symlink_to(ROOT / paths.PUBLISHED)
+    monkeypatch.chdir(tmp_path)
+    tables.main()
+    for path in (paths.OVERVIEW, tables.TEXT, tables.ROWS, tables.PAIRS, tables.SUMMARY):
+        assert path.read_bytes() == (ROOT / path).read_bytes(), "run `python -m stages.tables`"
