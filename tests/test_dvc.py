@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import tailcal
-from stages import check, paths
+from stages import check, paths, readme, tables
 from tailcal import method, params, provenance, sources
 from tests.conftest import edit
 
