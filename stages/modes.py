@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages import paths, published, workspace
-from stages.calibrate import calibrate
-from stages.evaluate import evaluate, read_cell, read_classes
-from stages.represent import represent
+from stages import paths, workspace
+from stages.evaluate import read_cell, read_classes
 from tailcal import errors, files, lock, method, params, provenance, settings, sources, train
 from tailcal.benchmark import measure, modes
 from tailcal.benchmark.modes import REFERENCE, Cell, Held, Measured, Mode, Outcome, Record, Seed
@@ -49,15 +47,10 @@ def outcome(p: params.Params, cell: Cell) -> Outcome:
             first_epoch_loss=float(history.loc[seed, "loss"]),
             sha256=digests,
         )
-    costs = [
-        files.read_json(paths.costs(stage, *place))["seeds"]
-        for stage, place in (("represent", pair), ("calibrate", tuple(where.values())))
-    ]
-    seconds = [cost[str(seed)]["seconds"] for cost in costs for seed in p.seeds]
     measured = files.read_json(paths.metrics(**where))
     return Outcome(
         **{key: measured[key] for key in ("top1", "top1_std", "ece", "ece_std")},
-        seconds=round(sum(seconds) / len(p.seeds), 2),
+        seconds=round(workspace.seconds(p, where), 2),
         seeds=seeds,
     )
 
@@ -67,15 +60,10 @@ def trained(p: params.Params, cell: Cell, name: str, mode: Mode) -> Outcome:
     runtime = p.runtime.model_copy(update={"cuda_graphs": mode.cuda_graphs})
     p = p.model_copy(update={"precision": mode.precision, "runtime": runtime})
     where = cell.model_dump()
-    pair, three = (cell.dataset, cell.representation), tuple(where.values())
     with workspace.inside(WORKSPACES / name):
-        published.prepare(p, cell.dataset)
-        with lock.alone(paths.LOCKS, paths.representation(*pair), paths.scratch("represent", *pair)):
-            represent(p, *pair)
-        outputs = [paths.classifier(*three), paths.predictions(*three), paths.metrics(*three)]
-        with lock.alone(paths.LOCKS, *outputs, paths.scratch("calibrate", *three)):
-            calibrate(p, *three)
-            evaluate(p, where)
+        workspace.prepare(p, cell.dataset)
+        workspace.represented(p, cell.dataset, cell.representation)
+        with workspace.measured(p, where):
             return outcome(p, cell)
 
 
@@ -116,8 +104,8 @@ def main() -> None:
     datasets = p.datasets
     if args.images:
         datasets = {
-            name: published.from_folder(dataset, args.images.resolve())
-            if dataset.source["kind"] in published.OFFICIAL
+            name: workspace.from_folder(dataset, args.images.resolve())
+            if dataset.source["kind"] in workspace.OFFICIAL
             else dataset
             for name, dataset in datasets.items()
         }

@@ -7,30 +7,24 @@ where it was. It stands outside the pipeline: see published/dvc.yaml.
 
 import argparse
 import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from safetensors.torch import load_file
 
 from stages import paths, workspace
-from stages.calibrate import calibrate, read_upstream
-from stages.download import download
-from stages.evaluate import evaluate, read_classes
-from stages.represent import represent
-from stages.subsample import subsample
+from stages.calibrate import read_upstream
+from stages.evaluate import read_classes
 from tailcal import (
     errors,
     files,
-    lock,
     params,
     plan,
     predict,
     predictions,
-    provenance,
     settings,
-    sources,
     splits,
     store,
     train,
@@ -38,66 +32,6 @@ from tailcal import (
 from tailcal.metrics.cell import measure, over_seeds
 
 WORKSPACE = Path("data/published")
-OFFICIAL = {"cifar10": 5000, "cifar100": 500}  # training images a class in the official archives
-
-
-def from_folder(dataset: params.Dataset, images: Path) -> params.Dataset:
-    """The same data set, with its images from a folder `images`/<kind> instead of the official archive.
-
-    The training split there may hold less than all images: the long tail is cut as if the largest class were whole.
-    Raises UserError for a data set that has no official archive.
-    """
-    kind = dataset.source["kind"]
-    if kind not in OFFICIAL:
-        raise errors.UserError(f"{dataset.key('source.kind')}: is {kind}, which --images cannot take the place of")
-    place = {"kind": "folder", "path": str(images / kind), "size": 32, "channels": 3}
-    largest = dataset.imbalance.largest or OFFICIAL[kind]
-    changed = dataset.model_copy(
-        update={"source": place, "imbalance": dataset.imbalance.model_copy(update={"largest": largest})}
-    )
-    changed._file, changed._block = Path(f"--images {images}"), ""  # where an error line says that the keys come from
-    return changed
-
-
-def listing(config: sources.Source) -> str | None:
-    """A digest of the names, sizes and times of a folder's files, so that a change of them is seen; None elsewhere."""
-    if config.kind != "folder":
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(config.folder("path").rglob("*")):
-        stat = path.stat()
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def prepare(p: params.Params, name: str) -> None:
-    """Download and subsample a data set, unless the same code has done so from the same block, and it is all there."""
-    dataset = params.dataset(p, name)
-    config = sources.configure(dataset)
-    made = {
-        "code": provenance.code_version("stages.download", "stages.subsample", sources.module(config.kind)),
-        "source": config.model_dump(mode="json"),
-        "listing": listing(config),
-        "imbalance": dataset.imbalance.record(),
-        "holdout_per_class": dataset.holdout_per_class,
-    }
-    stamp = paths.SCRATCH / "prepared" / f"{name}.json"
-    if stamp.exists() and files.read_json(stamp) == made and whole(paths.longtail(name)):
-        return
-    with lock.alone(paths.LOCKS, paths.raw(name), paths.longtail(name), paths.scratch("pack", name)):
-        download(name, config)
-        subsample(name, dataset)
-        files.write_json(stamp, made)
-
-
-def whole(longtail: Path) -> bool:
-    """Whether a data set's splits are all there with the checksums that they were written with."""
-    try:
-        for name, checksum in splits.read_meta(longtail)["checksums"].items():
-            files.verify(longtail / name, checksum)
-    except errors.UserError:
-        return False
-    return True
 
 
 def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[str, Any]:
@@ -109,9 +43,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     """
     longtail = paths.longtail(where["dataset"])
     _, counts = read_classes(longtail)
-    network = read_upstream(paths.representation(where["dataset"], where["representation"]) / "provenance.json")[
-        "network"
-    ]
+    stage1 = read_upstream(paths.representation(where["dataset"], where["representation"]) / "provenance.json")
     training = settings.training(p, where["dataset"], where["classifier"], "classifiers")
     block = training.settings.model_dump()
     dataset = params.dataset(p, where["dataset"])
@@ -128,7 +60,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
             )
         networks = []
         for path in late:
-            networks.append(predict.build(network, training.method, block, counts.tolist(), path))
+            networks.append(predict.build(stage1["network"], training.method, block, counts.tolist(), path))
             networks[-1].load_state_dict(load_file(path))
         logits = train.predict(networks, data, p.runtime)
         best.append(
@@ -142,7 +74,6 @@ def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None
     """Everything that is kept of a cell."""
     numbers = files.read_json(paths.metrics(**where))
     meta = splits.read_meta(paths.longtail(where["dataset"]))
-    made = paths.representation(where["dataset"], where["representation"])
     checksums = files.read_json(paths.predictions(**where) / "provenance.json")["checksums"]
     correct = {}
     for seed in p.seeds:
@@ -150,60 +81,64 @@ def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None
         run = predictions.read(paths.predictions(**where) / name, checksums[name], len(meta["class_names"]))
         hits = run.test_logits.argmax(axis=1) == run.test_labels
         correct[str(seed)] = base64.b64encode(np.packbits(hits).tobytes()).decode()
-    stage1, stage2 = (
-        files.read_json(paths.costs(*cell))
-        for cell in (
-            ("represent", where["dataset"], where["representation"]),
-            ("calibrate", *where.values()),
-        )
-    )
-    seconds = [sum(one["seeds"][str(seed)]["seconds"] for one in (stage1, stage2)) for seed in p.seeds]
+    history = pd.read_csv(paths.representation(where["dataset"], where["representation"]) / "history.csv")
+    cost = files.read_json(paths.costs("represent", where["dataset"], where["representation"]))
     training = settings.training(p, where["dataset"], where["representation"], "representations")
     return numbers | {
         "data": {
             "train_images": sum(meta["train_counts"]),
-            "official": meta["source"]["kind"] in OFFICIAL,
+            "official": meta["source"]["kind"] in workspace.OFFICIAL,
             "test_split": {name: meta["checksums"][name] for name in ("test_images.npy", "test_labels.npy")},
         },
         "backbone": training.backbone,
-        "epochs": len(set(_epochs(made / "history.csv"))),
+        "epochs": history["epoch"].nunique(),
         "cost": {
-            "machine": stage1["machine"]["name"],
-            "seconds": round(sum(seconds) / len(seconds), 1),
-            "at_once": stage1["at_once"],
+            "machine": cost["machine"]["name"],
+            "seconds": round(workspace.seconds(p, where), 1),
+            "at_once": cost["at_once"],
         },
         "best_on_test": late,
-        "test_images": len(run.test_labels),
+        "test_images": sum(meta["test_counts"]),
         "correct": correct,
     }
-
-
-def _epochs(history: Path) -> list[str]:
-    return [line.split(",")[0] for line in history.read_text().splitlines()[1:]]
 
 
 def cells(
     p: params.Params, late_epochs: int, dataset: str, representation: str, classifiers: list[str], out: Path
 ) -> None:
     """Train a representation and its classifiers, measure them, and write a file each below `out`."""
-    prepare(p, dataset)
-    pair = (dataset, representation)
-    with lock.alone(paths.LOCKS, paths.representation(*pair), paths.scratch("represent", *pair)):
-        stage1 = represent(p, *pair, late_epochs)
+    workspace.prepare(p, dataset)
+    stage1 = workspace.represented(p, dataset, representation, late_epochs)
     for classifier in classifiers:
-        cell = (*pair, classifier)
-        where = dict(zip(("dataset", "representation", "classifier"), cell, strict=True))
-        chosen = settings.training(p, dataset, classifier, "classifiers")
-        outputs = [paths.classifier(*cell), paths.predictions(*cell), paths.metrics(*cell)]
-        with lock.alone(paths.LOCKS, *outputs, paths.scratch("calibrate", *cell)):
-            stage2 = calibrate(p, *cell, late_epochs)
-            evaluate(p, where)
-            late = None
-            if late_epochs and (
-                chosen.recipe or chosen.method == "joint"
-            ):  # the others take no step, and have no epochs
+        where = {"dataset": dataset, "representation": representation, "classifier": classifier}
+        with workspace.measured(p, where, late_epochs) as stage2:
+            chosen, late = settings.training(p, dataset, classifier, "classifiers"), None
+            # Of the classifiers that take no step only `joint` has epochs, those of stage 1.
+            if late_epochs and (chosen.recipe or chosen.method == "joint"):
                 late = best_on_test(p, where, stage2 if chosen.recipe else stage1)
             files.write_json(out / dataset / representation / f"{classifier}.json", compose(p, where, late))
+
+
+def select(
+    chosen: plan.Plan, tables: list[str] | None, datasets: list[str] | None, representations: list[str] | None
+) -> dict[tuple[str, str, int], list[str]]:
+    """{(data set, representation, late epochs): classifiers} of what is asked for; None asks for all of its kind.
+
+    Raises UserError for a table that is not there, and when nothing is left.
+    """
+    for name in tables or []:
+        if name not in chosen.tables:
+            raise errors.UserError(f"--table {name}: there is none of that name: there are {', '.join(chosen.tables)}")
+    asked: dict[tuple[str, str, int], list[str]] = {}
+    for name in tables or chosen.tables:
+        table = chosen.tables[name]
+        for dataset, representation, classifiers in table.cells():
+            if dataset in (datasets or [dataset]) and representation in (representations or [representation]):
+                asked.setdefault((dataset, representation, table.late_epochs), []).extend(classifiers)
+    if not asked:
+        known = sorted({name for table in chosen.tables.values() for name, _, _ in table.cells()})
+        raise errors.UserError(f"no table has such a data set and representation: the data sets are {', '.join(known)}")
+    return {training: list(dict.fromkeys(classifiers)) for training, classifiers in asked.items()}
 
 
 def main() -> None:
@@ -221,34 +156,22 @@ def main() -> None:
     args = parser.parse_args()
 
     chosen, p = plan.load(params.load())
-    for name in args.table or []:
-        if name not in chosen.tables:
-            raise errors.UserError(f"--table {name}: there is none of that name: there are {', '.join(chosen.tables)}")
-    out = paths.PUBLISHED.resolve()
-    asked: dict[tuple[str, str, int], list[str]] = {}  # (data set, representation, late epochs): classifiers
-    for name in args.table or chosen.tables:
-        table = chosen.tables[name]
-        for dataset, representation, classifiers in table.cells():
-            if dataset in (args.dataset or [dataset]) and representation in (args.representation or [representation]):
-                asked.setdefault((dataset, representation, table.late_epochs), []).extend(classifiers)
+    asked = select(chosen, args.table, args.dataset, args.representation)
     for (dataset, representation, _), classifiers in asked.items():
         settings.training(p, dataset, representation, "representations")
         for classifier in classifiers:
             settings.training(p, dataset, classifier, "classifiers")
-    if not asked:
-        known = sorted({name for table in chosen.tables.values() for name, _, _ in table.cells()})
-        raise errors.UserError(f"no table has such a data set and representation: the data sets are {', '.join(known)}")
     if args.images:
         images = args.images.resolve()
-        changed = {name: from_folder(params.dataset(p, name), images) for name, _, _ in asked}
+        changed = {name: workspace.from_folder(params.dataset(p, name), images) for name, _, _ in asked}
         p = p.model_copy(update={"datasets": p.datasets | changed})
 
-    written = 0
+    out, written = paths.PUBLISHED.resolve(), 0
     with workspace.inside(WORKSPACE):
         for (dataset, representation, late_epochs), classifiers in asked.items():
             todo = [
                 name
-                for name in dict.fromkeys(classifiers)
+                for name in classifiers
                 if not (args.missing and (out / dataset / representation / f"{name}.json").exists())
             ]
             if todo:

@@ -1,11 +1,23 @@
-"""A folder below the project in which the stages run as in a project of their own, and leave its results alone."""
+"""A folder below the project in which the stages run as in a project of their own, and leave its results alone.
+
+What DVC does for the pipeline is done here by hand: nothing is made twice, and one process at a time makes a thing.
+"""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from stages import paths
+from stages.calibrate import calibrate
+from stages.download import download
+from stages.evaluate import evaluate
+from stages.represent import represent
+from stages.subsample import subsample
+from tailcal import errors, files, lock, params, provenance, sources, splits
+
+OFFICIAL = {"cifar10": 5000, "cifar100": 500}  # training images a class in the official archives
 
 
 @contextlib.contextmanager
@@ -22,3 +34,90 @@ def inside(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(project)
+
+
+def from_folder(dataset: params.Dataset, images: Path) -> params.Dataset:
+    """The same data set, with its images from a folder `images`/<kind> instead of the official archive.
+
+    The training split there may hold less than all images: the long tail is cut as if the largest class were whole.
+    Raises UserError for a data set that has no official archive.
+    """
+    kind = dataset.source["kind"]
+    if kind not in OFFICIAL:
+        raise errors.UserError(f"{dataset.key('source.kind')}: is {kind}, which --images cannot take the place of")
+    place = {"kind": "folder", "path": str(images / kind), "size": 32, "channels": 3}
+    largest = dataset.imbalance.largest or OFFICIAL[kind]
+    changed = dataset.model_copy(
+        update={"source": place, "imbalance": dataset.imbalance.model_copy(update={"largest": largest})}
+    )
+    changed._file, changed._block = Path(f"--images {images}"), ""  # where an error line says that the keys come from
+    return changed
+
+
+def listing(config: sources.Source) -> str | None:
+    """A digest of the names, sizes and times of a folder's files, so that a change of them is seen; None elsewhere."""
+    if config.kind != "folder":
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(config.folder("path").rglob("*")):
+        stat = path.stat()
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def prepare(p: params.Params, name: str) -> None:
+    """Download and subsample a data set, unless the same code has done so from the same block, and it is all there."""
+    dataset = params.dataset(p, name)
+    config = sources.configure(dataset)
+    made = {
+        "code": provenance.code_version("stages.download", "stages.subsample", sources.module(config.kind)),
+        "source": config.model_dump(mode="json"),
+        "listing": listing(config),
+        "imbalance": dataset.imbalance.record(),
+        "holdout_per_class": dataset.holdout_per_class,
+    }
+    stamp = paths.SCRATCH / "prepared" / f"{name}.json"
+    if stamp.exists() and files.read_json(stamp) == made and whole(paths.longtail(name)):
+        return
+    with lock.alone(paths.LOCKS, paths.raw(name), paths.longtail(name), paths.scratch("pack", name)):
+        download(name, config)
+        subsample(name, dataset)
+        files.write_json(stamp, made)
+
+
+def whole(longtail: Path) -> bool:
+    """Whether a data set's splits are all there with the checksums that they were written with."""
+    try:
+        for name, checksum in splits.read_meta(longtail)["checksums"].items():
+            files.verify(longtail / name, checksum)
+    except errors.UserError:
+        return False
+    return True
+
+
+def represented(p: params.Params, dataset: str, representation: str, late_epochs: int = 0) -> Path:
+    """Stage 1, by this process alone; returns what `represent` does."""
+    pair = (dataset, representation)
+    with lock.alone(paths.LOCKS, paths.representation(*pair), paths.scratch("represent", *pair)):
+        return represent(p, *pair, late_epochs)
+
+
+@contextlib.contextmanager
+def measured(p: params.Params, where: dict[str, str], late_epochs: int = 0) -> Iterator[Path]:
+    """Stage 2 of the cell `where`, {axis: name}, and its numbers, by this process alone until the block ends.
+
+    Yields what `calibrate` returns.
+    """
+    cell = tuple(where.values())
+    outputs = [paths.classifier(*cell), paths.predictions(*cell), paths.metrics(*cell)]
+    with lock.alone(paths.LOCKS, *outputs, paths.scratch("calibrate", *cell)):
+        stage2 = calibrate(p, *cell, late_epochs)
+        evaluate(p, where)
+        yield stage2
+
+
+def seconds(p: params.Params, where: dict[str, str]) -> float:
+    """What training one network of a cell took, both stages together, mean over seeds."""
+    stages = (("represent", where["dataset"], where["representation"]), ("calibrate", *where.values()))
+    costs = [files.read_json(paths.costs(*stage))["seeds"] for stage in stages]
+    return sum(cost[str(seed)]["seconds"] for cost in costs for seed in p.seeds) / len(p.seeds)

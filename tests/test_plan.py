@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from stages import paths, tables
+from stages import paths, tables, workspace
 from stages import published as stage
 from tailcal import params, plan, references, seal
 from tailcal.errors import UserError
@@ -70,7 +70,7 @@ def project(tmp_path, monkeypatch):
             for i in range(number):
                 Image.fromarray(rng.integers(0, 60 + 19 * k, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage, "OFFICIAL", {"cifar10": LARGEST})
+    monkeypatch.setattr(workspace, "OFFICIAL", {"cifar10": LARGEST})
     return tmp_path
 
 
