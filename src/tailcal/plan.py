@@ -74,6 +74,13 @@ class Trainings(Strict):
         for (dataset, representation), names in classifiers.items():
             yield dataset, representation, list(dict.fromkeys(names))
 
+    def trains(self, dataset: str, representation: str, classifier: str) -> bool:
+        """Whether some grid has this cell."""
+        return any(
+            dataset in grid.datasets and representation in grid.representations and classifier in grid.classifiers
+            for grid in self.grids
+        )
+
 
 class Plan(Strict):
     """The whole of published/params.yaml."""
@@ -89,10 +96,10 @@ class Plan(Strict):
             if footing.table not in self.tables:
                 known = ", ".join(self.tables)
                 raise ValueError(f"footing.{name}.table: there is no {footing.table}: use one of {known}")
-            trained = {(d, r, c) for d, r, names in self.tables[footing.table].cells() for c in names}
             for row in footing.rows:
-                if (footing.dataset, row.representation, row.classifier) not in trained:
-                    missing = f"{footing.dataset}/{row.representation}/{row.classifier}"
+                cell = footing.dataset, row.representation, row.classifier
+                if not self.tables[footing.table].trains(*cell):
+                    missing = "/".join(cell)
                     raise ValueError(f"footing.{name}.rows: tables.{footing.table} does not train {missing}")
         return self
 

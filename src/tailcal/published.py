@@ -161,10 +161,10 @@ def compare(references: Iterable[Reference], cells: Cells) -> dict[str, list[Com
 
 def require_known(references: Iterable[Reference], plan: Plan, rules: Iterable[str]) -> None:
     """Raise UserError for a published or footing row that nothing trains, or whose rule is none of `rules`."""
-    trained = {name: {(d, r, c) for d, r, cs in table.cells() for c in cs} for name, table in plan.tables.items()}
     known = (*PLAIN, *rules)
     for row in references:
-        if (cell := (row.dataset, row.representation, row.classifier)) not in trained.get(row.table, ()):
+        cell = row.dataset, row.representation, row.classifier
+        if row.table not in plan.tables or not plan.tables[row.table].trains(*cell):
             raise UserError(f"{REFERENCES}: {row.method}: {PLAN}: tables.{row.table} does not train {'/'.join(cell)}")
         if row.rule not in known:
             raise UserError(f"{REFERENCES}: {row.method}: there is no rule {row.rule}: use one of {', '.join(rules)}")
