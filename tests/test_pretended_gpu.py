@@ -1,0 +1,181 @@
+"""The branches for GPUs, on a GPU that is pretended: see tests/pretended_gpu.py."""
+
+import numpy as np
+import pytest
+import torch
+
+from tailcal import checkpoint, train
+from tailcal.augment import augment
+from tailcal.draws import Draws
+from tailcal.method import names
+from tailcal.models import build
+from tailcal.params import PadCrop, ResizedCrop
+from tests.pretended_gpu import GPU, pretended_gpu
+from tests.test_contract import RECIPE, RUNTIME, images, replica_of
+from tests.test_engine import LONGER, TRAINED, assert_same
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU, with tests of its own")
+COLOURS = {"mean": [0.5] * 3, "std": [0.2] * 3}
+SMALL = PadCrop(kind="pad_crop", pad=4, flip=True, cutout=16, **COLOURS)
+LARGE = ResizedCrop(kind="resized_crop", size=24, min_area=0.08, flip=True, jitter=0.4, grey=0.2, blur=0.5, **COLOURS)
+ON_GPU = RUNTIME.model_copy(update={"device": "cuda"})
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Trains on the CPU with the memory format of a GPU, so that the bits are comparable."""
+
+    def run(replica, recipe):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "place", lambda network, device: network.to(device))
+            return train.train([replica], images(), recipe, RUNTIME)[0]
+
+    return run
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_method_trains_there(name, sam_rho, tmp_path, monkeypatch, reference):
+    recipe = LONGER.model_copy(update={"sam_rho": sam_rho})
+    expected = reference(replica_of(name, tmp_path / "cpu"), recipe)
+    with pretended_gpu(monkeypatch) as gpu:
+        device = train.prepare(ON_GPU)
+        trained = train.train([replica_of(name, tmp_path / "gpu")], images(device=device), recipe, ON_GPU)[0]
+        assert {value.device for value in trained.network.state_dict().values()} == {GPU}
+    assert gpu.counts["operations"] > 100
+    assert_same(expected.network, trained.network)
+    assert trained.history == expected.history
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_side_by_side_and_replayed_there(name, tmp_path, monkeypatch, reference):
+    expected = reference(replica_of(name, tmp_path / "cpu", 1), LONGER)
+    runtime = ON_GPU.model_copy(update={"replicas": 2, "cuda_graphs": True})
+    with pretended_gpu(monkeypatch):
+        device = train.prepare(runtime)
+        replicas = [replica_of(name, tmp_path / "gpu", seed) for seed in range(3)]
+        trained = train.train(replicas, images(device=device), LONGER, runtime)
+    assert_same(expected.network, trained[1].network)
+    assert trained[1].history == expected.history
+
+
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_images_come_from_elsewhere(placement, tmp_path, monkeypatch, reference):
+    expected = reference(replica_of("glmc", tmp_path / "cpu"), RECIPE)
+    with pretended_gpu(monkeypatch):
+        data = images(placement, train.prepare(ON_GPU))
+        trained = train.train([replica_of("glmc", tmp_path / "gpu")], data, RECIPE, ON_GPU)[0]
+    assert_same(expected.network, trained.network)
+
+
+@pytest.mark.parametrize("name", sorted(set(names()) - set(TRAINED)))
+def test_heads_that_take_no_step(name, tmp_path, monkeypatch, reference):
+    expected = reference(replica_of(name, tmp_path / "cpu"), RECIPE)
+    with pretended_gpu(monkeypatch):
+        data = images(device=train.prepare(ON_GPU))
+        trained = train.train([replica_of(name, tmp_path / "gpu")], data, RECIPE, ON_GPU)[0]
+    assert_same(expected.network, trained.network)
+
+
+def test_resuming_there(tmp_path, monkeypatch, reference):
+    expected = reference(replica_of("bagmar", tmp_path / "cpu"), LONGER)
+    with pretended_gpu(monkeypatch):
+        data = images(device=train.prepare(ON_GPU))
+        replica = replica_of("bagmar", tmp_path / "gpu")
+        save, saved = checkpoint.save, []
+
+        def save_twice(*args):
+            save(*args)
+            saved.append(args)
+            if len(saved) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoint, "save", save_twice)
+        with pytest.raises(KeyboardInterrupt):
+            train.train([replica], data, LONGER, ON_GPU)
+        monkeypatch.setattr(checkpoint, "save", save)
+        trained = train.train([replica], data, LONGER, ON_GPU)[0]
+    assert_same(expected.network, trained.network)
+    assert trained.history == expected.history
+
+
+def test_predictions_made_there(monkeypatch):
+    networks = [build("resnet8", "linear", 1, 3) for _ in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "place", lambda network, device: network.to(device))
+        expected = train.predict(networks, images(), RUNTIME)
+    with pretended_gpu(monkeypatch):
+        found = train.predict(networks, images(device=train.prepare(ON_GPU)), ON_GPU)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("strength", ["standard", "strong"])
+def test_augmentations_there(config, strength, monkeypatch):
+    pixels = torch.randint(0, 256, (8, 3, 40, 32), dtype=torch.uint8)
+    expected = augment(pixels, config, strength, Draws(0, 0, torch.Generator()))
+    with pretended_gpu(monkeypatch) as gpu:
+        there, generator = pixels.to(GPU), torch.Generator(GPU)
+        augment(there, config, strength, Draws(0, 0, generator))
+        with gpu.watching():
+            found = augment(there, config, strength, Draws(0, 0, generator))
+        assert found.device == GPU
+        np.testing.assert_array_equal(found.cpu().numpy(), expected.numpy())
+
+
+def mixes_devices(there):
+    return there + torch.ones(4)
+
+
+def indexes_from_the_host(there):
+    return there[torch.tensor([0, 1])]
+
+
+def reads_back(there):
+    return there.sum().item()
+
+
+def branches(there):
+    return 1 if there.sum() > 0 else 0
+
+
+def looks_for_ones(there):
+    return there[there > 0]
+
+
+def copies(there):
+    return there.cpu()
+
+
+def copies_from_pageable_memory(there):
+    return there + torch.tensor([1.0], device=there.device)
+
+
+def adds_up_in_any_order(there):
+    return there.cumsum(0)
+
+
+def draws_elsewhere(there):
+    return torch.rand(4, generator=torch.Generator(), device=there.device)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        mixes_devices,
+        indexes_from_the_host,
+        reads_back,
+        branches,
+        looks_for_ones,
+        copies,
+        copies_from_pageable_memory,
+        adds_up_in_any_order,
+        draws_elsewhere,
+    ],
+)
+def test_it_complains_as_a_gpu_would(mistake, monkeypatch):
+    with pretended_gpu(monkeypatch) as gpu:
+        there = torch.ones(4, device=GPU)
+        with gpu.watching(), pytest.raises((RuntimeError, AssertionError)):
+            mistake(there)
