@@ -127,7 +127,7 @@ def test_cutmix_against_a_loop():
     rng = np.random.default_rng(0)
     for _ in range(200):
         lam, (row, column) = rng.random(), (int(rng.integers(6)), int(rng.integers(8)))
-        height, width = int(6 * math.sqrt(1 - lam)), int(8 * math.sqrt(1 - lam))
+        height, width = math.ceil(6 * math.sqrt(1 - lam)), math.ceil(8 * math.sqrt(1 - lam))
         expected = np.zeros((6, 8))
         for i in range(row - height // 2, row + height // 2):
             for j in range(column - width // 2, column + width // 2):

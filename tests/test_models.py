@@ -34,6 +34,17 @@ def test_the_wide_one_is_four_times_as_wide():
     assert all(w.numel() == 16 * n.numel() for n, w in list(zip(*convolutions, strict=True))[1:])
 
 
+@pytest.mark.parametrize(("name", "kaiming"), [("resnet32", True), ("resnet32_x4", True), ("resnet18", False)])
+def test_first_weights(name, kaiming):
+    """Kaiming-normal: a variance of 2 / inputs; PyTorch's own: uniform, of 1 / (3 inputs)."""
+    torch.manual_seed(0)
+    network = build(name, "linear", 3, 100)
+    wide = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.weight.numel() > 5000]
+    for weight in [*wide, network.head.weight]:
+        expected = (2 if kaiming else 1 / 3) / weight[0].numel()
+        assert weight.var().item() == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_shapes(name):
     network = build(name, "linear", 1, 7).eval()

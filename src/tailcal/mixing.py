@@ -17,9 +17,11 @@ def soft_targets(labels: Tensor, partner_labels: Tensor, lam: Tensor | float, nu
 
 
 def box(lam: float, centre: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
-    """CutMix's box (Yun et al. 2019): sides sqrt(1 - lambda) of the image's, rounded down to whole pixels, around
-    `centre` (row, column) and clipped at the border. Returns (top, bottom, left, right), ends exclusive."""
-    sides = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
+    """CutMix's box (Yun et al. 2019): sides sqrt(1 - lambda) of the image's, rounded up to whole pixels as in the codes
+    of GLMC and FSGL, half of them on each side of `centre` (row, column), clipped at the border. Returns (top, bottom,
+    left, right), ends exclusive. Rounded down, its area would on average be 8 % short of the 1 - lambda of the labels.
+    """
+    sides = math.ceil(height * math.sqrt(1 - lam)), math.ceil(width * math.sqrt(1 - lam))
     (top, bottom), (left, right) = (
         (max(middle - side // 2, 0), min(middle + side // 2, size))
         for middle, side, size in zip(centre, sides, (height, width), strict=True)

@@ -99,7 +99,7 @@ def one_view(job: Job, network: nn.Module, optimizer: torch.optim.SGD) -> Callab
 def cut(images: Tensor, others: Tensor, lam: float) -> Tensor:
     """CutMix: paste a box of 1 - lam of the area, at a random place. [B, C, H, W] each."""
     h, w = images.shape[2:]
-    height, width = int(h * math.sqrt(1 - lam)), int(w * math.sqrt(1 - lam))
+    height, width = math.ceil(h * math.sqrt(1 - lam)), math.ceil(w * math.sqrt(1 - lam))
     y, x = np.random.randint(h), np.random.randint(w)
     top, bottom = max(y - height // 2, 0), min(y + height // 2, h)
     left, right = max(x - width // 2, 0), min(x + width // 2, w)

@@ -70,7 +70,7 @@ class Heads(nn.Module):
 
     def __init__(self, head: Linear, hidden: int):
         super().__init__()
-        self.rebalanced, self.plain = head, Linear(head.in_features, head.out_features)
+        self.rebalanced, self.plain = head, Linear(head.in_features, head.out_features, head.kaiming)
         self.projector, self.predictor = nn.Linear(head.in_features, hidden), nn.Linear(hidden, hidden)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """z = W f + b, with Kaiming-normal W."""
+    """z = W f + b, with Kaiming-normal W, or with PyTorch's own first weights."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, kaiming: bool = True):
         super().__init__(in_features, out_features)
-        nn.init.kaiming_normal_(self.weight)
+        self.kaiming = kaiming
+        if kaiming:
+            nn.init.kaiming_normal_(self.weight)
 
     def norms(self) -> Tensor:
         """||W_k||, float [K]."""
@@ -29,8 +31,9 @@ class Linear(nn.Linear):
 class Cosine(nn.Module):
     """z_k = s_k cos(W_k, f), without a bias. The scales s (1 at first) are state, not learnt."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, kaiming: bool = True):
         super().__init__()
+        del kaiming  # logits do not depend on the length of W_k
         self.in_features, self.out_features = in_features, out_features
         self.direction = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.kaiming_normal_(self.direction)
