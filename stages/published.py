@@ -8,7 +8,7 @@ where it was. It stands outside the pipeline: see published/dvc.yaml.
 import argparse
 import base64
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,24 +22,29 @@ from tailcal import (
     files,
     params,
     plan,
+    posthoc,
     predict,
     predictions,
+    published,
     settings,
     splits,
     store,
     train,
 )
-from tailcal.metrics.cell import measure, over_seeds
+from tailcal.metrics.accuracy import top1
+from tailcal.metrics.cell import Numbers, measure, over_seeds
 
 WORKSPACE = Path("data/published")
+AS_TRAINED = "none"  # no post-hoc rule
 
 
 def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[str, Any]:
     """What the best of the late epochs would have been reported as: a mean over seeds, each at its own best epoch.
 
     folder: checkpoints of stage 1 or 2, with late/seed<k>/epoch<e>.safetensors below it. The epoch is chosen by top-1
-    on the test split, as the published codes do it, so this says nothing about new images. Raises UserError when the
-    late epochs are no longer there.
+    on the test split, as the published codes do it, so this says nothing about new images. `posthoc` has the same after
+    each rule that needs no held-out data, at the epoch that is best after that rule. Raises UserError when the late
+    epochs are no longer there.
     """
     longtail = paths.longtail(where["dataset"])
     _, counts = read_classes(longtail)
@@ -51,7 +56,12 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     data = store.Images(
         images, labels, dataset.augmentation, train.prepare(p.runtime, p.precision), p.runtime.placement
     )
-    best = []
+    rules = {
+        name: posthoc.RULES[name].fit(config, counts, np.empty((0, len(counts))), np.empty(0, dtype=np.int64))
+        for name, config in posthoc.configure(p.evaluate.posthoc).items()
+        if not posthoc.RULES[name].needs_holdout(config)
+    }
+    best: dict[str, list[Numbers]] = {rule: [] for rule in (AS_TRAINED, *rules)}
     for seed in p.seeds:
         late = sorted((folder / f"late/seed{seed}").glob("epoch*.safetensors"))
         if not late:
@@ -63,11 +73,12 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
             networks.append(predict.build(stage1["network"], training.method, block, counts.tolist(), path))
             networks[-1].load_state_dict(load_file(path))
         logits = train.predict(networks, data, p.runtime)
-        best.append(
-            max((measure(one, labels, counts, p.evaluate.bins) for one in logits), key=lambda numbers: numbers["top1"])
-        )
-    numbers = over_seeds(best)
-    return {"epochs": len(late)} | {key: numbers[key] for key in ("top1", "top1_std", "ece", "ece_std")}
+        for rule, runs in best.items():
+            after = [rules[rule](one) if rule in rules else one for one in logits]
+            runs.append(measure(max(after, key=lambda one: top1(one, labels)), labels, counts, p.evaluate.bins))
+    said = ("top1", "top1_std", "ece", "ece_std")
+    numbers = {rule: {key: over_seeds(runs)[key] for key in said} for rule, runs in best.items()}
+    return {"epochs": len(late)} | numbers.pop(AS_TRAINED) | {"posthoc": numbers}
 
 
 def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None) -> dict[str, Any]:
@@ -91,6 +102,7 @@ def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None
             "test_split": {name: meta["checksums"][name] for name in ("test_images.npy", "test_labels.npy")},
         },
         "backbone": training.backbone,
+        "precision": p.precision,
         "epochs": history["epoch"].nunique(),
         "cost": {
             "machine": cost["machine"]["name"],
@@ -141,12 +153,32 @@ def select(
     return {training: list(dict.fromkeys(classifiers)) for training, classifiers in asked.items()}
 
 
+def complete(path: Path, p: params.Params) -> bool:
+    """Whether a cell's file is there, of all seeds of `p` and of its precision."""
+    if not path.exists():
+        return False
+    cell = published.read_cell(path)
+    return cell.precision == p.precision and set(map(str, p.seeds)) <= set(cell.correct or ())
+
+
+def natural(text: str) -> int:
+    """A number from 0, as an argument."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.published", description=__doc__)
     parser.add_argument("--table", action="append", help="only this table, or these (all)")
     parser.add_argument("--dataset", action="append", help="only this data set of them, or these (all)")
     parser.add_argument("--representation", action="append", help="only this representation of them, or these (all)")
-    parser.add_argument("--missing", action="store_true", help="leave out the cells that are there already")
+    parser.add_argument("--missing", action="store_true", help="leave out the cells that are there already, complete")
+    parser.add_argument(
+        "--seed", action="append", type=natural, help="this seed, or these (all of published/params.yaml)"
+    )
+    parser.add_argument("--precision", choices=get_args(params.Precision), help="of training (that of params.yaml)")
     parser.add_argument(
         "--images",
         type=Path,
@@ -156,6 +188,7 @@ def main() -> None:
     args = parser.parse_args()
 
     chosen, p = plan.load(params.load())
+    p = p.model_copy(update={"seeds": args.seed or p.seeds, "precision": args.precision or p.precision})
     asked = select(chosen, args.table, args.dataset, args.representation)
     for (dataset, representation, _), classifiers in asked.items():
         settings.training(p, dataset, representation, "representations")
@@ -172,7 +205,7 @@ def main() -> None:
             todo = [
                 name
                 for name in classifiers
-                if not (args.missing and (out / dataset / representation / f"{name}.json").exists())
+                if not (args.missing and complete(out / dataset / representation / f"{name}.json", p))
             ]
             if todo:
                 try:

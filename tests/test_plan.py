@@ -117,8 +117,10 @@ def test_a_table_from_images_to_its_page(run):
         if name == "tau_norm":  # it takes no step, so it has no epochs
             assert cell["best_on_test"] is None
         else:  # the best of the last epoch alone is the last epoch
-            last = {key: cell[key] for key in ("top1", "top1_std", "ece", "ece_std")}
-            assert cell["best_on_test"] == {"epochs": 1} | last
+            said = ("top1", "top1_std", "ece", "ece_std")
+            after = {rule: {key: cell["posthoc"][rule][key] for key in said} for rule in cell["posthoc"]}
+            assert set(after) == {"logit_adjustment", "pn_transductive"}  # nothing is held out, to fit the others on
+            assert cell["best_on_test"] == {"epochs": 1, "posthoc": after} | {key: cell[key] for key in said}
     assert {path.name for path in Path("data").iterdir()} == {"downloads", "published"}
     assert not Path("metrics/cells").exists()
 
@@ -137,6 +139,26 @@ def test_a_table_from_images_to_its_page(run):
     assert {name: path.stat().st_mtime_ns for name, path in found.items()} == times
     run("--table", "mislas", "--images", "images")  # everything again, from the last checkpoints
     assert {name: path.read_bytes() for name, path in found.items()} == before
+
+
+@pytest.mark.pipeline
+def test_fewer_seeds_in_another_precision_say_so_and_are_not_complete(run):
+    short = ("--table", "mislas", "--images", "images", "--missing")
+    path = run(*short, "--seed", "1", "--precision", "bf16")["small/ce/joint.json"]
+    cell, said = read(path), path.read_bytes()
+    assert (cell["seeds"], list(cell["correct"]), cell["precision"]) == (1, ["1"], "bf16")
+    tables.main()
+    assert "- small, CE: epochs 2 (published 200), backbone resnet8 (published resnet32), in bf16" in (
+        paths.OVERVIEW.read_text()
+    )
+    run(*short, "--seed", "1", "--precision", "bf16")
+    assert path.read_bytes() == said
+    run(*short)
+    whole = read(path)
+    assert (whole["seeds"], list(whole["correct"]), whole["precision"]) == (2, ["0", "1"], "float32")
+    said = path.read_bytes()
+    run(*short, "--seed", "0")  # is among them
+    assert path.read_bytes() == said
 
 
 @pytest.mark.pipeline
@@ -178,6 +200,8 @@ def test_late_epochs_change_nothing_but_the_diagnostic(run):
     assert "diagnostics" not in none["provenance"]
     assert best["best_on_test"]["epochs"] == 2
     assert best["best_on_test"]["top1"] >= best["top1"]
+    for rule, numbers in best["best_on_test"]["posthoc"].items():
+        assert numbers["top1"] >= best["posthoc"][rule]["top1"]
     different = {"best_on_test", "cost", "provenance"}
     assert {k: v for k, v in best.items() if k not in different} == {
         k: v for k, v in none.items() if k not in different

@@ -71,14 +71,20 @@ class Cost(_Part):
     at_once: Count
 
 
-class Best(_Part):
-    """Mean over seeds of the best of the last `epochs` epochs, chosen on the test split: a diagnostic."""
+class BestNumbers(_Part):
+    """Means over seeds, each seed at the epoch that is best on the test split, and their standard deviations."""
 
-    epochs: Count
     top1: params.Fraction
     top1_std: Spread = None
     ece: params.Fraction
     ece_std: Spread = None
+
+
+class Best(BestNumbers):
+    """The best of the last `epochs` epochs, as trained and after post-hoc rules: a diagnostic."""
+
+    epochs: Count
+    posthoc: dict[str, BestNumbers] = {}
 
 
 class Measured(Numbers):
@@ -91,6 +97,7 @@ class Measured(Numbers):
     best_on_test: Best | None = None
     epochs: Count
     backbone: Line
+    precision: Line = "float32"  # of training; files from before there was a choice do not say it
     test_images: Annotated[int, Field(ge=2)]
 
     def after(self, rule: str) -> Numbers | None:
@@ -106,16 +113,17 @@ def read_measured(folder: Path) -> Cells:
 
     Raises UserError naming a file that is damaged.
     """
-    found = {}
-    for path in sorted(folder.glob("*/*/*.json")):
-        try:
-            cell = Measured.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except ValidationError as error:
-            raise UserError(f"{path} is damaged ({params.describe(error, '')}): {AGAIN}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({error}): {AGAIN}") from None
-        found[path.parts[-3], path.parts[-2], path.stem] = cell
-    return found
+    return {(*path.parts[-3:-1], path.stem): read_cell(path) for path in sorted(folder.glob("*/*/*.json"))}
+
+
+def read_cell(path: Path) -> Measured:
+    """One measured cell. Raises UserError naming the file when it is damaged."""
+    try:
+        return Measured.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({params.describe(error, '')}): {AGAIN}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {AGAIN}") from None
 
 
 @dataclass(frozen=True)
@@ -131,9 +139,10 @@ class Comparison:
         return self.cell and self.cell.after(self.reference.rule)
 
     @property
-    def best(self) -> Best | None:
-        """Ours at the epoch that is best on test. It is known of the plain predictions only."""
-        return None if self.cell is None or self.reference.rule not in PLAIN else self.cell.best_on_test
+    def best(self) -> BestNumbers | None:
+        """Ours at the epoch that is best on test after the row's rule."""
+        best = self.cell and self.cell.best_on_test
+        return best.posthoc.get(self.reference.rule) if best and self.reference.rule not in PLAIN else best
 
     @property
     def difference(self) -> float | None:
@@ -190,7 +199,7 @@ def _flat(row: Comparison) -> dict[str, Any]:
         "best_on_test": best and points(best.top1, 4),
         "best_on_test_std": best and points(best.top1_std, 4),
         "best_on_test_ece": best and points(best.ece, 4),
-        "best_on_test_epochs": best and best.epochs,
+        "best_on_test_epochs": best and cell.best_on_test.epochs,
         "ece": ours and points(ours.ece, 4),
         "ece_std": ours and points(ours.ece_std, 4),
         "difference": row.difference,
@@ -201,6 +210,7 @@ def _flat(row: Comparison) -> dict[str, Any]:
         "machine": cell and cell.cost.machine,
         "measured_backbone": cell and cell.backbone,
         "measured_epochs": cell and cell.epochs,
+        "precision": cell and cell.precision,
         "train_images": cell and cell.data.train_images,
         "official": cell and cell.data.official,
         "source": published.source,

@@ -17,7 +17,8 @@ took, both stages together. {DASH} is a number that was not printed, or not meas
 
 "Best on test" is the mean over seeds of the best of the last epochs, chosen on the test split, as the papers' released
 codes choose the epoch that they report. It is there so that published numbers can be compared like for like: a
-diagnostic, not a result. All else of ours is of the last epoch.
+diagnostic, not a result. All else of ours is of the last epoch; stage 2 too starts from the last epoch of stage 1,
+where those codes start from the one that was best on test.
 """
 
 
@@ -27,7 +28,7 @@ def paper(name: str, rows: list[Comparison], command: str) -> str:
     command: what runs the cells that are missing.
     """
     sources = list(dict.fromkeys((row.reference.source, row.reference.note) for row in rows))
-    best = {row.best.epochs for row in rows if row.best}
+    best = {row.cell.best_on_test.epochs for row in rows if row.best}
     header = ["data set", "method", "published top-1", "published ECE", "our top-1", "difference"]
     header += [f"best on test, last {_span(best)} epochs" if best else "best on test", "our ECE", "seeds"]
     table = Table([*header, "s a network", "source"], [_texts(row, sources) for row in rows])
@@ -132,9 +133,8 @@ def _other(row: Comparison) -> str:
         "backbone": row.reference.backbone.lower().replace("-", "").partition(" ")[0],
     }
     ours = {"epochs": str(row.cell.epochs), "backbone": row.cell.backbone}
-    return ", ".join(
-        f"{key} {ours[key]} (published {text})" for key, text in published.items() if text not in ("", ours[key])
-    )
+    other = [f"{key} {ours[key]} (published {text})" for key, text in published.items() if text not in ("", ours[key])]
+    return ", ".join(other + ([] if row.cell.precision == "float32" else [f"in {row.cell.precision}"]))
 
 
 def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], command: str) -> str:
