@@ -137,6 +137,8 @@ class PretendedGPU(TorchFunctionMode):
             return GPU
         if name == "__get__" and owner is torch.Tensor.is_cuda:
             return on_gpu(args[0])
+        if name == "__deepcopy__":
+            return _tag(function(*args, **kwargs), on_gpu(args[0]))
         if name == "pin_memory":
             pinned = args[0].clone()
             pinned.pinned = True

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -16,6 +17,7 @@ from tailcal import params, plan, references, seal
 from tailcal.errors import UserError
 from tailcal.methods import mixup
 from tests.conftest import ROOT
+from tests.pretended_gpu import pretended_gpu
 
 CLASSES, LARGEST, TEST = 10, 20, 6
 SHORT = {"epochs": 2, "batch_size": 16, "schedule": {"shape": "cosine", "warmup": 0, "warmup_lr": 0.0}}
@@ -139,6 +141,19 @@ def test_a_table_from_images_to_its_page(run):
     assert {name: path.stat().st_mtime_ns for name, path in found.items()} == times
     run("--table", "mislas", "--images", "images")  # everything again, from the last checkpoints
     assert {name: path.read_bytes() for name, path in found.items()} == before
+
+
+@pytest.mark.pipeline
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+def test_a_table_on_a_pretended_gpu(run, monkeypatch):
+    """All stages, and the best of the late epochs, on the branches for GPUs."""
+    with pretended_gpu(monkeypatch) as gpu:
+        found = run("--table", "mislas", "--images", "images")
+    assert gpu.counts["operations"] > 1000
+    for path in found.values():
+        cell = read(path)
+        assert (cell["provenance"]["device"], cell["cost"]["machine"]) == ("cuda", "pretended")
+    assert read(found["small/ce/mislas.json"])["best_on_test"]["epochs"] == 1
 
 
 @pytest.mark.pipeline
