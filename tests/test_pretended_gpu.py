@@ -47,8 +47,9 @@ def test_every_method_trains_there(name, tmp_path, monkeypatch, reference):
 
 @pytest.mark.parametrize(
     "name", ["mixup", "fsgl", "bagmar", "mislas"]
-)  # of all methods, tests/test_engine.py replays them
+)
 def test_side_by_side_and_replayed_there(name, tmp_path, monkeypatch, reference):
+    """With those that draw most; tests/test_engine.py replays every method."""
     recipe = LONGER.model_copy(update={"sam_rho": 0.05})
     expected = reference(replica_of(name, tmp_path / "cpu", 1), recipe)
     runtime = ON_GPU.model_copy(update={"replicas": 2, "cuda_graphs": True})
