@@ -45,9 +45,7 @@ def test_every_method_trains_there(name, tmp_path, monkeypatch, reference):
     assert trained.history == expected.history
 
 
-@pytest.mark.parametrize(
-    "name", ["mixup", "fsgl", "bagmar", "mislas"]
-)
+@pytest.mark.parametrize("name", ["mixup", "fsgl", "bagmar", "mislas"])
 def test_side_by_side_and_replayed_there(name, tmp_path, monkeypatch, reference):
     """With those that draw most; tests/test_engine.py replays every method."""
     recipe = LONGER.model_copy(update={"sam_rho": 0.05})
