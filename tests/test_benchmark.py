@@ -2,12 +2,14 @@
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from stages import benchmark as stage
 from tailcal import method, mixing
 from tailcal.benchmark import cases, measure, references
 from tailcal.errors import UserError
@@ -245,6 +247,40 @@ def test_the_stage_writes_its_numbers_and_the_pipeline_does_not_see_it(project):
     changed = json.loads(p.run("dvc", "status", "--json").splitlines()[-1])
     assert not [stage for stage in changed if "benchmark" in stage]
     assert "benchmark" not in p.run("dvc", "metrics", "show")
+
+
+def test_a_case_that_fails_does_not_keep_the_others_from_being_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cases.FILE.parent.mkdir()
+    cases.FILE.write_text(TINY)
+    started, numbers = [], {"images_per_second": {"median": 8.0, "min": 7.0, "max": 9.0}, "gpu": None, "against": {}}
+    numbers |= {"step_ms": {"median": 1.0}, "training_seconds": {"median": 1.0}}
+    broken = ["one"]
+
+    def measured(name, suite, benchmark, _device):
+        started.append(name)
+        if name in broken:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return measure.describe(suite[name], benchmark.workload(suite[name])) | numbers
+
+    def run(*options):
+        started.clear()
+        monkeypatch.setattr(sys, "argv", ["benchmark", *options])
+        stage.main()
+        return list(json.loads(stage.OUT.read_text())["cases"]), list(started)
+
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(measure, "start_up", lambda *_: {"seconds": {"median": 1.0}})
+    with pytest.raises(UserError, match=r"metrics/benchmark.json lacks one, which failed"):
+        run()
+    assert "not permitted when stream is capturing" in capsys.readouterr().err
+    assert list(json.loads(stage.OUT.read_text())["cases"]) == ["two"]
+    broken.clear()
+    assert run("--missing") == (["one", "two"], ["one"])
+    assert run("--missing") == (["one", "two"], [])
+    assert run("--case", "two") == (["one", "two"], ["two"])
+    cases.FILE.write_text(TINY.replace("repeats: 2", "repeats: 3"))
+    assert run("--missing") == (["one", "two"], ["one", "two"])
 
 
 @pytest.mark.pipeline

@@ -25,7 +25,6 @@ from torch.autograd import DeviceType
 from tailcal import method, models, train
 from tailcal.benchmark.cases import FILE, Benchmark, Case, Workload
 from tailcal.engine import WARM_UP
-from tailcal.errors import UserError
 from tailcal.models import Network
 from tailcal.params import Runtime
 from tailcal.store import Images
@@ -165,12 +164,13 @@ def shortened(workload: Workload, steps: int) -> Workload:
     return workload.model_copy(update={"images": images})
 
 
-def gpu(name: str, case: Case, workload: Workload) -> dict[str, float | int]:
+def gpu(name: str, case: Case, workload: Workload) -> dict[str, float | int | None]:
     """What the case asks of the GPU. The profiler slows it down, so nothing is timed here.
 
     memory: the most that tensors took, and that torch reserved for them (recorded steps keep theirs), in bytes;
     busy: share of an epoch, from the start of its first kernel to the end of its last, in which at least one kernel
-    or copy ran; kernel_ms: milliseconds of them a step of one network.
+    or copy ran; kernel_ms: milliseconds of them a step of one network. The last two are None where the profiler sees no
+    kernel, as on a GPU that not all users may profile.
     """
     from torch.profiler import ProfilerActivity, profile, schedule  # not at the top: it is no part of the start-up
 
@@ -193,7 +193,8 @@ def gpu(name: str, case: Case, workload: Workload) -> dict[str, float | int]:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
     if not kernels:
-        raise UserError(f"benchmark {name}: the profiler saw no kernel: let all users profile this GPU (CUPTI)")
+        print(f"{name}: the profiler saw no kernel: let all users profile this GPU (CUPTI)", file=sys.stderr)
+        return {"busy": None, "kernel_ms": None, **memory}
     window = max(end for _, end in kernels) - min(begin for begin, _ in kernels)
     spent = sum(end - begin for begin, end in kernels)  # microseconds
     return {
@@ -233,6 +234,11 @@ def start_up(name: str, repeats: int) -> dict[str, Any]:
     return {"case": name, "seconds": spread(seconds), "host_memory": max(memory)}
 
 
+def describe(case: Case, workload: Workload) -> dict[str, Any]:
+    """What a case is, as it stands beside its numbers."""
+    return {**case.model_dump(exclude={"against"}), "workload": {"name": case.workload} | workload.model_dump()}
+
+
 def measure(name: str, cases: dict[str, Case], benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
     """All rounds of one case, in each of which it and its rivals take their turn."""
     case = cases[name]
@@ -248,8 +254,7 @@ def measure(name: str, cases: dict[str, Case], benchmark: Benchmark, device: tor
     own = rates.pop(name)
     batches = case.replicas * workload.batch_size  # of the steps that the networks take side by side
     return {
-        **case.model_dump(exclude={"against"}),
-        "workload": {"name": case.workload} | workload.model_dump(),
+        **describe(case, workload),
         "steps": case.epochs * workload.steps,
         "images_per_second": spread(own),
         "step_ms": spread([1000 * batches / rate for rate in own]),
