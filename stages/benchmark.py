@@ -7,13 +7,17 @@ being measured; each is written once it is. It stands outside the pipeline: see 
 import argparse
 import json
 import subprocess
+import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tailcal import errors, files
+from tailcal import errors, files, params
 from tailcal.benchmark import cases, measure
 
 OUT = Path("metrics/benchmark.json")
@@ -43,11 +47,41 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def unchanged(known: dict[str, Any], suite: cases.Suite, benchmark: cases.Benchmark) -> dict[str, Any]:
-    """Those of the cases measured before that are still what they were."""
-    described = {name: measure.describe(case, benchmark.workload(case)) for name, case in suite.cases.items()}
-    same = json.loads(json.dumps(described))  # tuples as lists, as in the file
-    return {n: case for n, case in known.items() if n in same and case | same[n] == case}
+class Before(BaseModel):
+    """What a file of before must hold, that a measurement may go on from it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    start_up: dict[str, Any]
+    cases: dict[str, dict[str, Any]]
+
+
+def before(record: dict[str, Any], suite: cases.Suite, benchmark: cases.Benchmark) -> tuple[dict, dict]:
+    """The start-up and those of the cases of OUT that would be measured again as they were; both may be empty.
+
+    record: what all measurements of a file share. Raises UserError when OUT is damaged, or of another machine.
+    """
+    if not OUT.exists():
+        return {}, {}
+    try:
+        known = Before.model_validate(files.read_json(OUT))
+    except ValidationError as error:
+        raise errors.UserError(f"{OUT} is damaged ({params.describe(error, '')}): run without --missing") from None
+    for key, value in record.items():
+        if (other := known.model_extra.get(key)) != value:
+            raise errors.UserError(f"{OUT}: {key} was {other}, and is {value} here: run without --missing")
+    asked = {name: measure.describe(case, benchmark.workload(case)) for name, case in suite.cases.items()}
+    asked = json.loads(json.dumps(asked))  # tuples as lists, as in the file
+    same = {name for name, case in known.cases.items() if name in asked and case | asked[name] == case}
+    kept = {
+        name: case
+        for name, case in known.cases.items()
+        # It is held against the same rivals as before, and those that are cases themselves are what they were.
+        if name in same
+        and list(case["against"]) == suite.cases[name].against
+        and not (set(case["against"]) & set(asked)) - same
+    }
+    return (known.start_up if known.start_up.get("case") == suite.start_up else {}), kept
 
 
 def main() -> None:
@@ -55,8 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--alone", nargs=2, metavar=("PART", "CASE"), help=f"only this of a case: {' or '.join(measure.ALONE)}, as JSON"
     )
-    parser.add_argument("--case", action="append", help="only this case, or these, and keep the others of the file")
-    parser.add_argument("--missing", action="store_true", help="leave out the cases that the file has of this machine")
+    parser.add_argument("--missing", action="store_true", help=f"leave out what {OUT} has already")
     args = parser.parse_args()
 
     benchmark = cases.load()
@@ -69,28 +102,31 @@ def main() -> None:
         case = suite.cases[name]
         print(json.dumps(measure.ALONE[part](name, case, benchmark.workload(case))))
         return
-    for name in args.case or []:
-        cases.require(name, suite.cases, "--case")
-    record = {"machine": measure.machine(device), "images": "noise, in memory", "repeats": benchmark.repeats}
-    before = files.read_json(OUT) if (args.case or args.missing) and OUT.exists() else {}
-    if any(before.get(key) != value for key, value in record.items()):
-        before = {"start_up": measure.start_up(suite.start_up, benchmark.repeats), "cases": {}}
-    done = unchanged(before["cases"], suite, benchmark)
+    record = {"machine": measure.machine(device), "images": "noise, in memory"}
+    record |= {"repeats": benchmark.repeats, "workers": benchmark.workers}
+    start_up, done = before(record, suite, benchmark) if args.missing else ({}, {})
     failed = []
-    for name in args.case or suite.cases:
-        if args.missing and name in done:
-            continue
-        done.pop(name, None)
+
+    def attempt(what: str, measuring: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured; nothing where that failed, and why is said."""
         try:
-            done[name] = measure.measure(name, suite.cases, benchmark, device)
-        except (RuntimeError, errors.UserError, subprocess.CalledProcessError) as error:
+            return measuring()
+        except errors.UserError as error:
+            print(f"{what}: {error}", file=sys.stderr)
+        except (RuntimeError, ValueError, ImportError, MemoryError, subprocess.CalledProcessError) as error:
             traceback.print_exception(error)
-            failed.append(name)
-        record |= {"start_up": before["start_up"], "cases": {name: done[name] for name in suite.cases if name in done}}
-        files.write_json(OUT, record)
-    seconds = before["start_up"]["seconds"]["median"]
-    print(f"{record['machine']['gpu'] or record['machine']['cpu']}, {record['machine']['cores']} cores; ", end="")
-    print(f"first step after {seconds:.1f} s\n\n{table({name: done[name] for name in suite.cases if name in done})}")
+        failed.append(what)
+        return {}
+
+    start_up = start_up or attempt("start_up", lambda: measure.start_up(suite.start_up, benchmark.repeats))
+    for name in [name for name in suite.cases if name not in done]:
+        if measured := attempt(name, partial(measure.measure, name, suite.cases, benchmark, device)):
+            done[name] = measured
+            known = {name: done[name] for name in suite.cases if name in done}
+            files.write_json(OUT, record | {"start_up": start_up, "cases": known})
+    print(f"{record['machine']['gpu'] or record['machine']['cpu']}, {record['machine']['cores']} cores", end="")
+    print(f"; first step after {start_up['seconds']['median']:.1f} s" if start_up else "", end="\n\n")
+    print(table({name: done[name] for name in suite.cases if name in done}))
     if failed:
         raise errors.UserError(f"{OUT} lacks {', '.join(failed)}, which failed: see above; --missing tries again")
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 from safetensors.torch import load_file
 
 from stages import paths, workspace
@@ -115,6 +116,11 @@ def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None
     }
 
 
+def has_epochs(classifier: settings.Training) -> bool:
+    """Whether it has late epochs: of those that take no step only `joint` has, those of stage 1."""
+    return bool(classifier.recipe) or classifier.method == "joint"
+
+
 def cells(
     p: params.Params, late_epochs: int, dataset: str, representation: str, classifiers: list[str], out: Path
 ) -> None:
@@ -125,8 +131,7 @@ def cells(
         where = {"dataset": dataset, "representation": representation, "classifier": classifier}
         with workspace.measured(p, where, late_epochs) as stage2:
             chosen, late = settings.training(p, dataset, classifier, "classifiers"), None
-            # Of the classifiers that take no step only `joint` has epochs, those of stage 1.
-            if late_epochs and (chosen.recipe or chosen.method == "joint"):
+            if late_epochs and has_epochs(chosen):
                 late = best_on_test(p, where, stage2 if chosen.recipe else stage1)
             files.write_json(out / dataset / representation / f"{classifier}.json", compose(p, where, late))
 
@@ -153,20 +158,40 @@ def select(
     return {training: list(dict.fromkeys(classifiers)) for training, classifiers in asked.items()}
 
 
-def complete(path: Path, p: params.Params) -> bool:
-    """Whether a cell's file is there, of all seeds of `p` and of its precision."""
+def narrowed(p: params.Params, seeds: list[str] | None, precision: str | None) -> params.Params:
+    """The parameters with a part of their seeds, and another precision; None leaves either as it is.
+
+    Raises UserError for a seed that is not among them or is named twice, and for what this machine cannot do.
+    """
+    known = {str(seed): seed for seed in p.seeds}
+    for seed in seeds or []:
+        if seed not in known or seeds.count(seed) > 1:
+            raise errors.UserError(f"--seed {seed}: must be one of {', '.join(known)}, each named once at most")
+    chosen = precision or p.precision
+    if chosen == "tf32" and not torch.cuda.is_available():
+        raise errors.UserError("--precision: tf32 exists only on a GPU, and there is none here: use float32 or bf16")
+    return p.model_copy(update={"seeds": [known[seed] for seed in seeds or known], "precision": chosen})
+
+
+def complete(path: Path, p: params.Params, with_best: bool) -> bool:
+    """Whether a cell's file is there, of all seeds of `p`, in its precision, `with_best` on test or without."""
     if not path.exists():
         return False
     cell = published.read_cell(path)
-    return cell.precision == p.precision and set(map(str, p.seeds)) <= set(cell.correct or ())
+    same = cell.precision == p.precision and set(map(str, p.seeds)) <= set(cell.correct or ())
+    return same and (cell.best_on_test is not None or not with_best)
 
 
-def natural(text: str) -> int:
-    """A number from 0, as an argument."""
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
+def require_no_loss(path: Path, p: params.Params) -> None:
+    """Raise UserError when a part of the seeds, or another precision, would take the place of more."""
+    if path.exists():
+        cell = published.read_cell(path)
+        if cell.precision != p.precision or not set(cell.correct or ()) <= set(map(str, p.seeds)):
+            seeds = ", ".join(cell.correct or ())
+            raise errors.UserError(
+                f"{path} has seeds {seeds} in {cell.precision}, which --seed and --precision would replace: give them "
+                "so that they cover these, or move it away"
+            )
 
 
 def main() -> None:
@@ -175,9 +200,7 @@ def main() -> None:
     parser.add_argument("--dataset", action="append", help="only this data set of them, or these (all)")
     parser.add_argument("--representation", action="append", help="only this representation of them, or these (all)")
     parser.add_argument("--missing", action="store_true", help="leave out the cells that are there already, complete")
-    parser.add_argument(
-        "--seed", action="append", type=natural, help="this seed, or these (all of published/params.yaml)"
-    )
+    parser.add_argument("--seed", action="append", help="only this seed of the plan, or these (all)")
     parser.add_argument("--precision", choices=get_args(params.Precision), help="of training (that of params.yaml)")
     parser.add_argument(
         "--images",
@@ -188,7 +211,7 @@ def main() -> None:
     args = parser.parse_args()
 
     chosen, p = plan.load(params.load())
-    p = p.model_copy(update={"seeds": args.seed or p.seeds, "precision": args.precision or p.precision})
+    p = narrowed(p, args.seed, args.precision)
     asked = select(chosen, args.table, args.dataset, args.representation)
     for (dataset, representation, _), classifiers in asked.items():
         settings.training(p, dataset, representation, "representations")
@@ -199,20 +222,33 @@ def main() -> None:
         changed = {name: workspace.from_folder(params.dataset(p, name), images) for name, _, _ in asked}
         p = p.model_copy(update={"datasets": p.datasets | changed})
 
-    out, written = paths.PUBLISHED.resolve(), 0
-    with workspace.inside(WORKSPACE):
-        for (dataset, representation, late_epochs), classifiers in asked.items():
-            todo = [
+    if args.missing:
+        asked = {
+            (dataset, representation, late): [
                 name
                 for name in classifiers
-                if not (args.missing and complete(out / dataset / representation / f"{name}.json", p))
+                if not complete(
+                    paths.PUBLISHED / dataset / representation / f"{name}.json",
+                    p,
+                    bool(late) and has_epochs(settings.training(p, dataset, name, "classifiers")),
+                )
             ]
-            if todo:
+            for (dataset, representation, late), classifiers in asked.items()
+        }
+    if args.seed or args.precision:
+        for (dataset, representation, _), classifiers in asked.items():
+            for name in classifiers:
+                require_no_loss(paths.PUBLISHED / dataset / representation / f"{name}.json", p)
+
+    out = paths.PUBLISHED.resolve()
+    with workspace.inside(WORKSPACE):
+        for (dataset, representation, late_epochs), classifiers in asked.items():
+            if classifiers:
                 try:
-                    cells(p, late_epochs, dataset, representation, todo, out)
+                    cells(p, late_epochs, dataset, representation, classifiers, out)
                 except errors.UserError as error:
                     raise errors.UserError(f"{error} (in {WORKSPACE}, by `python -m stages.published`)") from None
-            written += len(todo)
+    written = sum(map(len, asked.values()))
     print(f"{paths.PUBLISHED}: {written} cells written; `python -m stages.tables` makes the tables")
 
 

@@ -2,14 +2,15 @@
 
 What fails on a GPU and not on a CPU fails here too: tensors of two devices in one operation, and within a step a number
 read back, a copy from memory that is not pinned, and an operation that has no deterministic kernel there. So the
-branches for GPUs run wherever the tests do; what a kernel computes, how fast, and what a capture refuses, only a GPU
-can tell.
+branches for GPUs run wherever the tests do. What a kernel computes and how fast, what a capture refuses, and whether
+streams wait for each other, only a GPU can tell.
 """
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ aten = torch.ops.aten
 READS_BACK = {
     aten._local_scalar_dense,
     aten.nonzero,
+    aten.allclose,
     aten.masked_select,
     aten.bincount,
     aten.equal,
@@ -57,7 +59,8 @@ NOT_DETERMINISTIC = {
     aten.upsample_bilinear2d_backward,
     aten.upsample_linear1d_backward,
 }
-MAY_MIX = ("__get__", "__set__", "_has_compatible_shallow_copy_type")  # functions that compute nothing
+MADE_ON_THE_HOST = ("tensor", "as_tensor", "asarray", "new_tensor")
+MAY_MIX = ("__get__", "_has_compatible_shallow_copy_type")  # functions that compute nothing
 
 
 class Watch(TorchDispatchMode):
@@ -65,14 +68,16 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         packet = function.overloadpacket
+        if packet.__name__.endswith("_"):  # in place it is the same operation
+            packet = getattr(aten, packet.__name__.rstrip("_"), packet)
         assert packet not in READS_BACK, f"{function} waits for the device"
         assert packet not in NOT_DETERMINISTIC, f"{function} is not deterministic on a GPU"
         assert packet is not aten.cumsum or not args[0].is_floating_point(), "no deterministic sum of floats on a GPU"
-        if packet is aten.index or packet is aten.index_put_:
-            masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
-            assert not masks or (packet is aten.index_put_ and args[2].numel() == 1), (
-                "a mask as index waits for the device"
-            )
+        if packet in (aten.index, aten.index_put):
+            masked = any(index is not None and index.dtype == torch.bool for index in args[1])
+            # Only with a number of the host is such a place filled without asking where it is.
+            filled = packet is not aten.index and args[2].dim() == 0 and not on_gpu(args[2])
+            assert filled or not masked, "a mask as index waits for the device"
         return function(*args, **(kwargs or {}))
 
 
@@ -115,7 +120,11 @@ class PretendedGPU(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.in_step = False
-        self.counts = {"operations": 0, "copies": 0}
+        self.operations = 0
+
+    def require_between_steps(self, what: str) -> None:
+        """Fail within a step."""
+        assert not self.in_step, f"{what} waits for the device"
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -160,17 +169,22 @@ class PretendedGPU(TorchFunctionMode):
         asked = device is not None and torch.device(device).type == "cuda"
         if device is not None:
             kwargs["device"] = "cpu"
-        if asked and name in ("tensor", "as_tensor", "asarray"):
-            assert not self.in_step, f"torch.{name} copies from memory that is not pinned"
+        if self.in_step and (asked or any(map(on_gpu, _tensors(args[:1])))):
+            assert name not in MADE_ON_THE_HOST, f"{name} copies from memory that is not pinned"
+        if self.in_step and name in ("__getitem__", "__setitem__") and on_gpu(args[0]):
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            listed = any(isinstance(index, (list, np.ndarray)) for index in indices)
+            assert not listed, "an index on the host is copied from memory that is not pinned"
         tensors = _tensors((args, kwargs))
-        places = {on_gpu(tensor) for tensor in tensors if self.in_step or tensor.dim()}
+        # Only a number on the host may go with tensors on a GPU, and within a step not even that.
+        places = {on_gpu(tensor) for tensor in tensors if self.in_step or tensor.dim() or on_gpu(tensor)}
         if len(places) > 1 and name not in MAY_MIX:
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cpu and cuda:0")
         generator = kwargs.get("generator")
         made_there = asked or True in places or any(map(on_gpu, tensors))
         if isinstance(generator, Generator) and (generator.device == GPU) != made_there:
             raise RuntimeError(f"{name}: a generator of {generator.device} for a tensor elsewhere")
-        self.counts["operations"] += made_there
+        self.operations += made_there
         return _tag(function(*args, **kwargs), made_there)
 
     def _move(self, name: str, source: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -205,7 +219,6 @@ class PretendedGPU(TorchFunctionMode):
         if self.in_step:
             assert getattr(source, "pinned", False), "a copy from memory that is not pinned waits for the device"
             assert not blocking, "a copy that blocks waits for the device"
-        self.counts["copies"] += 1
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -222,6 +235,13 @@ def _tag(out: Any, there: bool) -> Any:
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     """Within the block there is one GPU, and every step of a training is looked at."""
     gpu = PretendedGPU()
+    with monkeypatch.context() as patch:
+        _install(gpu, patch)
+        with gpu:
+            yield gpu
+
+
+def _install(gpu: PretendedGPU, patch: pytest.MonkeyPatch) -> None:
     memory = 1 << 36
     for name, value in {
         "is_available": lambda: True,
@@ -229,15 +249,15 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
         "get_device_name": lambda *_: "pretended",
         "mem_get_info": lambda *_: (memory, memory),
         "max_memory_allocated": lambda *_: memory,
-        "synchronize": lambda *_: None,
+        "synchronize": lambda *_: gpu.require_between_steps("torch.cuda.synchronize"),
         "Stream": Stream,
         "stream": lambda _: contextlib.nullcontext(),
         "current_stream": Stream,
         "default_stream": Stream,
     }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+        patch.setattr(torch.cuda, name, value)
+    patch.setattr(torch, "Generator", Generator)
+    patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     load, execute, read = torch.load, train.executor, store.Images._read
 
     def loaded(*args, map_location, **kwargs):
@@ -263,14 +283,12 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
         with PretendedGPU():  # a mode is a thread's own, and this is the reading thread, which may wait
             return read(images, rows)
 
-    monkeypatch.setattr(torch, "load", loaded)
-    monkeypatch.setattr(train, "executor", executor)
-    monkeypatch.setattr(store.Images, "_read", reading)
+    patch.setattr(torch, "load", loaded)
+    patch.setattr(train, "executor", executor)
+    patch.setattr(store.Images, "_read", reading)
     # On a CPU one_hot looks at its labels first; on a GPU it does not.
-    monkeypatch.setattr(
+    patch.setattr(
         F,
         "one_hot",
         lambda labels, k: torch.zeros(len(labels), k, device=labels.device).long().scatter(1, labels[:, None], 1),
     )
-    with gpu:
-        yield gpu

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -249,38 +250,85 @@ def test_the_stage_writes_its_numbers_and_the_pipeline_does_not_see_it(project):
     assert "benchmark" not in p.run("dvc", "metrics", "show")
 
 
-def test_a_case_that_fails_does_not_keep_the_others_from_being_measured(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    """Run the stage on invented numbers; returns the cases in its file and what was measured. `broken` ones fail."""
     monkeypatch.chdir(tmp_path)
     cases.FILE.parent.mkdir()
     cases.FILE.write_text(TINY)
-    started, numbers = [], {"images_per_second": {"median": 8.0, "min": 7.0, "max": 9.0}, "gpu": None, "against": {}}
+    numbers = {"images_per_second": {"median": 8.0, "min": 7.0, "max": 9.0}, "gpu": None}
     numbers |= {"step_ms": {"median": 1.0}, "training_seconds": {"median": 1.0}}
-    broken = ["one"]
 
-    def measured(name, suite, benchmark, _device):
-        started.append(name)
-        if name in broken:
+    def measured(name, suite=None, benchmark=None, _device=None):
+        run.started.append(name)
+        if name in run.broken:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return measure.describe(suite[name], benchmark.workload(suite[name])) | numbers
+        case = suite[name]
+        against = {rival: {"ratio": {"median": 1.0}} for rival in case.against}
+        return measure.describe(case, benchmark.workload(case)) | numbers | {"against": against}
 
-    def run(*options):
-        started.clear()
+    def start_up(name, _repeats):
+        run.started.append("start_up")
+        if "start_up" in run.broken:
+            raise subprocess.CalledProcessError(1, "python")
+        return {"case": name, "seconds": {"median": 1.0}}
+
+    def run(*options, broken=()):
+        run.started, run.broken = [], broken
         monkeypatch.setattr(sys, "argv", ["benchmark", *options])
         stage.main()
-        return list(json.loads(stage.OUT.read_text())["cases"]), list(started)
+        return list(json.loads(stage.OUT.read_text())["cases"]), run.started
 
     monkeypatch.setattr(measure, "measure", measured)
-    monkeypatch.setattr(measure, "start_up", lambda *_: {"seconds": {"median": 1.0}})
-    with pytest.raises(UserError, match=r"metrics/benchmark.json lacks one, which failed"):
-        run()
+    monkeypatch.setattr(measure, "start_up", start_up)
+    return run
+
+
+def test_what_fails_does_not_keep_the_rest_from_being_measured(benchmark, capsys):
+    with pytest.raises(UserError, match=r"metrics/benchmark.json lacks start_up, one, which failed"):
+        benchmark(broken=("start_up", "one"))
     assert "not permitted when stream is capturing" in capsys.readouterr().err
     assert list(json.loads(stage.OUT.read_text())["cases"]) == ["two"]
-    broken.clear()
-    assert run("--missing") == (["one", "two"], ["one"])
-    assert run("--missing") == (["one", "two"], [])
-    assert run("--case", "two") == (["one", "two"], ["two"])
-    cases.FILE.write_text(TINY.replace("repeats: 2", "repeats: 3"))
-    assert run("--missing") == (["one", "two"], ["one", "two"])
+    # two, which is held against one, cannot tell that it was this one
+    assert benchmark("--missing") == (["one", "two"], ["start_up", "one", "two"])
+    assert benchmark("--missing") == (["one", "two"], [])
+    assert benchmark() == (["one", "two"], ["start_up", "one", "two"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "again"),
+    [
+        ("[published, resident]", "[resident]", ["one"]),
+        ("replicas: 2", "replicas: 3", ["two"]),
+        ("largest: 8", "largest: 9", ["one", "two"]),
+        ("replicas: 1", "replicas: 3", ["one", "two"]),  # two is held against one
+        ("start_up: one", "start_up: two", ["start_up"]),
+    ],
+)
+def test_what_would_be_measured_otherwise_is_measured_again(benchmark, old, new, again):
+    benchmark()
+    cases.FILE.write_text(TINY.replace(old, new))
+    assert benchmark("--missing")[1] == again
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"metrics/benchmark.json is damaged \(.*\): run without --missing"),
+        ("{}", r"metrics/benchmark.json is damaged \(start_up: .*\): run without --missing"),
+        ('{"start_up": {}, "cases": {"one": null}}', r"metrics/benchmark.json is damaged \(cases.one: .*"),
+        (
+            '{"start_up": {}, "cases": {}}',
+            r"metrics/benchmark.json: machine was None, and is \{.*run without --missing",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_gone_on_from_is_named(benchmark, content, message):
+    stage.OUT.parent.mkdir()
+    stage.OUT.write_text(content)
+    with pytest.raises(UserError, match=message):
+        benchmark("--missing")
+    assert benchmark() == (["one", "two"], ["start_up", "one", "two"])
 
 
 @pytest.mark.pipeline

@@ -149,7 +149,7 @@ def test_a_table_on_a_pretended_gpu(run, monkeypatch):
     """All stages, and the best of the late epochs, on the branches for GPUs."""
     with pretended_gpu(monkeypatch) as gpu:
         found = run("--table", "mislas", "--images", "images")
-    assert gpu.counts["operations"] > 1000
+    assert gpu.operations > 1000
     for path in found.values():
         cell = read(path)
         assert (cell["provenance"]["device"], cell["cost"]["machine"]) == ("cuda", "pretended")
@@ -174,6 +174,12 @@ def test_fewer_seeds_in_another_precision_say_so_and_are_not_complete(run):
     said = path.read_bytes()
     run(*short, "--seed", "0")  # is among them
     assert path.read_bytes() == said
+    for part in (("--seed", "0"), ("--precision", "bf16")):
+        with pytest.raises(UserError, match=r"small/ce/joint.json has seeds 0, 1 in float32, which --seed and --prec"):
+            run("--table", "mislas", "--images", "images", *part)
+    path.write_text(json.dumps(whole | {"best_on_test": None}))
+    run(*short)
+    assert read(path)["best_on_test"] == whole["best_on_test"]
 
 
 @pytest.mark.pipeline
@@ -303,6 +309,10 @@ def test_a_wrong_plan_is_named(run, edit, message):
     ("options", "message"),
     [
         (("--table", "marc"), "--table marc: there is none of that name: there are mislas, later"),
+        (("--seed", "7"), "--seed 7: must be one of 0, 1, each named once at most"),
+        (("--seed", "-1"), "--seed -1: must be one of 0, 1"),
+        (("--seed", "0", "--seed", "0"), "--seed 0: must be one of 0, 1, each named once at most"),
+        (("--precision", "tf32"), "--precision: tf32 exists only on a GPU, and there is none here"),
         (("--dataset", "big"), "no table has such a data set and representation: the data sets are small"),
         (
             ("--images", "elsewhere"),

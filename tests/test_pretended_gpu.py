@@ -40,7 +40,7 @@ def test_every_method_trains_there(name, tmp_path, monkeypatch, reference):
         device = train.prepare(ON_GPU)
         trained = train.train([replica_of(name, tmp_path / "gpu")], images(device=device), RECIPE, ON_GPU)[0]
         assert {value.device for value in trained.network.state_dict().values()} == {GPU}
-    assert gpu.counts["operations"] > 100
+    assert gpu.operations > 100
     assert_same(expected.network, trained.network)
     assert trained.history == expected.history
 
@@ -123,58 +123,46 @@ def test_augmentations_there(config, strength, monkeypatch):
         np.testing.assert_array_equal(found.cpu().numpy(), expected.numpy())
 
 
-def mixes_devices(there):
-    return there + torch.ones(4)
+WAITS = "waits for the device"
+HOST = "from memory that is not pinned"
+MISTAKES = {
+    "mixes devices": (lambda there: there + torch.ones(4), "same device"),
+    "mixes with one number": (lambda there: torch.ones(4) + there.sum(), "same device"),
+    "takes indices of the host": (lambda there: there[torch.tensor([0, 1])], "same device"),
+    "takes a list of indices": (lambda there: there[[0, 1]], HOST),
+    "takes an array of indices": (lambda there: there[np.array([0, 1])], HOST),
+    "sets a list of indices": (lambda there: there.__setitem__([0, 1], 0.0), HOST),
+    "has a gradient elsewhere": (lambda there: setattr(there, "grad", torch.ones(4)), "same device"),
+    "reads a number back": (lambda there: there.sum().item(), WAITS),
+    "branches": (lambda there: 1 if there.sum() > 0 else 0, WAITS),
+    "compares": (lambda there: torch.allclose(there, there), WAITS),
+    "looks for ones": (lambda there: there[there > 0], WAITS),
+    "sets ones": (lambda there: there.__setitem__(there > 0, there.sum()), WAITS),
+    "copies to the host": (lambda there: there.cpu(), WAITS),
+    "synchronises": (lambda _: torch.cuda.synchronize(), WAITS),
+    "copies a list": (lambda there: torch.tensor([1.0], device=there.device), HOST),
+    "copies a new list": (lambda there: there.new_tensor([1.0]), HOST),
+    "copies what is not pinned": (lambda _: torch.ones(4).to(GPU, non_blocking=True), HOST),
+    "copies and waits": (lambda _: torch.ones(4).pin_memory().to(GPU), WAITS),
+    "adds up in any order": (lambda there: there.cumsum(0), "no deterministic"),
+    "adds up in place in any order": (lambda there: there.cumsum_(0), "no deterministic"),
+    "scatters in any order": (lambda there: there.scatter_reduce_(0, there.long(), there, "sum"), "not deterministic"),
+    "draws elsewhere": (lambda there: torch.rand(4, generator=torch.Generator(), device=there.device), "elsewhere"),
+}
 
 
-def indexes_from_the_host(there):
-    return there[torch.tensor([0, 1])]
-
-
-def reads_back(there):
-    return there.sum().item()
-
-
-def branches(there):
-    return 1 if there.sum() > 0 else 0
-
-
-def looks_for_ones(there):
-    return there[there > 0]
-
-
-def copies(there):
-    return there.cpu()
-
-
-def copies_from_pageable_memory(there):
-    return there + torch.tensor([1.0], device=there.device)
-
-
-def adds_up_in_any_order(there):
-    return there.cumsum(0)
-
-
-def draws_elsewhere(there):
-    return torch.rand(4, generator=torch.Generator(), device=there.device)
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        mixes_devices,
-        indexes_from_the_host,
-        reads_back,
-        branches,
-        looks_for_ones,
-        copies,
-        copies_from_pageable_memory,
-        adds_up_in_any_order,
-        draws_elsewhere,
-    ],
-)
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_it_complains_as_a_gpu_would(mistake, monkeypatch):
+    make, message = MISTAKES[mistake]
     with pretended_gpu(monkeypatch) as gpu:
         there = torch.ones(4, device=GPU)
-        with gpu.watching(), pytest.raises((RuntimeError, AssertionError)):
-            mistake(there)
+        with gpu.watching(), pytest.raises((RuntimeError, AssertionError), match=message):
+            make(there)
+
+
+def test_afterwards_there_is_none(monkeypatch):
+    before = torch.Generator, torch.load, train.executor
+    with pretended_gpu(monkeypatch):
+        assert torch.cuda.is_available()
+    assert not torch.cuda.is_available()
+    assert (torch.Generator, torch.load, train.executor) == before

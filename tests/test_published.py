@@ -257,7 +257,7 @@ def test_the_numbers_of_a_row():
     assert row[2:10] == ["47.0", "4.83", "45.00 ± 1.00", "−2.00", "48.10 ± 0.40", "5.12 ± 0.31", "3", "1,041"]
     assert f"- {row[10]} repo README dvlab-research/MiSLAS@0fc381e; released checkpoint" in text
     assert "at the last epoch (200)" in text
-    assert "Trained 3 networks at a time on NVIDIA H200." in text
+    assert "Trained in float32, 3 networks at a time on NVIDIA H200." in text
     assert "The training images of cifar100_lt_100 (10,847) were taken from a folder" in text
     assert "standard deviation: none of 1." in text  # at the border: 2.00 is 1 point and one deviation, and not more
     assert "Not trained as published" not in text
@@ -320,6 +320,16 @@ def test_a_cell_behind_two_published_rows_and_a_rule():
     assert "at the last epoch (20 to 200)" in text
     assert "- cifar100_lt_100, GALA loss (BaGMar): epochs 20 (published 200)" in text
     assert "8 of 12 rows have not been measured" in text
+
+
+def test_a_footing_is_of_one_precision():
+    for name, classifier, precision in (("ce", "joint", "float32"), ("mixup", "mislas", "bf16")):
+        put(measured(predictions(0.4, 0.42), precision=precision), "footing_cpu", name, classifier)
+    with pytest.raises(UserError, match="mixup/mislas: was trained in bf16 and ce/joint in float32: that is no common"):
+        stage.main()
+    put(measured(predictions(0.4, 0.42), precision="bf16"), "footing_cpu", "ce", "joint")
+    stage.main()
+    assert "Trained in bf16, 3 networks at a time on NVIDIA H200." in section("Everything on one footing")
 
 
 def test_a_footing_table():

@@ -231,7 +231,8 @@ class Method:
 def measured_methods(footing: Footing, cells: Cells) -> tuple[list[Method], list[str]]:
     """The measured rows of a footing table, and the names of those that have not been run.
 
-    Raises UserError naming the cell whose predictions are damaged or of other test images than the first one's.
+    Raises UserError naming the cell whose predictions are damaged, or of other test images or another precision than
+    the first one's.
     """
     found, missing = [], []
     for row in footing.rows:
@@ -242,6 +243,11 @@ def measured_methods(footing: Footing, cells: Cells) -> tuple[list[Method], list
             missing.append(name)
             continue
         where = f"{footing.dataset}/{name}"
+        if found and cell.precision != found[0].cell.precision:
+            raise UserError(
+                f"{where}: was trained in {cell.precision} and {found[0].name} in {found[0].cell.precision}: "
+                "that is no common footing, make one of the two again"
+            )
         if found and cell.data.test_split != found[0].cell.data.test_split:
             raise UserError(
                 f"{where}: was measured on another test split than {found[0].name}, other images or another order of "

@@ -70,9 +70,12 @@ def _caption(rows: list[Comparison]) -> str:
 
 
 def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
-    """Sentences: on which machine (data set, cell)s were measured, and on which images."""
+    """Sentences: in which precision and on which machine (data set, cell)s were trained, and on which images."""
     measured = list(measured)
-    machines = {f"{_networks(cell.cost.at_once)} at a time on {cell.cost.machine}": None for _, cell in measured}
+    machines = {
+        f"in {cell.precision}, {_networks(cell.cost.at_once)} at a time on {cell.cost.machine}": None
+        for _, cell in measured
+    }
     drawn = {f"{name} ({cell.data.train_images:,})": None for name, cell in measured if not cell.data.official}
     sentences = [f"Trained {', or '.join(machines)}."]
     if drawn:
