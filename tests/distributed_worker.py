@@ -1,7 +1,8 @@
 """Trains methods on a few images, as one of several processes or alone: `python -m tests.distributed_worker OUT ...`.
 
-Arguments: the folder to write to, the epochs, whether batch norm is in step, then names of methods. Writes
-<name>.json (the losses) and <name>.pt (the weights) there; checkpoints lie in its subfolder `scratch`.
+Arguments: the folder to write to, the epochs, then names of methods, with "-apart" behind them if batch norm is not to
+be in step. Writes <name>.json (the losses) and <name>.pt (the weights) there; checkpoints lie in its subfolder
+`scratch`.
 """
 
 import json
@@ -16,12 +17,13 @@ from tests.test_contract import COUNTS, RECIPE, RUNTIME, config_of, images, load
 
 
 def main() -> None:
-    out, epochs, sync_bn, *names = sys.argv[1:]
+    out, epochs, *names = sys.argv[1:]
     train.prepare(RUNTIME)
-    runtime = RUNTIME.model_copy(update={"sync_bn": sync_bn == "yes"})
     for name in names:
+        method = name.removesuffix("-apart")
+        runtime = RUNTIME.model_copy(update={"sync_bn": name == method})
 
-        def make(name=name):
+        def make(name=method):
             return build("resnet8", "linear", 1, 3), load(name)(config_of(name), torch.tensor(COUNTS))
 
         recipe = RECIPE.model_copy(update={"epochs": int(epochs), "sam_rho": 0.05 if name == "fsgl" else 0.0})
