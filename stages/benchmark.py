@@ -118,15 +118,18 @@ def main() -> None:
         failed.append(what)
         return {}
 
+    def known() -> dict[str, Any]:
+        """The cases that have been measured, in the order of the suite."""
+        return {name: done[name] for name in suite.cases if name in done}
+
     start_up = start_up or attempt("start_up", lambda: measure.start_up(suite.start_up, benchmark.repeats))
     for name in [name for name in suite.cases if name not in done]:
         if measured := attempt(name, partial(measure.measure, name, suite.cases, benchmark, device)):
             done[name] = measured
-            known = {name: done[name] for name in suite.cases if name in done}
-            files.write_json(OUT, record | {"start_up": start_up, "cases": known})
+            files.write_json(OUT, record | {"start_up": start_up, "cases": known()})
     print(f"{record['machine']['gpu'] or record['machine']['cpu']}, {record['machine']['cores']} cores", end="")
     print(f"; first step after {start_up['seconds']['median']:.1f} s" if start_up else "", end="\n\n")
-    print(table({name: done[name] for name in suite.cases if name in done}))
+    print(table(known()))
     if failed:
         raise errors.UserError(f"{OUT} lacks {', '.join(failed)}, which failed: see above; --missing tries again")
 

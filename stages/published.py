@@ -57,12 +57,12 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     data = store.Images(
         images, labels, dataset.augmentation, train.prepare(p.runtime, p.precision), p.runtime.placement
     )
-    rules = {
+    rules = {AS_TRAINED: lambda logits: logits} | {
         name: posthoc.RULES[name].fit(config, counts, np.empty((0, len(counts))), np.empty(0, dtype=np.int64))
         for name, config in posthoc.configure(p.evaluate.posthoc).items()
         if not posthoc.RULES[name].needs_holdout(config)
     }
-    best: dict[str, list[Numbers]] = {rule: [] for rule in (AS_TRAINED, *rules)}
+    best: dict[str, list[Numbers]] = {rule: [] for rule in rules}
     for seed in p.seeds:
         late = sorted((folder / f"late/seed{seed}").glob("epoch*.safetensors"))
         if not late:
@@ -74,9 +74,9 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
             networks.append(predict.build(stage1["network"], training.method, block, counts.tolist(), path))
             networks[-1].load_state_dict(load_file(path))
         logits = train.predict(networks, data, p.runtime)
-        for rule, runs in best.items():
-            after = [rules[rule](one) if rule in rules else one for one in logits]
-            runs.append(measure(max(after, key=lambda one: top1(one, labels)), labels, counts, p.evaluate.bins))
+        for rule, apply in rules.items():
+            chosen = max(map(apply, logits), key=lambda one: top1(one, labels))
+            best[rule].append(measure(chosen, labels, counts, p.evaluate.bins))
     said = ("top1", "top1_std", "ece", "ece_std")
     numbers = {rule: {key: over_seeds(runs)[key] for key in said} for rule, runs in best.items()}
     return {"epochs": len(late)} | numbers.pop(AS_TRAINED) | {"posthoc": numbers}

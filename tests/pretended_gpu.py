@@ -265,6 +265,8 @@ def _install(gpu: PretendedGPU, patch: pytest.MonkeyPatch) -> None:
         return _tag(found, torch.device(map_location).type == "cuda")
 
     def executor(step, seed, device, cuda_graphs):
+        taken = []
+
         def watched(pairs, draws):
             if not taken:  # a first step may still bring tables to the device
                 step(pairs, draws)
@@ -272,8 +274,6 @@ def _install(gpu: PretendedGPU, patch: pytest.MonkeyPatch) -> None:
                 with gpu.watching():
                     step(pairs, draws)
             taken.append(draws)
-
-        taken = []
 
         if cuda_graphs:
             return engine.Graphed(watched, seed, device, record)
