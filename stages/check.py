@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stages import paths
+from stages.subsample import check_augmentation
 from tailcal import errors, files, lock, method, params, posthoc, provenance, settings, sources
 
 TEMPLATES = provenance.PACKAGE / "templates"
@@ -57,19 +58,14 @@ def main() -> None:
     for name in dict.fromkeys([*p.grid.datasets, *p.datasets]):
         dataset = params.dataset(p, name)
         source = sources.configure(dataset)
-        means = len(dataset.augmentation.mean)
-        if getattr(source, "channels", means) != means:
-            raise errors.UserError(
-                f"{dataset.key('augmentation.mean')} has {means} values, and source.channels is {source.channels}: "
-                "mean and std must have one value a channel"
-            )
+        if isinstance(source, sources.ImageFiles):
+            check_augmentation(dataset, source.size, source.size, source.channels)
         begins = {"pretrained": pretrained(dataset)} if name in p.grid.datasets and dataset.pretrained else {}
         resolved["download", name] = {"source": source.model_dump()} | code("download", sources.module(source.kind))
         resolved["subsample", name] = {
             "imbalance": dataset.imbalance.record(),
             "holdout_per_class": dataset.holdout_per_class,
-            "channels": means,
-            "pad": getattr(dataset.augmentation, "pad", 0),
+            "augmentation": dataset.augmentation.model_dump(include={"kind", "mean", "pad", "size"}),
             **code("subsample"),
         }
         for representation in p.representations:

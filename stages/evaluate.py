@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from stages import paths
-from tailcal import errors, files, lock, params, posthoc, predictions
+from tailcal import errors, files, lock, params, posthoc, predictions, splits
 from tailcal.errors import UserError
 from tailcal.longtail import shot_groups
 from tailcal.metrics.accuracy import confusion, per_class_accuracy
@@ -23,16 +23,9 @@ from tailcal.tables import HEADLINE
 
 
 def read_classes(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Class names and training counts [K] of a long-tailed data set."""
-    path = folder / "meta.json"
-    meta = files.read_json(path)
-    try:
-        names, counts_K = list(meta["class_names"]), np.array(meta["train_counts"], dtype=np.int64)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: bad class_names or train_counts ({error!r}): delete it, run `dvc repro`") from None
-    if counts_K.shape != (len(names),) or len(names) < 2 or counts_K.min() < 1:
-        raise UserError(f"{path}: train_counts must be a count, 1 or more, of each of the {len(names)} class_names")
-    return names, counts_K
+    """Class names and training counts [K] of a long-tailed data set. Raises UserError naming a file that is damaged."""
+    meta = splits.read_meta(folder)
+    return meta["class_names"], np.array(meta["train_counts"], dtype=np.int64)
 
 
 def read_cell(folder: Path, checksums: dict[str, str], seeds: list[int], K: int) -> list[Predictions]:

@@ -82,7 +82,7 @@ def code(p: params.Params, suite: modes.Suite) -> str:
     """The digest of all code that the suite's numbers come from."""
     modules = set()
     for cell in suite.cells:
-        modules.add(sources.module(p.datasets[cell.dataset].source["kind"]))
+        modules.add(sources.module(sources.configure(p.datasets[cell.dataset]).kind))
         for name, axis in ((cell.representation, "representations"), (cell.classifier, "classifiers")):
             modules.add(method.module(settings.training(p, cell.dataset, name, axis).method))
     return provenance.code_version("stages.modes", *sorted(modules))
@@ -105,7 +105,7 @@ def main() -> None:
     if args.images:
         datasets = {
             name: workspace.from_folder(dataset, args.images.resolve())
-            if dataset.source["kind"] in workspace.OFFICIAL
+            if sources.configure(dataset).kind in workspace.OFFICIAL
             else dataset
             for name, dataset in datasets.items()
         }

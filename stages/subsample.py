@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from stages import paths
-from tailcal import errors, files, lock, longtail, params, rows
+from tailcal import errors, files, lock, longtail, params, rows, splits
 from tailcal.errors import UserError
 
 
@@ -27,33 +27,17 @@ def read_raw(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
         path = folder / f"{part}.npy"
         files.verify(path, meta["checksums"].get(path.name), remove=folder)
         arrays[part] = files.read_array(path, mmap=True)
+    class_names = meta["class_names"]
     for split in ("train", "test"):
-        check_split(folder, split, arrays[f"{split}_images"], arrays[f"{split}_labels"], meta["class_names"])
+        labels = arrays[f"{split}_labels"]
+        splits.check(folder, split, arrays[f"{split}_images"], labels, len(class_names))
+        counts = np.bincount(labels, minlength=len(class_names))
+        if not counts.all():
+            raise UserError(
+                f"{folder}/{split}_labels.npy: {longtail.class_title(int(counts.argmin()), class_names)} "
+                f"has no images in the {split} split: every class needs at least one"
+            )
     return meta, arrays
-
-
-def check_split(folder: Path, split: str, images: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
-    """Raise UserError unless images are uint8 [N, H, W, C], labels int64 [N] in 0..K-1, and no class is empty."""
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise UserError(
-            f"{folder}/{split}_images.npy holds {images.dtype} {list(images.shape)}: must be uint8 [N, H, W, C]"
-        )
-    if labels.shape != images.shape[:1] or labels.dtype != np.int64:
-        raise UserError(
-            f"{folder}/{split}_labels.npy holds {labels.dtype} {list(labels.shape)}: "
-            f"must be int64 [{len(images)}], one label an image"
-        )
-    last = len(class_names) - 1
-    if labels.size and not 0 <= labels.min() <= labels.max() <= last:
-        raise UserError(
-            f"{folder}/{split}_labels.npy holds labels {labels.min()}..{labels.max()}: must lie in 0..{last}"
-        )
-    counts = np.bincount(labels, minlength=len(class_names))
-    if not counts.all():
-        raise UserError(
-            f"{folder}/{split}_labels.npy: {longtail.class_title(int(counts.argmin()), class_names)} "
-            f"has no images in the {split} split: every class needs at least one"
-        )
 
 
 def train_counts(available: np.ndarray, dataset: params.Dataset, class_names: list[str]) -> np.ndarray:
@@ -70,7 +54,7 @@ def train_counts(available: np.ndarray, dataset: params.Dataset, class_names: li
             f"so must be at most {available[k] - 1}"
         )
     imbalance = dataset.imbalance
-    if imbalance.profile == "natural":
+    if isinstance(imbalance, params.Natural):
         return left
     try:
         n_max = imbalance.largest or int(left.min())
@@ -86,9 +70,8 @@ def train_counts(available: np.ndarray, dataset: params.Dataset, class_names: li
     return counts
 
 
-def check_augmentation(dataset: params.Dataset, shape: tuple[int, ...]) -> None:
-    """Raise UserError unless the data set's augmentation fits images of `shape`, which is (N, H, W, C)."""
-    _, height, width, channels = shape
+def check_augmentation(dataset: params.Dataset, height: int, width: int, channels: int) -> None:
+    """Raise UserError unless the data set's augmentation fits images of that many pixels and channels."""
     augmentation = dataset.augmentation
     if channels != (means := len(augmentation.mean)):
         raise UserError(
@@ -100,6 +83,13 @@ def check_augmentation(dataset: params.Dataset, shape: tuple[int, ...]) -> None:
         raise UserError(
             f"{dataset.key('augmentation.pad')} is {augmentation.pad}: the images have {height}x{width} pixels, "
             f"so must be at most {min(height, width) - 1}"
+        )
+    # Of test images the centre is cut out, and a box of a training image is not brought to less than a 15th.
+    least, most = -(-max(height, width) // 15), min(height, width)
+    if augmentation.kind == "resized_crop" and not least <= augmentation.size <= most:
+        raise UserError(
+            f"{dataset.key('augmentation.size')} is {augmentation.size}: the images have {height}x{width} pixels, "
+            f"so must lie in {least}..{most}"
         )
 
 
@@ -129,23 +119,23 @@ def subsample(name: str, dataset: params.Dataset) -> None:
     meta, raw = read_raw(paths.raw(name))
     class_names = meta["class_names"]
 
-    check_augmentation(dataset, raw["train_images"].shape)
+    check_augmentation(dataset, *raw["train_images"].shape[1:])
     available = np.bincount(raw["train_labels"], minlength=len(class_names))
     counts = train_counts(available, dataset, class_names)
     warn_of_holdout(dataset, available, class_names)
     train, holdout = longtail.subset_indices(
         raw["train_labels"], counts, dataset.imbalance.seed, dataset.holdout_per_class, class_names
     )
-    splits = {
+    chosen = {
         "train": ("train", train),
         "holdout": ("train", holdout),
         "test": ("test", np.arange(len(raw["test_labels"]))),
     }
     folder = paths.longtail(name)
     checksums, labels = {}, {}
-    for split, (source, chosen) in splits.items():
-        rows.write_rows(folder / f"{split}_images.npy", raw[f"{source}_images"], chosen)
-        labels[split] = raw[f"{source}_labels"][chosen]
+    for split, (source, positions) in chosen.items():
+        rows.write_rows(folder / f"{split}_images.npy", raw[f"{source}_images"], positions)
+        labels[split] = raw[f"{source}_labels"][positions]
         files.write_array(folder / f"{split}_labels.npy", labels[split])
         for path in (folder / f"{split}_images.npy", folder / f"{split}_labels.npy"):
             checksums[path.name] = files.sha256(path)

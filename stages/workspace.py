@@ -42,14 +42,14 @@ def from_folder(dataset: params.Dataset, images: Path) -> params.Dataset:
     The training split there may hold less than all images: the long tail is cut as if the largest class were whole.
     Raises UserError for a data set that has no official archive.
     """
-    kind = dataset.source["kind"]
+    kind = sources.configure(dataset).kind
     if kind not in OFFICIAL:
         raise errors.UserError(f"{dataset.key('source.kind')}: is {kind}, which --images cannot take the place of")
     place = {"kind": "folder", "path": str(images / kind), "size": 32, "channels": 3}
-    largest = dataset.imbalance.largest or OFFICIAL[kind]
-    changed = dataset.model_copy(
-        update={"source": place, "imbalance": dataset.imbalance.model_copy(update={"largest": largest})}
-    )
+    imbalance = dataset.imbalance
+    if isinstance(imbalance, params.LongTail):
+        imbalance = imbalance.model_copy(update={"largest": imbalance.largest or OFFICIAL[kind]})
+    changed = dataset.model_copy(update={"source": place, "imbalance": imbalance})
     changed._file, changed._block = Path(f"--images {images}"), ""  # where an error line says that the keys come from
     return changed
 

@@ -78,7 +78,7 @@ def _project(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     posthoc(RULES)
     paths.longtail("digits_lt").mkdir(parents=True)
-    meta = {"class_names": NAMES, "train_counts": COUNTS, "source": "made up"}
+    meta = {"class_names": NAMES, "train_counts": COUNTS, "source": {"kind": "made up"}, "checksums": {}}
     (paths.longtail("digits_lt") / "meta.json").write_text(json.dumps(meta))
     paths.predictions(**CELL).mkdir(parents=True)
     for seed in (0, 1, 2):
@@ -230,7 +230,7 @@ def test_a_rule_is_fitted_without_the_test_labels():
 
 def test_an_empty_group_is_null():
     meta = paths.longtail("digits_lt") / "meta.json"
-    meta.write_text(json.dumps({"class_names": NAMES, "train_counts": [500] * K}))
+    meta.write_text(json.dumps({"class_names": NAMES, "train_counts": [500] * K, "source": {}, "checksums": {}}))
     numbers = measured()
     assert numbers["many"] is not None
     for name in ("few", "few_std", "ece_few", "nll_few", "brier_few", "medium"):
@@ -295,13 +295,13 @@ def nan_logits() -> np.ndarray:
         (lambda: (paths.longtail("digits_lt") / "meta.json").unlink(), "meta.json is missing"),
         (
             lambda: (paths.longtail("digits_lt") / "meta.json").write_text("{}"),
-            "meta.json: bad class_names or train_counts",
+            "meta.json: class_names: this key is missing; train_counts: this key is missing",
         ),
         (
             lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
-                json.dumps({"class_names": NAMES, "train_counts": COUNTS[1:]})
+                json.dumps({"class_names": NAMES, "train_counts": COUNTS[1:], "source": {}, "checksums": {}})
             ),
-            "meta.json: train_counts must be a count",
+            "meta.json: 7 class_names, but 6 train_counts",
         ),
         (lambda: posthoc({"platt": {}}), "evaluate.posthoc.platt: unknown rule"),
         (

@@ -37,7 +37,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save as save_safetensors
 
-from stages import evaluate, paths, report
+from stages import paths, report
 from tailcal import (
     checkpoint,
     cifar_archive,
@@ -617,7 +617,6 @@ DOCUMENTS = {
         yaml.safe_load((ROOT / "presets" / "imagenet_lt.yaml").read_text()), read_preset, "presets/x.yaml", dump_yaml
     ),
     "meta.json": Document(META, lambda path: splits.read_meta(path.parent), "meta.json"),
-    "meta.json of evaluate": Document(META, lambda path: evaluate.read_classes(path.parent), "meta.json"),
     "metrics": Document(METRICS, read_cell, "metrics/cells/d/r/c.json"),
     "model.json": Document(CARD, read_model, "model/model.json"),
 }

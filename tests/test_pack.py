@@ -429,7 +429,7 @@ def test_download_and_subsample(work, kind, monkeypatch):
     for name, some in lines.items():
         (work / "birds" / name).write_text("".join(some))
     block["holdout_per_class"] = 1
-    block["imbalance"] = {"profile": "natural", "factor": 1.0, "seed": 0}
+    block["imbalance"] = {"profile": "natural", "seed": 0}
     Path("params.yaml").write_text(yaml.safe_dump(p))
     for stage in (download, subsample):
         monkeypatch.setattr(sys, "argv", ["stage", "--dataset", "digits_lt"])

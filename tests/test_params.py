@@ -98,6 +98,11 @@ def test_every_method_has_settings_on_every_data_set(name, stage):
         ("- 54\n", "- 540\n", "schedule.milestones names epoch 540: must not be above epochs (60)"),
         ("grid: ", "grid: [", "not valid YAML"),
         ("lr: 0.1", "lr: .nan", "recipes.digits.lr"),
+        ("recipes:  ", "recipes:\n  cosine: {epochs: six} #", "recipes.cosine.epochs: input should be a valid integer"),
+        ("epochs: 60", "epochs: 0x3c", "recipes.digits.epochs: input should be a valid integer, got '0x3c'"),
+        ("epochs: 60", "epochs: 1:30", "recipes.digits.epochs: input should be a valid integer, got '1:30'"),
+        ("epochs: 60", "epochs: !!int six", "not valid YAML"),
+        ("profile: exponential", "profile: linear", "datasets.digits_lt.imbalance: input tag 'linear' found using"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path, old, new, says):
@@ -106,6 +111,11 @@ def test_a_mistake_is_one_line_that_names_the_key(tmp_path, old, new, says):
     assert says in str(error.value)
     assert "params.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_are_those_that_dvc_reads(tmp_path):
+    p = load_with(tmp_path, "    epochs: 60", "    epochs: 060")
+    assert p.recipes["digits"].epochs == 60
 
 
 def with_preset(tmp_path, old: str, new: str):

@@ -18,6 +18,8 @@ from tailcal.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "digits_lt"
+NATURAL = {"profile": "natural", "seed": 0}
+RESIZED = {"kind": "resized_crop", "min_area": 0.1, "flip": True, "jitter": 0.4, "grey": 0.2, "blur": 0.5}
 
 
 class Project:
@@ -175,7 +177,7 @@ def test_without_holdout_the_published_subset(project):
 def test_natural_profile_keeps_everything_else(project):
     labels = np.repeat(np.arange(3), [60, 20, 10])
     project.put_raw(train_labels=labels)
-    meta, arrays = project.cut(holdout_per_class=2, imbalance__profile="natural")
+    meta, arrays = project.cut(holdout_per_class=2, imbalance=NATURAL)
     assert meta["train_counts"] == [58, 18, 8]
     assert meta["n_max"] == 58
     assert meta["imbalance"]["measured_factor"] == 58 / 8
@@ -183,10 +185,10 @@ def test_natural_profile_keeps_everything_else(project):
 
 
 def test_natural_profile_in_any_order_of_the_classes(project):
-    """No class order by frequency is needed, and the factor is the one that the data have, whatever the block says."""
+    """No class order by frequency is needed, and the factor is the one that the data have."""
     labels = np.repeat(np.arange(3), [10, 60, 20])
     made = project.put_raw(train_labels=labels)
-    meta, arrays = project.cut(holdout_per_class=0, imbalance__profile="natural", imbalance__factor=2)
+    meta, arrays = project.cut(holdout_per_class=0, imbalance=NATURAL)
     assert meta["train_counts"] == [10, 60, 20]
     assert (meta["n_max"], meta["imbalance"]["measured_factor"]) == (60, 6.0)
     assert arrays["train_labels"].tolist() == labels.tolist()
@@ -221,7 +223,7 @@ def test_memory_is_bounded(project, monkeypatch):
     meta = files.read_json(paths.raw(NAME) / "meta.json")
     meta["checksums"]["test_labels.npy"] = files.sha256(paths.raw(NAME) / "test_labels.npy")
     files.write_json(paths.raw(NAME) / "meta.json", meta)
-    project.change(augmentation__mean=[0.5] * 3, augmentation__std=[0.5] * 3, imbalance__profile="natural")
+    project.change(augmentation__mean=[0.5] * 3, augmentation__std=[0.5] * 3, imbalance=NATURAL)
     monkeypatch.setattr(rows, "CHUNK_BYTES", 1 << 20)
     tracemalloc.start()
     try:
@@ -312,8 +314,13 @@ def test_a_long_tail_is_cut_from_a_source_that_has_one(project):
         UserError, match=r"imbalance\.largest is 40: class 1 .* would have 13 images, and there are 12: "
     ):
         project.cut(holdout_per_class=0, imbalance__factor=9, imbalance__largest=40)
-    with pytest.raises(UserError, match="largest must not be given with profile natural"):
-        project.cut(holdout_per_class=0, imbalance__profile="natural", imbalance__largest=36)
+
+
+@pytest.mark.parametrize("key", ["factor", "largest"])
+def test_what_cuts_a_tail_is_refused_where_none_is_cut(project, key):
+    project.put_raw()
+    with pytest.raises(UserError, match=rf"digits_lt\.imbalance: {key} must not be given with profile natural"):
+        project.cut(holdout_per_class=0, imbalance=NATURAL | {key: 36})
 
 
 @pytest.mark.parametrize(
@@ -336,6 +343,10 @@ def test_a_long_tail_is_cut_from_a_source_that_has_one(project):
             {"augmentation__pad": 2},
             r"datasets\.digits_lt\.augmentation\.pad is 2: the images have 2x2 pixels, so must be at most 1$",
         ),
+        (
+            {"augmentation": RESIZED | {"size": 8, "mean": [0.5], "std": [0.5]}},
+            r"datasets\.digits_lt\.augmentation\.size is 8: the images have 2x2 pixels, so must lie in 1\.\.2$",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_data(project, keys, message):
@@ -349,8 +360,7 @@ def test_settings_that_do_not_fit_the_data(project, keys, message):
 def test_a_holdout_of_half_a_rare_class_is_warned_of(project, capsys):
     labels = np.repeat([0, 1, 2], [60, 20, 10])
     project.put_raw(train_labels=labels)
-    natural = {"profile": "natural", "factor": 1.0, "seed": 0}
-    meta, _ = project.cut(holdout_per_class=4, imbalance=natural)
+    meta, _ = project.cut(holdout_per_class=4, imbalance=NATURAL)
     assert capsys.readouterr().err == ""
     meta, _ = project.cut(holdout_per_class=5)
     assert meta["train_counts"] == [55, 15, 5]

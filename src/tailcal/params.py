@@ -18,6 +18,7 @@ from tailcal.errors import UserError
 PARAMS = Path("params.yaml")
 PRESETS = Path("presets")
 NAMED_PROBLEMS = 3  # that one line tells
+TAGS = ("cosine", "multistep", "pad_crop", "resized_crop", "exponential", "step", "natural")
 MAX_EXPANDED = 100_000
 
 
@@ -69,27 +70,43 @@ class Runtime(Strict):
     checkpoint_seconds: Annotated[float, Field(ge=0)]
 
 
-class Imbalance(Strict):
-    """The long-tailed profile (methods: Cui et al. 2019, Cao et al. 2019).
+class _Imbalance(Strict):
+    """`seed` decides which images are held out, and which are kept."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, for a JSON file."""
+        return self.model_dump(exclude_none=True)
+
+
+class LongTail(_Imbalance):
+    """A long tail that is cut (Cui et al. 2019, Cao et al. 2019), its largest class `factor` times its smallest.
 
     `largest` is the number of images of the largest class: by default as many as every class has, so that a source
     whose own classes differ in size must say it.
     """
 
-    profile: Literal["exponential", "step", "natural"]
+    profile: Literal["exponential", "step"]
     factor: Annotated[float, Field(ge=1)]
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
     largest: Annotated[int, Field(ge=1)] | None = None
 
-    @model_validator(mode="after")
-    def _natural_keeps_all(self) -> "Imbalance":
-        if self.profile == "natural" and self.largest is not None:
-            raise ValueError("largest must not be given with profile natural, which keeps every image")
-        return self
 
-    def record(self) -> dict[str, Any]:
-        """As plain values, for a JSON file."""
-        return self.model_dump(exclude_none=True)
+class Natural(_Imbalance):
+    """Every image is kept, as frequent as the classes are."""
+
+    profile: Literal["natural"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_all(cls, block: dict[str, Any]) -> dict[str, Any]:
+        for key in ("factor", "largest"):
+            if key in block:
+                raise ValueError(f"{key} must not be given with profile natural, which keeps every image")
+        return block
+
+
+Imbalance = Annotated[LongTail | Natural, Field(discriminator="profile")]
 
 
 class _Normalised(Strict):
@@ -286,7 +303,7 @@ class Params(Strict):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, in which 1e-05 and `on` are a text and a bool; DVC writes and reads YAML 1.2."""
+    """PyYAML reads YAML 1.1, in which 1e-05 is a text, `on` a bool, and 010 is 8; DVC writes and reads YAML 1.2."""
 
     expanded = 0
 
@@ -322,7 +339,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("float", "bool")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("float", "bool", "int")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -332,6 +349,8 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
@@ -351,8 +370,9 @@ def describe(error: ValidationError, where: str) -> str:
 
 def _problem(problem: Any, where: str) -> str:
     """One problem of pydantic's, with the key's full dotted name."""
-    # A discriminated union adds the chosen tag to the location; no key of ours is called that.
-    path = [str(part) for part in problem["loc"] if part not in ("cosine", "multistep", "pad_crop", "resized_crop")]
+    # A discriminated union adds the chosen tag to the location, after its own key.
+    tagged = [before in ("schedule", "augmentation", "imbalance") for before in (None, *problem["loc"])]
+    path = [str(part) for part, is_tag in zip(problem["loc"], tagged, strict=False) if not (is_tag and part in TAGS)]
     key = ".".join([part for part in [where, *path] if part])
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key"

@@ -53,11 +53,19 @@ def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tupl
     for path in (images_path, labels_path):
         verify(path, meta["checksums"].get(path.name))
     images, labels = read_array(images_path, mmap=True), read_array(labels_path)
+    check(folder, split, images, labels, len(meta["class_names"]))
+    return images, labels
+
+
+def check(folder: Path, split: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    """Raise UserError naming the file of `folder` unless images are uint8 [N, H, W, C], labels int64 [N] in 0..K-1."""
+    images_path, labels_path = folder / f"{split}_images.npy", folder / f"{split}_labels.npy"
     if images.ndim != 4 or images.dtype != np.uint8:
         raise UserError(f"{images_path} holds {images.dtype} {list(images.shape)}: must be uint8 [N, H, W, C]")
     if labels.shape != images.shape[:1] or labels.dtype != np.int64:
-        raise UserError(f"{labels_path} holds {labels.dtype} {list(labels.shape)}: must be int64 [{len(images)}]")
-    last = len(meta["class_names"]) - 1
-    if labels.size and not 0 <= labels.min() <= labels.max() <= last:
-        raise UserError(f"{labels_path} holds labels {labels.min()}..{labels.max()}: must lie in 0..{last}")
-    return images, labels
+        raise UserError(
+            f"{labels_path} holds {labels.dtype} {list(labels.shape)}: "
+            f"must be int64 [{len(images)}], one label an image"
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise UserError(f"{labels_path} holds labels {labels.min()}..{labels.max()}: must lie in 0..{num_classes - 1}")
