@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-import torch
 from safetensors.torch import load_file
 
 from stages import paths, workspace
@@ -39,13 +38,21 @@ WORKSPACE = Path("data/published")
 AS_TRAINED = "none"  # no post-hoc rule
 
 
+def late_of(folder: Path, seed: int) -> list[Path]:
+    """A seed's late epochs below the folder of its checkpoints, the earliest first. Raises UserError without any."""
+    late = list((folder / f"late/seed{seed}").glob("epoch*.safetensors"))
+    if not late:
+        raise errors.UserError(f"{folder}/late/seed{seed} has no late epochs any more: delete {folder} to train again")
+    return sorted(late, key=lambda path: int(path.stem.removeprefix("epoch")))
+
+
 def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[str, Any]:
     """What the best of the late epochs would have been reported as: a mean over seeds, each at its own best epoch.
 
     folder: checkpoints of stage 1 or 2, with late/seed<k>/epoch<e>.safetensors below it. The epoch is chosen by top-1
-    on the test split, as the published codes do it, so this says nothing about new images. `posthoc` has the same after
-    each rule that needs no held-out data, at the epoch that is best after that rule. Raises UserError when the late
-    epochs are no longer there.
+    on the test split, the first of equals, as the published codes do it, so this says nothing about new images.
+    `posthoc` has the same after each rule that needs no held-out data, at the epoch that is best after that rule.
+    Raises UserError when the late epochs are no longer there.
     """
     longtail = paths.longtail(where["dataset"])
     _, counts = read_classes(longtail)
@@ -64,11 +71,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     }
     best: dict[str, list[Numbers]] = {rule: [] for rule in rules}
     for seed in p.seeds:
-        late = sorted((folder / f"late/seed{seed}").glob("epoch*.safetensors"))
-        if not late:
-            raise errors.UserError(
-                f"{folder}/late/seed{seed} has no late epochs any more: delete {folder} to train again"
-            )
+        late = late_of(folder, seed)
         networks = []
         for path in late:
             networks.append(predict.build(stage1["network"], training.method, block, counts.tolist(), path))
@@ -161,16 +164,15 @@ def select(
 def narrowed(p: params.Params, seeds: list[str] | None, precision: str | None) -> params.Params:
     """The parameters with a part of their seeds, and another precision; None leaves either as it is.
 
-    Raises UserError for a seed that is not among them or is named twice, and for what this machine cannot do.
+    Raises UserError for a seed that is not among them or is named twice.
     """
     known = {str(seed): seed for seed in p.seeds}
     for seed in seeds or []:
         if seed not in known or seeds.count(seed) > 1:
             raise errors.UserError(f"--seed {seed}: must be one of {', '.join(known)}, each named once at most")
-    chosen = precision or p.precision
-    if chosen == "tf32" and not torch.cuda.is_available():
-        raise errors.UserError("--precision: tf32 exists only on a GPU, and there is none here: use float32 or bf16")
-    return p.model_copy(update={"seeds": [known[seed] for seed in seeds or known], "precision": chosen})
+    return p.model_copy(
+        update={"seeds": [known[seed] for seed in seeds or known], "precision": precision or p.precision}
+    )
 
 
 def complete(path: Path, p: params.Params, with_best: bool) -> bool:
@@ -212,6 +214,7 @@ def main() -> None:
 
     chosen, p = plan.load(params.load())
     p = narrowed(p, args.seed, args.precision)
+    train.prepare(p.runtime, p.precision)  # refuses what this machine cannot do before anything is downloaded
     asked = select(chosen, args.table, args.dataset, args.representation)
     for (dataset, representation, _), classifiers in asked.items():
         settings.training(p, dataset, representation, "representations")

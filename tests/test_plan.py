@@ -213,6 +213,13 @@ def test_a_method_that_peeks_ends_the_run(run, project, monkeypatch, where):
 
 
 @pytest.mark.pipeline
+def test_late_epochs_come_in_the_order_in_which_they_were_trained(tmp_path):
+    (tmp_path / "late/seed3").mkdir(parents=True)
+    for epoch in range(1, 12):
+        (tmp_path / f"late/seed3/epoch{epoch}.safetensors").touch()
+    assert [path.stem for path in stage.late_of(tmp_path, 3)] == [f"epoch{epoch}" for epoch in range(1, 12)]
+
+
 def test_late_epochs_change_nothing_but_the_diagnostic(run):
     best = read(run("--table", "later", "--images", "images")["small/mixup/joint.json"])
     change(lambda content: content["tables"]["later"].update(late_epochs=0))
@@ -312,7 +319,7 @@ def test_a_wrong_plan_is_named(run, edit, message):
         (("--seed", "7"), "--seed 7: must be one of 0, 1, each named once at most"),
         (("--seed", "-1"), "--seed -1: must be one of 0, 1"),
         (("--seed", "0", "--seed", "0"), "--seed 0: must be one of 0, 1, each named once at most"),
-        (("--precision", "tf32"), "--precision: tf32 exists only on a GPU, and there is none here"),
+        (("--precision", "tf32"), "precision: is tf32, which exists only on a GPU; use float32 or bf16"),
         (("--dataset", "big"), "no table has such a data set and representation: the data sets are small"),
         (
             ("--images", "elsewhere"),
