@@ -4,19 +4,16 @@ The classifiers are trained and written before the test split is opened.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from stages import paths
-from stages.represent import HISTORY
+from stages.seeds import train_seeds, write_costs, write_seeds
 from tailcal import (
     checkpoint,
-    costs,
     distributed,
     errors,
     files,
@@ -77,6 +74,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
 
     Returns the folder of its checkpoints; `late_epochs` is that of `represent`. Raises UserError.
     """
+    cell = (dataset_name, representation, classifier)
     dataset = params.dataset(p, dataset_name)
     training = settings.training(p, dataset_name, classifier, "classifiers")
     device = train.prepare(p.runtime, p.precision)
@@ -106,36 +104,20 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     if late_epochs:
         record["diagnostics"] = {"late_epochs": late_epochs}
     depends = {**record, "starts": upstream["weights"]}
-    scratch = paths.scratch("calibrate", dataset_name, representation, classifier) / checkpoint.fingerprint(depends)
+    scratch = paths.scratch("calibrate", *cell) / checkpoint.fingerprint(depends)
 
-    def make(start: Path) -> tuple[models.Network, method.Method]:
+    def make(seed: int) -> tuple[models.Network, method.Method]:
         network = models.build(**upstream["network"])
-        weights.load_weights(network, start, upstream["weights"].get(start.stem))
+        weights.load_weights(network, stage1 / f"seed{seed}.safetensors", upstream["weights"].get(f"seed{seed}"))
         return network, method.load(training.method)(training.settings, counts)
 
-    replicas = [
-        train.Replica(
-            f"calibrate {dataset_name}/{representation}/{classifier} seed {seed}",
-            seed,
-            partial(make, stage1 / f"seed{seed}.safetensors"),
-            scratch / f"seed{seed}.pt",
-            training.recipe_key,
-            train.Late(scratch / f"late/seed{seed}", late_epochs) if late_epochs else None,
-        )
-        for seed in p.seeds
-    ]
     with seal.training():
-        networks = train.train(replicas, data, training.recipe, p.runtime, p.precision)
-    trained = dict(zip(p.seeds, networks, strict=True))
+        trained = train_seeds(p, training, f"calibrate {'/'.join(cell)}", make, data, scratch, late_epochs)
     if not distributed.is_first():
         return scratch
-    out = paths.classifier(dataset_name, representation, classifier)
-    checksums = {}
-    for seed, one in trained.items():
-        name = f"seed{seed}.safetensors"
-        checksums[name] = weights.save_weights(one.network, out / name)
-    history = pd.DataFrame([epoch for one in trained.values() for epoch in one.history], columns=HISTORY)
-    files.write_text(out / "history.csv", history.to_csv(index=False, float_format="%.6g"))
+    write_costs(p, "calibrate", cell, trained, data)
+    written = write_seeds(trained, paths.classifier(*cell))
+    checksums = {f"seed{seed}.safetensors": checksum for seed, checksum in written.items()}
 
     placed = {
         split: store.Images(*splits.read_split(longtail, split), dataset.augmentation, device, p.runtime.placement)
@@ -146,25 +128,18 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
         for split, images in placed.items()
     }
     labels = {split: images.labels.cpu().numpy() for split, images in placed.items()}
-    folder = paths.predictions(dataset_name, representation, classifier)
+    folder = paths.predictions(*cell)
     for i, seed in enumerate(trained):
         for split in logits:
             if not np.isfinite(logits[split][i]).all():
                 raise errors.UserError(
-                    f"{dataset_name}/{representation}/{classifier} seed {seed}: its {split} logits are not "
+                    f"{'/'.join(cell)} seed {seed}: its {split} logits are not "
                     f"finite numbers: milder settings of {classifier} usually help"
                 )
         made = predictions.Predictions(logits["test"][i], labels["test"], logits["holdout"][i], labels["holdout"])
         checksums[f"seed{seed}.npz"] = made.write(folder / f"seed{seed}.npz")
     files.write_json(
         folder / "provenance.json", record | distributed.record(p.runtime.sync_bn) | {"checksums": checksums}
-    )
-    costs.write(
-        paths.costs("calibrate", dataset_name, representation, classifier),
-        train.machine(device),
-        data.placement,
-        p.runtime.replicas,
-        {seed: one.cost for seed, one in trained.items()},
     )
     checkpoint.keep_only(scratch)
     return scratch

@@ -3,13 +3,12 @@
 import argparse
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from stages import paths
+from stages.seeds import train_seeds, write_costs, write_seeds
 from tailcal import (
     checkpoint,
-    costs,
     distributed,
     errors,
     files,
@@ -23,11 +22,8 @@ from tailcal import (
     splits,
     store,
     train,
-    weights,
 )
 from tailcal.models.imagenet import load_pretrained
-
-HISTORY = ["epoch", "seed", "lr", "loss", "train_accuracy"]
 
 
 def weights_digest(dataset: params.Dataset) -> str:
@@ -89,43 +85,27 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     }
     if late_epochs:
         record["diagnostics"] = {"late_epochs": late_epochs}
-    out = paths.representation(dataset_name, representation)
     scratch = paths.scratch("represent", dataset_name, representation) / checkpoint.fingerprint(record)
 
     Method = method.load(training.method)
 
-    def make() -> tuple[models.Network, method.Method]:
+    def make(_: int) -> tuple[models.Network, method.Method]:
         network = models.build(**network_record, head="linear")
         if training.pretrained:
             load_pretrained(network.backbone, Path(training.pretrained.file))
         return network, Method(training.settings, counts)
 
-    replicas = [
-        train.Replica(
-            f"represent {dataset_name}/{representation} seed {seed}",
-            seed,
-            make,
-            scratch / f"seed{seed}.pt",
-            training.recipe_key,
-            train.Late(scratch / f"late/seed{seed}", late_epochs) if late_epochs else None,
-        )
-        for seed in p.seeds
-    ]
-    trained = dict(zip(p.seeds, train.train(replicas, data, training.recipe, p.runtime, p.precision), strict=True))
+    title = f"represent {dataset_name}/{representation}"
+    trained = train_seeds(p, training, title, make, data, scratch, late_epochs)
     if not distributed.is_first():
         return scratch
-    written = {f"seed{s}": weights.save_weights(t.network, out / f"seed{s}.safetensors") for s, t in trained.items()}
-    history = pd.DataFrame([epoch for one in trained.values() for epoch in one.history], columns=HISTORY)
-    files.write_text(out / "history.csv", history.to_csv(index=False, float_format="%.6g"))
-    made = {"network": network_record | {"head": Method.head}, "weights": written}
+    write_costs(p, "represent", (dataset_name, representation), trained, data)
+    out = paths.representation(dataset_name, representation)
+    made = {
+        "network": network_record | {"head": Method.head},
+        "weights": {f"seed{seed}": checksum for seed, checksum in write_seeds(trained, out).items()},
+    }
     files.write_json(out / "provenance.json", record | distributed.record(p.runtime.sync_bn) | made)
-    costs.write(
-        paths.costs("represent", dataset_name, representation),
-        train.machine(device),
-        data.placement,
-        p.runtime.replicas,
-        {seed: one.cost for seed, one in trained.items()},
-    )
     checkpoint.keep_only(scratch)
     return scratch
 

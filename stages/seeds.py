@@ -1,0 +1,62 @@
+"""A network a seed: how both stages train them, and what they write of them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from stages import paths
+from tailcal import costs, files, method, models, params, settings, store, train, weights
+
+HISTORY = ["epoch", "seed", "lr", "loss", "train_accuracy"]
+
+
+def train_seeds(
+    p: params.Params,
+    training: settings.Training,
+    title: str,
+    make: Callable[[int], tuple[models.Network, method.Method]],
+    data: store.Images,
+    scratch: Path,
+    late_epochs: int,
+) -> dict[int, train.Trained]:
+    """Train what `make` makes of each seed; checkpoints, and the networks of the last `late_epochs`, go to `scratch`.
+
+    Raises UserError as `train.train` does.
+    """
+    replicas = [
+        train.Replica(
+            f"{title} seed {seed}",
+            seed,
+            partial(make, seed),
+            scratch / f"seed{seed}.pt",
+            training.recipe_key,
+            train.Late(scratch / f"late/seed{seed}", late_epochs) if late_epochs else None,
+        )
+        for seed in p.seeds
+    ]
+    return dict(zip(p.seeds, train.train(replicas, data, training.recipe, p.runtime, p.precision), strict=True))
+
+
+def write_seeds(trained: dict[int, train.Trained], out: Path) -> dict[int, str]:
+    """Write the weights and history.csv to `out`; returns the SHA-256 of each seed's weights."""
+    written = {
+        seed: weights.save_weights(one.network, out / f"seed{seed}.safetensors") for seed, one in trained.items()
+    }
+    history = pd.DataFrame([epoch for one in trained.values() for epoch in one.history], columns=HISTORY)
+    files.write_text(out / "history.csv", history.to_csv(index=False, float_format="%.6g"))
+    return written
+
+
+def write_costs(
+    p: params.Params, stage: str, cell: tuple[str, ...], trained: dict[int, train.Trained], data: store.Images
+) -> None:
+    """Write what the training took, as `tailcal.costs` has it: before anything is predicted, which takes memory too."""
+    costs.write(
+        paths.costs(stage, *cell),
+        train.machine(data.device),
+        data.placement,
+        train.at_once(p.runtime, len(trained)),
+        {seed: one.cost for seed, one in trained.items()},
+    )
