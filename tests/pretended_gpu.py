@@ -97,7 +97,7 @@ class Generator(torch.Generator):
 class Stream:
     """Kernels of a CPU are over when they return, so there is nothing to wait for."""
 
-    def __init__(self, *_):
+    def __init__(self, *_, priority=0):
         pass
 
     def wait_stream(self, _):
@@ -249,6 +249,7 @@ def _install(gpu: PretendedGPU, patch: pytest.MonkeyPatch) -> None:
         "get_device_name": lambda *_: "pretended",
         "mem_get_info": lambda *_: (memory, memory),
         "max_memory_allocated": lambda *_: memory,
+        "reset_peak_memory_stats": lambda *_: None,
         "synchronize": lambda *_: gpu.require_between_steps("torch.cuda.synchronize"),
         "Stream": Stream,
         "stream": lambda _: contextlib.nullcontext(),

@@ -108,6 +108,58 @@ def test_it_trains_and_predicts(name, tmp_path):
     assert np.isfinite(logits).all()
 
 
+def test_a_precision_that_the_device_lacks_is_refused():
+    with pytest.raises(UserError, match=r"^params.yaml: precision: is tf32, which exists only on a GPU"):
+        train.prepare(RUNTIME, "tf32")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), r"Tried to allocate 2 GiB\)$"),
+        (MemoryError(), r"\(MemoryError\)$"),
+        (None, "DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_one_line_that_names_what_takes_it(error, says, tmp_path):
+    class Huge(load("ce")):
+        def loss(self, network, batch, progress):
+            del network, progress
+            if error:
+                raise error
+            return torch.empty(1 << 50).sum(), batch.images
+
+    with pytest.raises(UserError, match=rf"^there is not enough memory: use a smaller runtime.replicas, or .*{says}"):
+        trained(replica_of("ce", tmp_path, cls=Huge))
+
+
+def test_another_error_of_torch_stays_what_it_is(tmp_path):
+    class Wrong(load("ce")):
+        def loss(self, network, batch, progress):
+            del network, progress
+            return torch.ones(2) @ torch.ones(3), batch.images
+
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        trained(replica_of("ce", tmp_path, cls=Wrong))
+
+
+def test_large_images_are_predicted_in_small_batches(monkeypatch):
+    seen = []
+
+    class Looks(torch.nn.Module):
+        def forward(self, images):
+            seen.append(len(images))
+            return images
+
+    monkeypatch.setattr(train, "EVALUATION_PIXELS", 5 * 8 * 8)
+    train.over_batches(Looks(), images())
+    assert max(seen) == 5
+    assert sum(seen) == sum(COUNTS)
+    monkeypatch.setattr(train, "EVALUATION_PIXELS", 1)
+    train.over_batches(Looks(), images())
+    assert seen[-1] == 1
+
+
 @pytest.mark.parametrize("name", names())
 def test_gradient_reaches_exactly_what_it_says_it_trains(name):
     network = build("resnet8", "linear", 1, 3)

@@ -13,7 +13,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,6 @@ class Disk:
         self.count, self.first, self.error = 0, sys.maxsize, 0
         for name in self.CALLS:
             patch.setattr(os, name, self.counted(getattr(os, name)))
-        patch.setattr(tempfile, "mkstemp", self.counted(tempfile.mkstemp))
         for module, name in ((os, "fdopen"), (io, "open")):
             patch.setattr(module, name, self.writers(getattr(module, name)))
 
@@ -73,9 +71,10 @@ class Disk:
         """Streams that are opened for writing count their own calls."""
 
         def opened(file, mode="r", *arguments, **options):
-            stream = opening(file, mode, *arguments, **options)
             if not set(mode) & set("wax+"):
-                return stream
+                return opening(file, mode, *arguments, **options)
+            self.tick(file if isinstance(file, str | Path) else None)
+            stream = opening(file, mode, *arguments, **options)
             for name in ("write", "truncate"):
                 stream = Counting(stream, name, self)
             return stream

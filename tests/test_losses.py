@@ -46,6 +46,13 @@ def test_weighted_cross_entropy_of_one_image_is_its_cross_entropy():
         torch.testing.assert_close(weighted_cross_entropy(z[None], y[None], WEIGHTS), F.cross_entropy(z, y))
 
 
+def test_weights_keep_their_bits_where_logits_have_few():
+    weights = torch.tensor([1.001, 0.999, 1.003, 0.997])
+    few = LOGITS.bfloat16()
+    expected = weighted_cross_entropy(few.float(), LABELS, weights)
+    assert torch.equal(weighted_cross_entropy(few, LABELS, weights), expected)
+
+
 def test_weighted_cross_entropy_is_as_exact_as_its_logits():
     weights, logits = generalized_reweight_weights(COUNTS, 1.2), LOGITS.double()
     assert weighted_cross_entropy(logits, LABELS, weights).dtype == torch.float64

@@ -58,6 +58,12 @@ def test_balanced_softmax_naive():
     assert balanced_softmax(LOGITS, LABELS, COUNTS).item() == pytest.approx(sum(losses) / 6, rel=1e-5)
 
 
+def test_balanced_softmax_counts_exactly_where_logits_have_few_bits():
+    counts = torch.tensor([5000, 1077, 645, 83])
+    few = LOGITS.bfloat16()
+    assert torch.equal(balanced_softmax(few, LABELS, counts), balanced_softmax(few.float(), LABELS, counts))
+
+
 def test_balanced_softmax_with_equal_counts_is_cross_entropy():
     torch.testing.assert_close(balanced_softmax(LOGITS, LABELS, torch.full((4,), 37)), F.cross_entropy(LOGITS, LABELS))
 

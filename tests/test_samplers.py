@@ -45,6 +45,12 @@ def test_within_class_order_is_uniform():
     assert np.abs(np.bincount(firsts, minlength=3) / 6000 - 1 / 3).max() < 0.03
 
 
+def test_every_order_of_the_classes_is_as_frequent():
+    labels = np.array([0, 1, 2, 2])
+    orders = labels[class_balanced(labels, 5, 0, 3 * 6000)].reshape(-1, 3) @ [9, 3, 1]
+    assert np.abs(np.unique(orders, return_counts=True)[1] / 6000 - 1 / 6).max() < 0.02  # four standard deviations
+
+
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
 def test_reweighted_draws_an_image_in_proportion_to_a_power_of_its_class(exponent):
     counts = np.bincount(LABELS)[LABELS]

@@ -199,7 +199,7 @@ def _look_up(images: Tensor, rows: Tensor, table: _Tables) -> Tensor:
     scale = torch.full_like(span, 255) / span.clamp(min=1)
     stretched = (value * scale + -low.double() * scale).clamp(0, 255).to(torch.uint8)
 
-    # One histogram for all, flat: in more dimensions, scatter_add_ waits for the GPU under deterministic algorithms.
+    # One histogram for all, flat: index_add_ is deterministic on a GPU and never waits for it.
     places = (pixels + torch.arange(0, b * c * 256, 256, device=images.device).view(b, c, 1)).flatten()
     ones = torch.ones((), dtype=torch.int32, device=images.device).expand_as(places)
     counts = torch.zeros(b * c * 256, dtype=torch.int32, device=images.device).index_add_(0, places, ones)

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,16 +40,12 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """
     with naming(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        temporary = Path(name)
+        temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
         try:
-            with os.fdopen(handle, "wb") as stream:
+            with temporary.open("xb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
             if previous and path.exists():
                 path.replace(previous)
             temporary.replace(path)

@@ -7,6 +7,7 @@
 Weights are scaled to sum K. A loss used by one method only is in that method's file.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,7 +59,8 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> T
 
     logits [B, K], labels int64 [B], weights [K], above 0. So a batch of one image has its plain cross-entropy.
     """
-    return F.cross_entropy(logits, labels, weight=weights.to(logits.dtype))
+    precise = torch.promote_types(logits.dtype, torch.float32)  # bf16 would round the weights to 8 bits
+    return F.cross_entropy(logits.to(precise), labels, weight=weights.to(precise))
 
 
 def generalized_reweight(logits: Tensor, labels: Tensor, counts: Tensor, rho: float) -> Tensor:

@@ -1,7 +1,7 @@
 """SGD, SAM around it, and learning-rate schedules.
 
 SGD is called here by its kernel: the whole update is one fused call, and importing torch.optim pulls in the compiler,
- which costs each stage more time than a small training takes.
+which costs each stage more time than a small training takes.
 """
 
 import math
@@ -38,7 +38,6 @@ class SGD:
         """One update at base learning rate `lr`, a float32 scalar.
 
         Returns the loss and the logits that it was made from, detached.
-
         `ascent` is not called: it is there so that every optimiser is stepped in the same way.
         """
         del ascent

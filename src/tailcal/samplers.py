@@ -1,8 +1,9 @@
 """Which images a step sees: index streams that are pure functions of (labels, seed, position).
 
-A stream is endless: every batch is full, and the last batch of an epoch is filled from the stream's next pass. (The
-released codes end an epoch with a smaller batch instead; the number of steps is the same, and static shapes are what
-a fast step needs.)
+A stream is endless, and every batch full. With `last_batch: fill` the last batch of an epoch is filled from the
+stream's next pass, where the released codes end an epoch with a smaller batch: the number of steps is the same, and
+static shapes are what a fast step needs. With `drop` an epoch has one step fewer, and the images that are left over
+come first in the next.
 """
 
 from collections.abc import Callable
@@ -27,11 +28,11 @@ def instance(labels: np.ndarray, seed: int, start: int, stop: int) -> np.ndarray
     return stream[start - passes.start * n : stop - passes.start * n]
 
 
-def _keys(seed: int, images: np.ndarray, passes: np.ndarray) -> np.ndarray:
-    """One pseudo-random uint64 per (image, pass): SplitMix64's finaliser on a counter."""
-    image, lap = images.astype(np.uint64), passes.astype(np.uint64)
-    z = image * np.uint64(0x9E3779B97F4A7C15) + lap * np.uint64(0xD1B54A32D192ED03)
-    z ^= np.uint64(derive(seed, "within class"))
+def _keys(seed: int, purpose: str, items: np.ndarray, passes: np.ndarray) -> np.ndarray:
+    """One pseudo-random uint64 per (item, pass), broadcast: SplitMix64's finaliser on a counter."""
+    item, lap = items.astype(np.uint64), passes.astype(np.uint64)
+    z = item * np.uint64(0x9E3779B97F4A7C15) + lap * np.uint64(0xD1B54A32D192ED03)
+    z ^= np.uint64(derive(seed, purpose))
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -46,7 +47,7 @@ def class_balanced(labels: np.ndarray, seed: int, start: int, stop: int) -> np.n
     classes, first, counts = np.unique(np.sort(labels), return_index=True, return_counts=True)
     k = len(classes)
     cycles = np.arange(start // k, -(-stop // k))
-    order = np.stack([np.random.default_rng(derive(seed, "class order", c)).permutation(k) for c in cycles])
+    order = _keys(seed, "class order", np.arange(k), cycles[:, None]).argsort(axis=1)
     position = np.arange(start, stop)
     cycle = position // k
     rank = order[cycle - cycles[0], position % k]  # which class, as an index into `classes`
@@ -60,7 +61,7 @@ def class_balanced(labels: np.ndarray, seed: int, start: int, stop: int) -> np.n
     member = np.arange(sizes.sum()) - begin[pair]
     by_class = np.argsort(labels, kind="stable")
     images = by_class[first[pairs[0]][pair] + member]
-    shuffled = images[np.lexsort((_keys(seed, images, pairs[1][pair]), pair))]
+    shuffled = images[np.lexsort((_keys(seed, "within class", images, pairs[1][pair]), pair))]
     return shuffled[begin[which.reshape(-1)] + offset]
 
 

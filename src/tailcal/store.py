@@ -8,6 +8,7 @@ From host or disk, a thread reads the coming batches ahead and copies them to th
 holds of its own is bounded: AHEAD + 1 steps of uint8 batches, whatever the size of the data set.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from tailcal.augment import augment, normalise, plain
 from tailcal.draws import Draws
 from tailcal.method import Batch
 from tailcal.params import Augmentation
+from tailcal.rows import chunk
 
 Placement = Literal["auto", "device", "host", "disk"]
 AHEAD = 3  # steps that are read before they are wanted
@@ -48,6 +50,16 @@ def channels_first(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))
 
 
+def _resident(images: np.ndarray, device: torch.device) -> Tensor:
+    """All images [N, H, W, C] as [N, C, H, W] on the device, by way of a few MB of the host's memory at a time."""
+    n, h, w, c = images.shape
+    resident = torch.empty((n, c, h, w), dtype=torch.uint8, device=device)
+    size = chunk(images.shape, images.dtype)
+    for start in range(0, n, size):
+        resident[start : start + size].copy_(channels_first(images[start : start + size]))
+    return resident
+
+
 class Images:
     """One split: images uint8 [N, H, W, C] wherever they lie, labels int64 [N] on the device, and their preparation."""
 
@@ -61,16 +73,18 @@ class Images:
     ):
         self.augmentation, self.device = augmentation, device
         self.placement = choose(images.nbytes, device) if placement == "auto" else placement
-        self.count, self.channels = len(images), images.shape[3]
+        self.count, *self.size, self.channels = images.shape
         self.labels = torch.from_numpy(np.array(labels)).to(device)
         self.mean, self.std = (torch.tensor(v, device=device) for v in (augmentation.mean, augmentation.std))
         if self.placement == "device":
-            self._images = channels_first(images).to(device)
+            self._images = _resident(images, device)
         elif self.placement == "host":
             self._images = np.array(images)
         else:
             self._images = images
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Of another priority than the trainings' streams, of which torch hands out the same 32 again and again: a copy
+        # must not fall into what a training records.
+        self._copies = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return self.count
@@ -123,13 +137,15 @@ class Images:
         images = augment(images, self.augmentation, strength, draws)
         return Batch(normalise(images, self.mean, self.std), labels, labels)
 
-    def whole(self, batch_size: int) -> Iterator[Tensor]:
-        """All images in order, without augmentation and normalised: float32 [up to batch_size, C, H, W].
+    def whole(self, pixels: int) -> Iterator[Tensor]:
+        """All images in order, without augmentation and normalised: float32 [B, C, H, W] of about `pixels` pixels.
 
-        Of no images, one empty batch: a hold-out may be empty, and its logits still have K columns.
+        What a network makes of an image grows with its size, so that large images come in smaller batches. Of no
+        images, one empty batch: a hold-out may be empty, and its logits still have K columns.
         """
-        for start in range(0, max(self.count, 1), batch_size):
-            stop = min(start + batch_size, self.count)
+        size = max(1, pixels // math.prod(self.size))
+        for start in range(0, max(self.count, 1), size):
+            stop = min(start + size, self.count)
             if self.placement == "device":
                 images = self._images[start:stop]
             else:

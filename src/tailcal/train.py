@@ -1,11 +1,12 @@
 """The one training loop, and prediction. It knows the contract of `tailcal.method`, and no method by name."""
 
+import contextlib
 import copy
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,27 +29,32 @@ from tailcal.progress import Progress
 from tailcal.store import Images
 from tailcal.weights import save_weights
 
-EVALUATION_BATCH = 1024
+EVALUATION_PIXELS = 1024 * 32 * 32  # of a batch that is predicted: 1024 images of CIFAR's size
 T = TypeVar("T")
 _INITIALISING = threading.Lock()  # first weights come from torch's one global generator
 
 
 def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
-    """Choose the device and make torch deterministic there. Raises UserError when there is no such device."""
+    """Choose the device and make torch deterministic there.
+
+    Raises UserError when there is no such device, and when it has no such precision.
+    """
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{PARAMS}: runtime.device: is cuda, but torch sees no CUDA device here; use auto or cpu")
+    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
+    if precision == "tf32" and not on_gpu:
+        raise UserError(f"{PARAMS}: precision: is tf32, which exists only on a GPU; use float32 or bf16")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.set_num_threads(1)  # sums are split by thread, so that their last bits would depend on the number of cores
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = False
-    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
     return distributed.join(torch.device("cuda" if on_gpu else "cpu"))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a training ran on, and the most memory it has taken there (None on a CPU), in bytes."""
+    """What a training ran on, and the most memory that the last `train` took there (None on a CPU), in bytes."""
     if device.type == "cpu":
         return {"name": f"CPU, {os.cpu_count()} cores", "gpu_memory": None}
     return {"name": torch.cuda.get_device_name(device), "gpu_memory": torch.cuda.max_memory_allocated(device)}
@@ -122,18 +128,42 @@ def agreement(logits: Tensor, targets: Tensor) -> Tensor:
     return targets.gather(1, predicted[:, None]).mean()
 
 
+def at_once(runtime: Runtime, networks: int) -> int:
+    """How many of so many networks train side by side.
+
+    Processes that share a network meet at each step, so they must take the steps of all networks in the same order.
+    """
+    return min(runtime.replicas, networks) if distributed.size() == 1 else 1
+
+
+@contextlib.contextmanager
+def _enough_memory(keys: str) -> Iterator[None]:
+    """Raise UserError with the keys that memory depends on when there is too little of it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch raises a bare RuntimeError.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"there is not enough memory: use a smaller {keys} ({said})") from None
+
+
 def train(
     replicas: list[Replica], data: Images, recipe: Recipe, runtime: Runtime, precision: Precision = "float32"
 ) -> list[Trained]:
     """Train networks side by side, each going on from its checkpoint if there is one.
 
-    A network is a function of (code, recipe, data, its seed): interruptions and neighbours leave no trace in it. Where
-    several processes train together (`tailcal.distributed`), each calls this and each gets the same networks.
+    A network is a function of (code, recipe, precision, data, its seed): interruptions and neighbours leave no trace in
+    it. Where several processes train together (`tailcal.distributed`), each calls this and each gets the same networks.
     precision: of the forward pass and its gradients, bf16 only there; weights and updates are float32 always.
+    Raises UserError; one that names runtime.replicas and the batch size when they need more memory than there is.
     """
     trainings = [partial(_training, replica, data, recipe, runtime, precision) for replica in replicas]
-    # Processes that share a network meet at each step, so they must take the steps of all networks in the same order.
-    return side_by_side(trainings, data.device, runtime.replicas if distributed.size() == 1 else 1)
+    if data.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(data.device)
+    with _enough_memory(f"runtime.replicas, or {replicas[0].recipe_key}.batch_size"):
+        return side_by_side(trainings, data.device, at_once(runtime, len(replicas)))
 
 
 def _training(
@@ -266,7 +296,7 @@ def _require_batches(size: int, images: int, replica: Replica) -> None:
 def over_batches(module: nn.Module, data: Images) -> Tensor:
     """What a module makes of all images of a split, unaugmented and in evaluation mode: [N, ...]."""
     module.eval()
-    return torch.cat([module(images) for images in data.whole(EVALUATION_BATCH)])
+    return torch.cat([module(images) for images in data.whole(EVALUATION_PIXELS)])
 
 
 def predict(networks: list[Network], data: Images, runtime: Runtime) -> list[np.ndarray]:
@@ -277,4 +307,5 @@ def predict(networks: list[Network], data: Images, runtime: Runtime) -> list[np.
         yield
         return logits
 
-    return side_by_side([partial(predicting, network) for network in networks], data.device, runtime.replicas)
+    with _enough_memory("runtime.replicas"):
+        return side_by_side([partial(predicting, network) for network in networks], data.device, runtime.replicas)

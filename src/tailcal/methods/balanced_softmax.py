@@ -16,7 +16,8 @@ def balanced_softmax(logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
 
     logits [B, K], targets int64 [B] or soft [B, K], counts [K] (training images per class, all above 0).
     """
-    return F.cross_entropy(logits + torch.log(counts.to(logits.dtype)), targets)
+    precise = torch.promote_types(logits.dtype, torch.float32)  # bf16 has no room for a count above 256
+    return F.cross_entropy(logits + torch.log(counts.to(precise)), targets)
 
 
 class Method(Representation):
