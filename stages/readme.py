@@ -1,5 +1,6 @@
 """Put the tables into README.md, each between its two markers. Not a stage of DVC: run it on final results."""
 
+import argparse
 from pathlib import Path
 
 from stages import paths
@@ -31,4 +32,5 @@ def _read(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m stages.readme", description=__doc__).parse_args()
     run(main)

@@ -239,7 +239,7 @@ def test_nothing_has_been_run():
         text = section(title)
         assert "Nothing of this table has been run yet." in text
         assert f"rows have not been measured. `python -m stages.published --table {name}` runs them." in text
-        assert {tuple(row[4:10]) for row in rows(text)[1:]} == {("—",) * 6}
+        assert {tuple(row[4:11]) for row in rows(text)[1:]} == {("—",) * 7}
     assert section("Not run").endswith("Not run yet: `python -m stages.published --table short` runs it.\n")
     assert len(pd.read_csv(stage.ROWS)) == len(references.read_references(REFERENCES))
     assert pd.read_csv(stage.ROWS)["top1"].isna().all()
@@ -254,8 +254,9 @@ def test_the_numbers_of_a_row():
     head, *body = rows(text)
     assert head[6] == "best on test, last 20 epochs"
     (row,) = [row for row in body if row[:2] == ["cifar100_lt_100", "MiSLAS"]]
-    assert row[2:10] == ["47.0", "4.83", "45.00 ± 1.00", "−2.00", "48.10 ± 0.40", "5.12 ± 0.31", "3", "1,041"]
-    assert f"- {row[10]} repo README dvlab-research/MiSLAS@0fc381e; released checkpoint" in text
+    assert row[2:8] == ["47.0", "4.83", "45.00 ± 1.00", "−2.00", "48.10 ± 0.40", "5.12 ± 0.31"]
+    assert row[8:11] == ["+0.29", "3", "1,041"]
+    assert f"- {row[11]} repo README dvlab-research/MiSLAS@0fc381e; released checkpoint" in text
     assert "at the last epoch (200)" in text
     assert "Trained in float32, 3 networks at a time on NVIDIA H200." in text
     assert "The training images of cifar100_lt_100 (10,847) were taken from a folder" in text
@@ -318,7 +319,7 @@ def test_a_cell_behind_two_published_rows_and_a_rule():
     ]
     assert "† transductive" in text
     assert "at the last epoch (20 to 200)" in text
-    assert "- cifar100_lt_100, GALA loss (BaGMar): epochs 20 (published 200)" in text
+    assert "- epochs 20 (published 200): cifar100_lt_100, GALA loss (BaGMar), GALA loss + prediction" in text
     assert "8 of 12 rows have not been measured" in text
 
 

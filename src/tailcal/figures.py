@@ -41,6 +41,7 @@ OVER, UNDER = ("#C1272D", "////"), ("#5B2A86", "\\\\\\\\")
 NAMED_CLASSES = 30  # more classes than this are not named, and accuracies averaged over neighbouring frequency ranks
 RANK_GROUPS = 10
 LEVEL_CHARACTERS = 40  # names that need more than this beside each other are written upwards
+FEW_PREDICTIONS, FAINT = 10, 0.3  # of a bin, over all seeds: what so few say is drawn with this opacity
 WIDE_RANGE = 8  # largest over smallest ECE, from which on their axis is logarithmic
 
 FONT = "DejaVu Sans"  # comes with matplotlib
@@ -132,7 +133,7 @@ def reliability_overview(cells: Mapping[Cell, pd.DataFrame], title: str, path: P
         )
     for axes in panels[-1]:
         axes.set_xlabel("confidence", fontsize=10)
-    figure.legend(handles=_reliability_legend(), loc="outside lower center", ncols=4 if len(columns) > 3 else 2)
+    figure.legend(handles=_reliability_legend(), loc="outside lower center", ncols=3)
     _save(figure, path)
 
 
@@ -145,7 +146,10 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
     colours, markers = _colours(cells["representation"].unique()), _markers(cells["classifier"].unique())
     figure = Figure(figsize=(8.4, 5.6), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontweight="bold")
+    axes.set_title(title, fontweight="bold", pad=24)
+    axes.annotate(
+        "bars: one standard deviation over seeds", (0.5, 1), (0, 8), "axes fraction", "offset points", ha="center"
+    )
     axes.grid(True)
     for cell in cells.astype({"top1_std": float, "ece_std": float}).fillna({"top1_std": 0, "ece_std": 0}).itertuples():
         axes.errorbar(
@@ -158,11 +162,12 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
             markersize=9,
             markeredgecolor="white",
             elinewidth=1,
+            alpha=0.85,
         )
     axes.set(xlabel="top-1 accuracy (right is better)", ylabel="ECE (down is better)")
     lowest, highest = cells["ece"].min(), cells["ece"].max()
     if lowest > 0 and highest / lowest > WIDE_RANGE:  # one overconfident cell would press all others to the floor
-        axes.set_yscale("log")
+        axes.set(yscale="log", ylabel="ECE, logarithmic (down is better)")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(lowest / 1.5, highest * 1.5)
@@ -283,32 +288,37 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Pat
         axes.set_xlabel("epoch")
         axes.grid(True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(histories), 5))
+    handles, _ = loss.get_legend_handles_labels()
+    band = Patch(color=INK, alpha=0.2, linewidth=0, label="band: from the least seed to the largest")
+    figure.legend(handles=[*handles, band], loc="outside lower center", ncols=min(len(histories) + 1, 4))
     _save(figure, path)
 
 
 def _reliability_panel(axes: Axes, pooled: pd.DataFrame) -> None:
-    """Bars up to the accuracy; from there to the confidence the gap, hatched."""
-    width = _width(pooled)
-    axes.bar(pooled["bin_lower"], pooled["accuracy"], width, align="edge", color=ACCURACY, edgecolor="white")
-    gap = pooled["confidence"] - pooled["accuracy"]
-    for look, side in ((OVER, gap > 0), (UNDER, gap < 0)):
-        axes.bar(
-            pooled["bin_lower"][side],
-            gap[side],
-            width[side],
-            pooled["accuracy"][side],
-            align="edge",
-            linewidth=0.8,
-            **_gap_style(*look),
-        )
+    """Bars up to the accuracy; from there to the confidence the gap, hatched. Bars of few predictions are faint."""
+    few = pooled["count"] < FEW_PREDICTIONS
+    for strength, bins in ((1.0, pooled[~few]), (FAINT, pooled[few])):
+        width = _width(bins)
+        colour = (ACCURACY, strength)
+        axes.bar(bins["bin_lower"], bins["accuracy"], width, align="edge", color=colour, edgecolor="white")
+        gap = bins["confidence"] - bins["accuracy"]
+        for look, side in ((OVER, gap > 0), (UNDER, gap < 0)):
+            axes.bar(
+                bins["bin_lower"][side],
+                gap[side],
+                width[side],
+                bins["accuracy"][side],
+                align="edge",
+                linewidth=0.8,
+                **_gap_style(*look, strength),
+            )
     axes.plot((0, 1), (0, 1), color=INK, linestyle="--", linewidth=1)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     _percent(axes.xaxis, axes.yaxis)
 
 
-def _gap_style(colour: str, hatch: str) -> dict:
-    return {"facecolor": (colour, 0.2), "edgecolor": colour, "hatch": hatch}
+def _gap_style(colour: str, hatch: str, strength: float = 1.0) -> dict:
+    return {"facecolor": (colour, 0.2 * strength), "edgecolor": (colour, strength), "hatch": hatch}
 
 
 def _reliability_legend() -> list[Patch | Line2D]:
@@ -317,6 +327,7 @@ def _reliability_legend() -> list[Patch | Line2D]:
         Line2D([], [], color=INK, linestyle="--", linewidth=1, label="perfectly calibrated"),
         Patch(**_gap_style(*OVER), label="gap: overconfident"),
         Patch(**_gap_style(*UNDER), label="gap: underconfident"),
+        Patch(**_gap_style(*UNDER, FAINT), label=f"faint: under {FEW_PREDICTIONS} predictions"),
     ]
 
 

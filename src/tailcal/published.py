@@ -152,6 +152,13 @@ class Comparison:
         return round(points(self.numbers.top1) - self.reference.top1, 2) + 0.0  # never -0.0
 
     @property
+    def ece_difference(self) -> float | None:
+        """Ours less the published ECE, as `difference` has it of top-1."""
+        if self.numbers is None or self.reference.ece is None:
+            return None
+        return round(points(self.numbers.ece) - self.reference.ece, 2) + 0.0
+
+    @property
     def misses(self) -> bool:
         """Whether ours is further from the published top-1, up or down, than MISS points and the seeds' spread."""
         if self.difference is None:

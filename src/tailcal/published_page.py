@@ -30,8 +30,8 @@ def paper(name: str, rows: list[Comparison], command: str) -> str:
     sources = list(dict.fromkeys((row.reference.source, row.reference.note) for row in rows))
     best = {row.cell.best_on_test.epochs for row in rows if row.best}
     header = ["data set", "method", "published top-1", "published ECE", "our top-1", "difference"]
-    header += [f"best on test, last {_span(best)} epochs" if best else "best on test", "our ECE", "seeds"]
-    table = Table([*header, "s a network", "source"], [_texts(row, sources) for row in rows])
+    header += [f"best on test, last {_span(best)} epochs" if best else "best on test", "our ECE", "ECE difference"]
+    table = Table([*header, "seeds", "s a network", "source"], [_texts(row, sources) for row in rows])
     parts = [f"## {TITLES[name]}", _caption(rows), table.markdown().rstrip(), *_below(rows, command)]
     listed = [f"- [{i}] {'; '.join(filter(None, source))}" for i, source in enumerate(sources, start=1)]
     return "\n\n".join([*parts, "Sources:", "\n".join(listed)]) + "\n"
@@ -46,15 +46,19 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[tuple[str, b
         _printed(published.ece),
         _spread(ours and ours.top1, ours and ours.top1_std),
     ]
-    difference = DASH if row.difference is None else _signed(row.difference, 2)
     after = [
         _spread(row.best and row.best.top1, row.best and row.best.top1_std),
         _spread(ours and ours.ece, ours and ours.ece_std),
+        _difference(row.ece_difference),
         str(row.cell.seeds) if ours else DASH,
         f"{row.cell.cost.seconds:,.0f}" if ours else DASH,
         f"[{sources.index((published.source, published.note)) + 1}]",
     ]
-    return [*((text, False) for text in before), (difference, row.misses), *((text, False) for text in after)]
+    return [
+        *((text, False) for text in before),
+        (_difference(row.difference), row.misses),
+        *((text, False) for text in after),
+    ]
 
 
 def _caption(rows: list[Comparison]) -> str:
@@ -63,7 +67,7 @@ def _caption(rows: list[Comparison]) -> str:
         return "Nothing of this table has been run yet."
     return (
         f"Ours: mean ± standard deviation over seeds, at the last epoch ({_span({cell.epochs for cell in measured})}). "
-        "Difference: our top-1 less the published one, in points; **bold** where it is more, up or down, than "
+        "Difference: ours less the published one, in points; of top-1 **bold** where it is more, up or down, than "
         f"{MISS:g} point plus our standard deviation (of one seed: than {MISS:g} point). "
         f"{_conditions((row.reference.dataset, row.cell) for row in rows if row.numbers)}"
     )
@@ -112,8 +116,12 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
 
 def _otherwise(rows: list[Comparison]) -> list[str]:
     """A paragraph that lists the rows whose training differs from the published one; none where none does."""
-    other = [f"- {row.reference.dataset}, {row.reference.method}: {text}" for row in rows if (text := _other(row))]
-    return ["Not trained as published:\n\n" + "\n".join(other)] if other else []
+    others: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if text := _other(row):
+            others.setdefault((text, row.reference.dataset), []).append(row.reference.method)
+    lines = [f"- {text}: {dataset}, {', '.join(methods)}" for (text, dataset), methods in others.items()]
+    return ["Not trained as published:\n\n" + "\n".join(lines)] if lines else []
 
 
 _TRANSDUCTIVE = f"{MARK} transductive: the prediction for one test image depends on the other test images."
@@ -149,16 +157,16 @@ def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], 
     measured = [row for row in rows if row.numbers]
     said = f"{len(measured)} of the {len(rows)} published numbers have been measured here."
     if len(measured) < len(rows):
-        said += f" `{command}` measures the others; they need a GPU."
+        said += f" `{command}` measures all; most take hours each on a few cores, and are work for a GPU."
     parts = [said]
     if measured:
-        header = ["data set", "method", "published", "ours", "difference", "published ECE", "our ECE", "seeds"]
-        table = Table([*header, "s a network"], [_short(row) for row in measured])
-        parts += [f"{_caption(measured)} {_BEST_ON_TEST}", table.markdown().rstrip(), *_otherwise(measured)]
+        header = ["data set", "method", "published", "ours", "difference", "published ECE", "our ECE", "ECE difference"]
+        table = Table([*header, "seeds", "s a network"], [_short(row) for row in measured])
+        parts += [table.markdown().rstrip(), f"{_caption(measured)} {_BEST_ON_TEST}", *_otherwise(measured)]
     for table in footings:
         if table.methods:
-            parts += [f"**{table.footing.title}**", _footing_caption(table)]
-            parts.append(_footing_numbers(table.methods).markdown().rstrip())
+            parts += [f"**{table.footing.title}**", _footing_numbers(table.methods).markdown().rstrip()]
+            parts.append(_footing_caption(table))
     if any(row.numbers.transductive for row in measured) or any(
         method.numbers.transductive for table in footings for method in table.methods
     ):
@@ -179,9 +187,10 @@ def _short(row: Comparison) -> list[tuple[str, bool]]:
         (_marked(published.method, ours), False),
         (_printed(published.top1), False),
         (_spread(ours.top1, ours.top1_std), False),
-        (DASH if row.difference is None else _signed(row.difference, 2), row.misses),
+        (_difference(row.difference), row.misses),
         (_printed(published.ece), False),
         (_spread(ours.ece, ours.ece_std), False),
+        (_difference(row.ece_difference), False),
         (str(row.cell.seeds), False),
         (f"{row.cell.cost.seconds:,.0f}", False),
     ]
@@ -283,6 +292,10 @@ def _spread(mean: float | None, deviation: float | None) -> str:
     if mean is None:
         return DASH
     return f"{points(mean):.2f}" + ("" if deviation is None else f" ± {points(deviation):.2f}")
+
+
+def _difference(points: float | None) -> str:
+    return DASH if points is None else _signed(points, 2)
 
 
 def _signed(points: float, digits: int) -> str:
