@@ -131,7 +131,7 @@ def test_a_table_from_images_to_its_page(run):
     assert "A few images" in page
     assert "taken from a folder and not from the official archive" in page
     assert "1 of the 1 published numbers" in page
-    assert "- small, CE: epochs 2 (published 200), backbone resnet8 (published resnet32)" in page
+    assert "- epochs 2 (published 200), backbone resnet8 (published resnet32): small, CE" in page
     assert "ce/mislas" in tables.TEXT.read_text()
     assert read(tables.SUMMARY)["small/ce/joint"]["top1"] == cells["joint"]["top1"]
 
@@ -163,7 +163,7 @@ def test_fewer_seeds_in_another_precision_say_so_and_are_not_complete(run):
     cell, said = read(path), path.read_bytes()
     assert (cell["seeds"], list(cell["correct"]), cell["precision"]) == (1, ["1"], "bf16")
     tables.main()
-    assert "- small, CE: epochs 2 (published 200), backbone resnet8 (published resnet32), in bf16" in (
+    assert "- epochs 2 (published 200), backbone resnet8 (published resnet32), in bf16: small, CE" in (
         paths.OVERVIEW.read_text()
     )
     run(*short, "--seed", "1", "--precision", "bf16")
