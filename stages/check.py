@@ -65,7 +65,8 @@ def main() -> None:
         resolved["subsample", name] = {
             "imbalance": dataset.imbalance.record(),
             "holdout_per_class": dataset.holdout_per_class,
-            "augmentation": dataset.augmentation.model_dump(include={"kind", "mean", "pad", "size"}),
+            "channels": len(dataset.augmentation.mean),
+            "augmentation": dataset.augmentation.model_dump(include={"kind", "pad", "size"}),
             **code("subsample"),
         }
         for representation in p.representations:

@@ -17,7 +17,6 @@ from tests.test_contract import CPU, replica_of, trained
 
 CELL = ("--dataset", "digits_lt", "--representation", "ce")
 GROWTH = 8 << 20  # bytes, of noise: a network of 300 KB kept an epoch would be 100 MB in a third of 1,000 epochs
-OPENED = 3  # files open for a moment, as a checkpoint is while it is written: one kept an epoch would be 20 in a third
 
 
 class Sample(NamedTuple):
@@ -68,7 +67,8 @@ def test_memory_files_and_log_of_a_long_training(project, long):
     before, after = (statistics.median(sample.memory for sample in some) for some in (early, late))
     print(f"\n{epochs} epochs: {before / 2**20:.1f} MiB, later {after / 2**20:.1f} MiB, {late[0].files} files open")
     assert after - before < GROWTH
-    assert max(sample.files for sample in late) <= min(sample.files for sample in early) + OPENED
+    # The least, as a checkpoint is one file more for the moment in which it is written; one that is kept stays.
+    assert min(sample.files for sample in late) <= min(sample.files for sample in early)
     assert log.count("\n") < 30, log
 
 

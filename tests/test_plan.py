@@ -212,7 +212,6 @@ def test_a_method_that_peeks_ends_the_run(run, project, monkeypatch, where):
     assert not paths.PUBLISHED.exists()
 
 
-@pytest.mark.pipeline
 def test_late_epochs_come_in_the_order_in_which_they_were_trained(tmp_path):
     (tmp_path / "late/seed3").mkdir(parents=True)
     for epoch in range(1, 12):
@@ -220,6 +219,7 @@ def test_late_epochs_come_in_the_order_in_which_they_were_trained(tmp_path):
     assert [path.stem for path in stage.late_of(tmp_path, 3)] == [f"epoch{epoch}" for epoch in range(1, 12)]
 
 
+@pytest.mark.pipeline
 def test_late_epochs_change_nothing_but_the_diagnostic(run):
     best = read(run("--table", "later", "--images", "images")["small/mixup/joint.json"])
     change(lambda content: content["tables"]["later"].update(late_epochs=0))

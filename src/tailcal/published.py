@@ -126,6 +126,13 @@ def read_cell(path: Path) -> Measured:
         raise UserError(f"{path} is damaged ({error}): {AGAIN}") from None
 
 
+def _less(ours: float | None, published: float | None) -> float | None:
+    """Ours, a fraction, less the published number, in points as the two are shown; None where one is missing."""
+    if ours is None or published is None:
+        return None
+    return round(points(ours) - published, 2) + 0.0  # never -0.0
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A published row and our cell, None where it has not been run."""
@@ -147,16 +154,12 @@ class Comparison:
     @property
     def difference(self) -> float | None:
         """Ours less the published top-1, in points, of the two as they are shown; None where one is missing."""
-        if self.numbers is None or self.reference.top1 is None:
-            return None
-        return round(points(self.numbers.top1) - self.reference.top1, 2) + 0.0  # never -0.0
+        return _less(self.numbers and self.numbers.top1, self.reference.top1)
 
     @property
     def ece_difference(self) -> float | None:
         """Ours less the published ECE, as `difference` has it of top-1."""
-        if self.numbers is None or self.reference.ece is None:
-            return None
-        return round(points(self.numbers.ece) - self.reference.ece, 2) + 0.0
+        return _less(self.numbers and self.numbers.ece, self.reference.ece)
 
     @property
     def misses(self) -> bool:
