@@ -138,9 +138,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
                 )
         made = predictions.Predictions(logits["test"][i], labels["test"], logits["holdout"][i], labels["holdout"])
         checksums[f"seed{seed}.npz"] = made.write(folder / f"seed{seed}.npz")
-    files.write_json(
-        folder / "provenance.json", record | distributed.record(p.runtime.sync_bn) | {"checksums": checksums}
-    )
+    files.write_json(folder / "provenance.json", record | distributed.record() | {"checksums": checksums})
     checkpoint.keep_only(scratch)
     return scratch
 

@@ -105,7 +105,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
         "network": network_record | {"head": Method.head},
         "weights": {f"seed{seed}": checksum for seed, checksum in write_seeds(trained, out).items()},
     }
-    files.write_json(out / "provenance.json", record | distributed.record(p.runtime.sync_bn) | made)
+    files.write_json(out / "provenance.json", record | distributed.record() | made)
     checkpoint.keep_only(scratch)
     return scratch
 

@@ -7,7 +7,7 @@ from tailcal import augment, autoaugment
 from tailcal.draws import Draws, derive
 from tailcal.params import PadCrop, ResizedCrop
 
-CONFIG = PadCrop(kind="pad_crop", pad=2, flip=True, cutout=3, mean=[0.5, 0.4], std=[0.2, 0.3])
+CONFIG = PadCrop(kind="pad_crop", pad=2, flip=True, cutout=3, fill=128, mean=[0.5, 0.4], std=[0.2, 0.3])
 IMAGES = torch.randint(0, 256, (40, 2, 7, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -36,7 +36,7 @@ def test_normalise_by_hand():
 def test_standard_uses_every_offset_and_flips_half():
     marker = torch.zeros(4000, 1, 5, 5, dtype=torch.uint8)
     marker[:, :, 2, 2] = 1  # a centred dot lands on any of 5 x 5 places
-    config = PadCrop(kind="pad_crop", pad=2, flip=False, cutout=1, mean=[0.0], std=[1.0])
+    config = PadCrop(kind="pad_crop", pad=2, flip=False, cutout=1, fill=128, mean=[0.0], std=[1.0])
     moved = augment.pad_crop(marker, config, Draws(0, 0, torch.Generator()))
     share = moved.float().mean(0)[0]
     assert (share - 1 / 25).abs().max() < 0.02
@@ -44,7 +44,7 @@ def test_standard_uses_every_offset_and_flips_half():
     marker[..., 0] = 1
     flipped = augment.pad_crop(
         marker,
-        PadCrop(kind="pad_crop", pad=0, flip=True, cutout=1, mean=[0.0], std=[1.0]),
+        PadCrop(kind="pad_crop", pad=0, flip=True, cutout=1, fill=128, mean=[0.0], std=[1.0]),
         Draws(0, 0, torch.Generator()),
     )
     assert abs(flipped[..., 1].float().mean().item() - 0.5) < 0.03
@@ -57,7 +57,7 @@ def test_the_same_step_gives_the_same_images():
 
 
 def test_no_augmentation_is_the_identity():
-    plain = PadCrop(kind="pad_crop", pad=0, flip=False, cutout=1, mean=[0.0, 0.0], std=[1.0, 1.0])
+    plain = PadCrop(kind="pad_crop", pad=0, flip=False, cutout=1, fill=128, mean=[0.0, 0.0], std=[1.0, 1.0])
     assert torch.equal(augment.pad_crop(IMAGES, plain, Draws(0, 0, torch.Generator())), IMAGES)
 
 
@@ -75,10 +75,10 @@ def test_beta_has_the_right_mean_and_spread():
 
 def test_strong_is_standard_then_the_policy_then_a_hole():
     images = torch.randint(0, 256, (16, 3, 12, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    config = PadCrop(kind="pad_crop", pad=2, flip=True, cutout=4, mean=[0.5] * 3, std=[0.2] * 3)
+    config = PadCrop(kind="pad_crop", pad=2, flip=True, cutout=4, fill=128, mean=[0.5] * 3, std=[0.2] * 3)
     draws = Draws(1, 2, torch.Generator())
     expected = augment.pad_crop(images, config, draws)
-    expected = autoaugment.autoaugment(expected, autoaugment.draw_policies(16, draws))
+    expected = autoaugment.autoaugment(expected, autoaugment.draw_policies(16, draws), 128)
     expected = autoaugment.cutout(expected, autoaugment.draw_centres(16, 12, 10, draws), 4)
     strong = augment.augment(images, config, "strong", Draws(1, 2, torch.Generator()))
     assert torch.equal(strong, expected)

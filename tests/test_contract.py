@@ -21,7 +21,7 @@ from tests.test_dvc import ROOT
 
 COUNTS = [12, 6, 3]
 CPU = torch.device("cpu")
-AUGMENTATION = PadCrop(kind="pad_crop", pad=1, flip=False, cutout=3, mean=[0.5], std=[0.25])
+AUGMENTATION = PadCrop(kind="pad_crop", pad=1, flip=False, cutout=3, fill=128, mean=[0.5], std=[0.25])
 RECIPE = Recipe.model_validate(
     {
         "epochs": 3,
@@ -38,7 +38,6 @@ RUNTIME = Runtime(
     device="cpu",
     replicas=1,
     processes=1,
-    sync_bn=True,
     placement="device",
     cuda_graphs=False,
     checkpoint_seconds=0.0,

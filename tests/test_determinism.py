@@ -65,7 +65,6 @@ RUNTIME = {
     "device": "cpu",
     "replicas": 1,
     "processes": 1,
-    "sync_bn": True,
     "placement": "auto",
     "cuda_graphs": False,
     "checkpoint_seconds": 5,

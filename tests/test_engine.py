@@ -12,6 +12,7 @@ from tailcal import engine, train
 from tailcal.draws import Draws
 from tailcal.errors import UserError
 from tailcal.method import load, names
+from tailcal.models import HalfPrecision, Network
 from tests.recording import record
 from tests.test_contract import RECIPE, RUNTIME, images, replica_of, trained
 
@@ -130,6 +131,31 @@ def test_bf16_is_near_float32_and_keeps_float32_weights(tmp_path):
     assert not np.array_equal(*losses)
     np.testing.assert_allclose(*losses, rtol=0.05)
     assert any(not torch.equal(v, exact.state_dict()[k]) for k, v in rough.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_in_bf16_heads_and_losses_compute_in_float32(name, tmp_path):
+    class Played(torch.nn.Module):
+        """A backbone of features that are known already."""
+
+        def forward(self, _):
+            return features.pop(0)
+
+    network, method = replica_of(name, tmp_path).make()
+    method.setup(network)
+    method.set_mode(network)
+    data, draws = images(), Draws(0, 0, torch.Generator())
+    (pairs,) = data.steps([np.arange(8)[None]] * len(method.samplers()))
+    views = [data.prepare(*pair, method.config.augmentation, draws) for pair in pairs for _ in range(method.views)]
+    batch, progress, features = method.mix(views, draws), torch.tensor(0.5, dtype=torch.float64), []
+    half = HalfPrecision(network.backbone)
+    half.register_forward_hook(lambda _module, _images, made: features.append(made))
+    value, logits = method.loss(Network(half, network.head), batch, progress)
+    assert {made.dtype for made in features} == {torch.float32}
+    assert all(torch.equal(made, made.bfloat16().float()) for made in features)  # the backbone's are bf16's
+    exact_value, exact_logits = method.loss(Network(Played(), network.head), batch, progress)
+    assert torch.equal(value, exact_value)
+    assert torch.equal(logits, exact_logits)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

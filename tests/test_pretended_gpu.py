@@ -16,7 +16,7 @@ from tests.test_engine import LONGER, TRAINED, assert_same
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU, with tests of its own")
 COLOURS = {"mean": [0.5] * 3, "std": [0.2] * 3}
-SMALL = PadCrop(kind="pad_crop", pad=4, flip=True, cutout=16, **COLOURS)
+SMALL = PadCrop(kind="pad_crop", pad=4, flip=True, cutout=16, fill=128, **COLOURS)
 LARGE = ResizedCrop(kind="resized_crop", size=24, min_area=0.08, flip=True, jitter=0.4, grey=0.2, blur=0.5, **COLOURS)
 ON_GPU = RUNTIME.model_copy(update={"device": "cuda"})
 

@@ -11,7 +11,7 @@ from tailcal.params import PadCrop
 from tailcal.store import AHEAD, Images
 
 CPU = torch.device("cpu")
-AUGMENTATION = PadCrop(kind="pad_crop", pad=0, flip=False, cutout=1, mean=[0.0] * 3, std=[1.0] * 3)
+AUGMENTATION = PadCrop(kind="pad_crop", pad=0, flip=False, cutout=1, fill=128, mean=[0.0] * 3, std=[1.0] * 3)
 
 
 def anonymous_memory() -> int:

@@ -84,7 +84,15 @@ def project(tmp_path, monkeypatch):
         source={"kind": "digits", "test_per_class": 50, "seed": 0},
         holdout_per_class=20,
         imbalance={"profile": "exponential", "factor": 20.0, "seed": 0},
-        augmentation={"kind": "pad_crop", "pad": 1, "flip": False, "cutout": 1, "mean": [0.3], "std": [0.4]},
+        augmentation={
+            "kind": "pad_crop",
+            "pad": 1,
+            "flip": False,
+            "cutout": 1,
+            "fill": 128,
+            "mean": [0.3],
+            "std": [0.4],
+        },
     )
     return project
 

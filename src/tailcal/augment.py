@@ -41,7 +41,7 @@ def pad_crop(images: Tensor, config: PadCrop, draws: Draws) -> Tensor:
 
 def pad_crop_strong(images: Tensor, config: PadCrop, draws: Draws) -> Tensor:
     """The strong one: standard, then AutoAugment's CIFAR-10 policy, then Cutout (MARC, BaGMar)."""
-    images = autoaugment(pad_crop(images, config, draws), draw_policies(len(images), draws))
+    images = autoaugment(pad_crop(images, config, draws), draw_policies(len(images), draws), config.fill)
     return cutout(images, draw_centres(*images.shape[:1], *images.shape[2:], draws), config.cutout)
 
 

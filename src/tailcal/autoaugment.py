@@ -1,10 +1,12 @@
 """AutoAugment's CIFAR-10 policy and Cutout, for a whole batch at a time: uint8 images and random draws in, uint8 out.
 
-AutoAugment: Cubuk et al. 2019. Every image gets exactly what torchvision's `AutoAugment(CIFAR10)` with its defaults
-(nearest neighbour, fill 0) gives for that image in Pillow, bit for bit, on the CPU and on the GPU alike: what does not
-depend on the pixels is a table, made on the host in float64; counts and sums are integers; and where Pillow rounds
-floats, the same IEEE 754 operations are done here. Each of those must stay a kernel of its own: fused with the next
-(`torch.compile`, `addcmul`), a product and a sum may be rounded once instead of twice.
+AutoAugment: Cubuk et al. 2019. Every image gets exactly what torchvision's `AutoAugment(CIFAR10, fill=fill)` (nearest
+neighbour) gives for that image in Pillow, bit for bit, on the CPU and on the GPU alike: what does not depend on the
+pixels is a table, made on the host in float64; counts and sums are integers; and where Pillow rounds floats, the same
+IEEE 754 operations are done here. Each of those must stay a kernel of its own: fused with the next (`torch.compile`,
+`addcmul`), a product and a sum may be rounded once instead of twice. The code that the released ones of long-tailed
+papers share fills with a grey of 128 (torchvision's default is 0); it also shears bicubically and rotates one way only,
+which is not done here.
 
 Each image has one operation a slot, so a slot is three passes over the batch (look up, move, blend), of which two leave
 the image as it is. Nothing here waits for the device, and shapes depend on nothing but shapes. The tables of an image
@@ -216,9 +218,9 @@ def _look_up(images: Tensor, rows: Tensor, table: _Tables) -> Tensor:
     return levels.gather(2, pixels).view(b, c, h, w)
 
 
-def _move(images: Tensor, rows: Tensor, table: _Tables) -> Tensor:
-    """Shears, translations and rotations: every pixel is a copy of another one, or 0."""
-    pixels = F.pad(images.flatten(2), (0, 1))  # the place H * W is the zero
+def _move(images: Tensor, rows: Tensor, table: _Tables, fill: int) -> Tensor:
+    """Shears, translations and rotations: every pixel is a copy of another one, or `fill`."""
+    pixels = F.pad(images.flatten(2), (0, 1), value=fill)  # the place H * W is outside
     source = table.source[rows.clamp(max=STILL)][:, None].expand(-1, images.shape[1], -1)
     return pixels.gather(2, source).view_as(images)
 
@@ -257,10 +259,10 @@ def _blend(images: Tensor, rows: Tensor, table: _Tables) -> Tensor:
     return (images.float() - other).mul_(factor).add_(other).clamp_(0, 255).to(torch.uint8)
 
 
-def _transformed(images: Tensor, rows: Tensor) -> Tensor:
+def _transformed(images: Tensor, rows: Tensor, fill: int) -> Tensor:
     """Apply to each image the setting of its row, rows int64 [B]."""
     table = _tables(images.shape[2], images.shape[3], images.device)
-    return _blend(_move(_look_up(images, rows, table), rows, table), rows, table)
+    return _blend(_move(_look_up(images, rows, table), rows, table, fill), rows, table)
 
 
 def draw_policies(batch: int, draws: Draws) -> PolicyDraws:
@@ -273,35 +275,17 @@ def draw_policies(batch: int, draws: Draws) -> PolicyDraws:
     return PolicyDraws(sub_policy, applied, negative)
 
 
-def autoaugment(images: Tensor, drawn: PolicyDraws) -> Tensor:
+def autoaugment(images: Tensor, drawn: PolicyDraws, fill: int) -> Tensor:
     """AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019), for these draws; equal to torchvision on Pillow images.
 
-    images uint8 [B, C, H, W] with C = 1 or 3, on the device of `drawn`. Returns uint8 [B, C, H, W].
+    images uint8 [B, C, H, W] with C = 1 or 3, on the device of `drawn`; fill 0..255, the value of what is brought in
+    from outside an image. Returns uint8 [B, C, H, W].
     ValueError for another dtype, or another number of dimensions or channels.
     """
     check_images(images)
     rows = _policy(images.device)[0][drawn.sub_policy] + drawn.negative
     rows = rows.masked_fill(~drawn.applied, UNCHANGED)
-    return _transformed(_transformed(images, rows[:, 0]), rows[:, 1])
-
-
-def apply_operation(images: Tensor, operation: str, magnitude: int | None, negative: bool) -> Tensor:
-    """One operation of AutoAugment on every image of the batch.
-
-    images uint8 [B, C, H, W] with C = 1 or 3; operation one of OPERATIONS; magnitude 0..9, or None for AutoContrast,
-    Equalize and Invert; negative negates it (Posterize and Solarize have no sign). Returns uint8 [B, C, H, W].
-    ValueError for other images, an unknown operation, and a magnitude out of its range.
-    """
-    check_images(images)
-    if operation not in OPERATIONS:
-        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
-    if operation in WITHOUT_MAGNITUDE:
-        if magnitude is not None:
-            raise ValueError(f"{operation} has no magnitude, got {magnitude!r}")
-    elif magnitude not in range(MAGNITUDES):
-        raise ValueError(f"the magnitude of {operation} must be in 0..{MAGNITUDES - 1}, got {magnitude!r}")
-    row = _row(operation, magnitude, negative)
-    return _transformed(images, torch.full((len(images),), row, device=images.device))
+    return _transformed(_transformed(images, rows[:, 0], fill), rows[:, 1], fill)
 
 
 def draw_centres(batch: int, height: int, width: int, draws: Draws) -> Tensor:

@@ -6,8 +6,7 @@ process has the whole batch again, and a method's loss need not know (a weighted
 consistency term are those of the whole batch). Going back, a process's backbone receives the gradient of its own
 share, and the sum over processes is the gradient of one; the head's is whole on every process already.
 
-With `sync_bn` batch norm sees the whole batch too, and the loss curve is that of one process but for rounding; without
-it, batch norm sees a process's share, as is customary.
+Batch norm sees the whole batch too, so that the loss curve is that of one process but for rounding.
 """
 
 import contextlib
@@ -113,9 +112,9 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def record(sync_bn: bool) -> dict[str, int | bool]:
+def record() -> dict[str, int]:
     """What the provenance of a result says of this: nothing for one process."""
-    return {"processes": size(), "sync_bn": sync_bn} if size() > 1 else {}
+    return {"processes": size()} if size() > 1 else {}
 
 
 def require_same(epoch: int, checkpoint: Path, device: torch.device) -> None:
@@ -193,14 +192,13 @@ class Shared(nn.Module):
         return _Gather.apply(self.inner(images.chunk(size())[dist.get_rank()]))
 
 
-def share(network: Network, sync_bn: bool) -> Network:
+def share(network: Network) -> Network:
     """A view of the network for training with the other processes: same parameters, the backbone's work divided."""
     if size() == 1:
         return network
-    if sync_bn:
-        for module in network.backbone.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SyncBatchNorm2d  # the same parameters and statistics, another forward
+    for module in network.backbone.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d  # the same parameters and statistics, another forward
     return Network(Shared(network.backbone), network.head)
 
 

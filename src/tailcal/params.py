@@ -64,7 +64,6 @@ class Runtime(Strict):
     device: Literal["auto", "cpu", "cuda"]
     replicas: Annotated[int, Field(ge=1, le=1024)]
     processes: Annotated[int, Field(ge=1, le=1024)]
-    sync_bn: bool
     placement: Literal["auto", "device", "host", "disk"]
     cuda_graphs: bool
     checkpoint_seconds: Annotated[float, Field(ge=0)]
@@ -125,14 +124,16 @@ class _Normalised(Strict):
 class PadCrop(_Normalised):
     """For small images, which keep their size.
 
-    standard: zero-pad by `pad`, random crop, horizontal flip; strong: then AutoAugment's CIFAR-10 policy and one hole
-    of `cutout` pixels' side. Test images are used as they are.
+    standard: zero-pad by `pad`, random crop, horizontal flip; strong: then AutoAugment's CIFAR-10 policy, with pixels
+    of value `fill` where it looks beyond an image, and one hole of `cutout` pixels' side. Test images are used as they
+    are.
     """
 
     kind: Literal["pad_crop"]
     pad: Annotated[int, Field(ge=0, le=64)]
     flip: bool
     cutout: Annotated[int, Field(ge=1)]
+    fill: Annotated[int, Field(ge=0, le=255)]
 
 
 class ResizedCrop(_Normalised):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from tailcal.draws import Draws, derive
 from tailcal.engine import executor, side_by_side
 from tailcal.errors import UserError
 from tailcal.method import Method
-from tailcal.models import Network
+from tailcal.models import HalfPrecision, Network
 from tailcal.optim import learning_rate, optimiser
 from tailcal.params import PARAMS, Precision, Recipe, Runtime
 from tailcal.progress import Progress
@@ -30,7 +30,6 @@ from tailcal.store import Images
 from tailcal.weights import save_weights
 
 EVALUATION_PIXELS = 1024 * 32 * 32  # of a batch that is predicted: 1024 images of CIFAR's size
-T = TypeVar("T")
 _INITIALISING = threading.Lock()  # first weights come from torch's one global generator
 
 
@@ -156,7 +155,7 @@ def train(
 
     A network is a function of (code, recipe, precision, data, its seed): interruptions and neighbours leave no trace in
     it. Where several processes train together (`tailcal.distributed`), each calls this and each gets the same networks.
-    precision: of the forward pass and its gradients, bf16 only there; weights and updates are float32 always.
+    precision: of the backbone, forwards and backwards; weights, updates, heads and losses are float32 always.
     Raises UserError; one that names runtime.replicas and the batch size when they need more memory than there is.
     """
     trainings = [partial(_training, replica, data, recipe, runtime, precision) for replica in replicas]
@@ -201,7 +200,8 @@ def _training(
             ) from None
 
     distributed.require_same(start, replica.scratch, device)
-    shared = distributed.share(network, runtime.sync_bn)
+    half = precision == "bf16"
+    learning = distributed.share(Network(HalfPrecision(network.backbone), network.head) if half else network)
     # What changes from epoch to epoch, and the sums over one: tensors, so that a step never waits for the device.
     lr, progress = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.float64)
     sums = torch.zeros(2, device=device)  # of losses, of training accuracies
@@ -209,13 +209,8 @@ def _training(
     def step(pairs: list[tuple[Tensor, Tensor]], draws: Draws) -> None:
         views = [data.prepare(*pair, method.config.augmentation, draws) for pair in pairs for _ in range(method.views)]
         batch = method.mix(views, draws)
-
-        def forward(loss: Callable[..., T]) -> T:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-                return loss(shared, batch, progress)
-
-        loss, logits = optimise.step(lr, partial(forward, method.loss), partial(forward, method.ascent_loss))
-        logits = logits.float()
+        of_batch = (learning, batch, progress)
+        loss, logits = optimise.step(lr, partial(method.loss, *of_batch), partial(method.ascent_loss, *of_batch))
         method.observe(logits, batch)
         sums.add_(torch.stack([loss, agreement(logits, batch.targets)]))
 

@@ -53,6 +53,7 @@ class Noise(Strict):
             pad=self.side // 8,
             flip=True,
             cutout=self.side // 2,
+            fill=128,
             mean=[0.5] * self.channels,
             std=[0.25] * self.channels,
         )

@@ -87,7 +87,6 @@ def run(name: str, case: Case, workload: Workload, iterations: int, at_epoch: At
         device="auto",
         replicas=case.replicas,
         processes=1,
-        sync_bn=True,
         placement="auto",
         cuda_graphs=case.cuda_graphs,
         checkpoint_seconds=float(10**9),

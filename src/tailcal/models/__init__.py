@@ -1,5 +1,6 @@
 """Networks: a backbone that makes features, a head that makes logits. Backbones are looked up by name."""
 
+import torch
 from torch import Tensor, nn
 
 from tailcal.models import heads, imagenet, resnet
@@ -24,6 +25,22 @@ class Network(nn.Module):
             if getattr(layer, "pinned", False):
                 layer.eval()
         return self
+
+
+class HalfPrecision(nn.Module):
+    """A backbone that computes in bf16, on the same weights, and returns float32 features.
+
+    Heads and losses stay in float32: they cost next to nothing, and bf16's 8 bits cannot hold a small difference of
+    logits, a class weight or a cosine near 1.
+    """
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+            return self.inner(images).float()
 
 
 def build(backbone: str, head: str, channels: int, num_classes: int, trains: str = "all") -> Network:

@@ -1,7 +1,8 @@
 """Classifier heads: features [B, D] to logits [B, K].
 
 A head of stage 1 (one of HEADS) also tells what stage 2 wants of it: `in_features`, `out_features`, the norms of its
-class weights, and `rescale` for those weights. Stage 2 puts such a head inside another, or another in its place.
+class weights, `rescale` for those weights, and `drop_bias`. Stage 2 puts such a head inside another, or another in its
+place.
 """
 
 import torch
@@ -27,6 +28,11 @@ class Linear(nn.Linear):
         """W_k <- factors_k W_k, in place; the bias stays. factors: float [K]."""
         self.weight.mul_(factors[:, None])
 
+    @torch.no_grad()
+    def drop_bias(self) -> None:
+        """b <- 0, in place."""
+        self.bias.zero_()
+
 
 class Cosine(nn.Module):
     """z_k = s_k cos(W_k, f), without a bias. The scales s (1 at first) are state, not learnt."""
@@ -50,6 +56,9 @@ class Cosine(nn.Module):
     def rescale(self, factors: Tensor) -> None:
         """s_k <- factors_k s_k, in place. factors: float [K]."""
         self.scale.mul_(factors)
+
+    def drop_bias(self) -> None:
+        """It has none."""
 
 
 class Scaled(nn.Module):
