@@ -32,6 +32,7 @@ from tailcal import (
     train,
 )
 from tailcal.metrics.accuracy import top1
+from tailcal.metrics.calibration import ece
 from tailcal.metrics.cell import Numbers, measure, over_seeds
 
 WORKSPACE = Path("data/published")
@@ -52,6 +53,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     folder: checkpoints of stage 1 or 2, with late/seed<k>/epoch<e>.safetensors below it. The epoch is chosen by top-1
     on the test split, the first of equals, as the published codes do it, so this says nothing about new images.
     `posthoc` has the same after each rule that needs no held-out data, at the epoch that is best after that rule.
+    ece_least and ece_most are of any of those epochs and of any seed.
     Raises UserError when the late epochs are no longer there.
     """
     longtail = paths.longtail(where["dataset"])
@@ -70,6 +72,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
         if not posthoc.RULES[name].needs_holdout(config)
     }
     best: dict[str, list[Numbers]] = {rule: [] for rule in rules}
+    every_ece: dict[str, list[float]] = {rule: [] for rule in rules}
     for seed in p.seeds:
         late = late_of(folder, seed)
         networks = []
@@ -78,10 +81,16 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
             networks[-1].load_state_dict(load_file(path))
         logits = train.predict(networks, data, p.runtime)
         for rule, apply in rules.items():
-            chosen = max(map(apply, logits), key=lambda one: top1(one, labels))
+            epochs = [apply(one) for one in logits]
+            chosen = max(epochs, key=lambda one: top1(one, labels))
             best[rule].append(measure(chosen, labels, counts, p.evaluate.bins))
+            every_ece[rule] += [ece(one, labels, p.evaluate.bins) for one in epochs]
     said = ("top1", "top1_std", "ece", "ece_std")
-    numbers = {rule: {key: over_seeds(runs)[key] for key in said} for rule, runs in best.items()}
+    numbers = {
+        rule: {key: over_seeds(runs)[key] for key in said}
+        | {"ece_least": round(min(every_ece[rule]), 6), "ece_most": round(max(every_ece[rule]), 6)}
+        for rule, runs in best.items()
+    }
     return {"epochs": len(late)} | numbers.pop(AS_TRAINED) | {"posthoc": numbers}
 
 

@@ -94,6 +94,15 @@ class Generator(torch.Generator):
         return GPU if self.place.type == "cuda" else self.place
 
 
+class Event:
+    """Counts how often one was waited for."""
+
+    waited = 0
+
+    def synchronize(self):
+        Event.waited += 1
+
+
 class Stream:
     """Kernels of a CPU are over when they return, so there is nothing to wait for."""
 
@@ -107,7 +116,7 @@ class Stream:
         pass
 
     def record_event(self):
-        return True
+        return Event()
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -248,7 +257,8 @@ def _install(gpu: PretendedGPU, patch: pytest.MonkeyPatch) -> None:
         "device_count": lambda: 1,
         "get_device_name": lambda *_: "pretended",
         "mem_get_info": lambda *_: (memory, memory),
-        "max_memory_allocated": lambda *_: memory,
+        "max_memory_reserved": lambda *_: memory,
+        "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda *_: None,
         "synchronize": lambda *_: gpu.require_between_steps("torch.cuda.synchronize"),
         "Stream": Stream,

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from tailcal import checkpoint, train
+from tailcal import checkpoint, store, train
 from tailcal.augment import augment
 from tailcal.draws import Draws
 from tailcal.method import names
 from tailcal.models import build
 from tailcal.params import PadCrop, ResizedCrop
-from tests.pretended_gpu import GPU, pretended_gpu
+from tests.pretended_gpu import GPU, Event, pretended_gpu
 from tests.test_contract import RECIPE, RUNTIME, images, replica_of
 from tests.test_engine import LONGER, TRAINED, assert_same
 
@@ -65,6 +65,13 @@ def test_images_come_from_elsewhere(placement, tmp_path, monkeypatch, reference)
         data = images(placement, train.prepare(ON_GPU))
         trained = train.train([replica_of("glmc", tmp_path / "gpu")], data, RECIPE, ON_GPU)[0]
     assert_same(expected.network, trained.network)
+
+
+def test_of_steps_that_wait_for_their_turn_there_are_few(monkeypatch):
+    with pretended_gpu(monkeypatch):
+        data, before = images("host", train.prepare(ON_GPU)), Event.waited
+        for launched, _ in enumerate(data.steps([np.arange(80).reshape(20, 4) % len(images())])):
+            assert launched - (Event.waited - before) <= store.AHEAD
 
 
 @pytest.mark.parametrize("name", sorted(set(names()) - set(TRAINED)))

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import TypeVar
 
@@ -65,26 +65,34 @@ def _in_turn(trainings: list[Training[T]], device: torch.device, at_once: int) -
     results: list[T | None] = [None] * len(trainings)
     waiting, running = iter(enumerate(trainings)), deque()
 
-    def begin() -> None:
+    def begin(stream: torch.cuda.Stream) -> None:
         for index, training in islice(waiting, 1):
-            stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.default_stream(device))  # which put the images there
             running.append((index, training(), stream))
 
-    for _ in range(at_once):
-        begin()
-    while running:
-        index, steps, stream = running.popleft()
-        try:
-            with torch.cuda.stream(stream):
-                next(steps)
-        except StopIteration as end:
-            results[index] = end.value
-            begin()
-        else:
-            running.append((index, steps, stream))
-    torch.cuda.synchronize(device)
+    for number in range(at_once):
+        begin(_stream(device, number))
+    try:
+        while running:
+            index, steps, stream = running.popleft()
+            try:
+                with torch.cuda.stream(stream):
+                    next(steps)
+            except StopIteration as end:
+                results[index] = end.value
+                begin(stream)
+            else:
+                running.append((index, steps, stream))
+    finally:
+        torch.cuda.synchronize(device)  # nobody may free the images, after a failure, while a step still reads them
     return results
+
+
+@cache
+def _stream(device: torch.device, _number: int) -> torch.cuda.Stream:
+    """The same few streams for all trainings and predictions of a process: torch keeps memory, and cuBLAS a workspace,
+    for every stream that was ever used."""
+    return torch.cuda.Stream(device)
 
 
 class Eager:

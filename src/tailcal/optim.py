@@ -111,7 +111,7 @@ class SAM(SGD):
         with torch.no_grad():
             # A parameter that the ascent loss does not reach has no gradient, and stays where it is.
             climbing = [p for group in self.groups for p in group.parameters if p.grad is not None]
-            before = [p.clone() for p in climbing]
+            before = torch._foreach_mul(climbing, 1.0)  # copies of all at once, where a clone each is a launch each
             gradient = [p.grad for p in climbing]
             norm = torch.stack(torch._foreach_norm(gradient)).norm()
             torch._foreach_add_(climbing, torch._foreach_mul(gradient, self.rho / (norm + 1e-12)))

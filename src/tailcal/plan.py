@@ -44,9 +44,11 @@ class Row(Strict):
 
 
 class Footing(Strict):
-    """Methods that were trained on the same data set in the same way, side by side; `table` is what trains them."""
+    """Methods that were trained on the same data set in the same way, side by side; `table` is what trains them, and
+    `apart` a sentence on what is not the same."""
 
     title: Annotated[str, Field(min_length=1)]
+    apart: Annotated[str, Field(min_length=1)] | None = None
     table: Word
     dataset: Word
     rows: Annotated[list[Row], Field(min_length=1)]

@@ -72,12 +72,15 @@ class Cost(_Part):
 
 
 class BestNumbers(_Part):
-    """Means over seeds, each seed at the epoch that is best on the test split, and their standard deviations."""
+    """Means over seeds, each seed at the epoch that is best on the test split, and their standard deviations; and the
+    least and the most ECE of any epoch and seed (files from before it was kept do not say it)."""
 
     top1: params.Fraction
     top1_std: Spread = None
     ece: params.Fraction
     ece_std: Spread = None
+    ece_least: params.Fraction | None = None
+    ece_most: params.Fraction | None = None
 
 
 class Best(BestNumbers):
@@ -209,6 +212,8 @@ def _flat(row: Comparison) -> dict[str, Any]:
         "best_on_test": best and points(best.top1, 4),
         "best_on_test_std": best and points(best.top1_std, 4),
         "best_on_test_ece": best and points(best.ece, 4),
+        "late_ece_least": best and points(best.ece_least, 4),
+        "late_ece_most": best and points(best.ece_most, 4),
         "best_on_test_epochs": best and cell.best_on_test.epochs,
         "ece": ours and points(ours.ece, 4),
         "ece_std": ours and points(ours.ece_std, 4),

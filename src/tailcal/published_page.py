@@ -17,8 +17,10 @@ took, both stages together. {DASH} is a number that was not printed, or not meas
 
 "Best on test" is the mean over seeds of the best of the last epochs, chosen on the test split, as the papers' released
 codes choose the epoch that they report. It is there so that published numbers can be compared like for like: a
-diagnostic, not a result. All else of ours is of the last epoch; stage 2 too starts from the last epoch of stage 1,
-where those codes start from the one that was best on test.
+diagnostic, not a result. "ECE in those epochs" is the least and the most of any of them and of any seed: of mixup it
+changes much from epoch to epoch, so that a difference of ECE says little where the published epoch is another. All else
+of ours is of the last epoch; stage 2 too starts from the last epoch of stage 1, where those codes start from the one
+that was best on test.
 """
 
 
@@ -30,7 +32,8 @@ def paper(name: str, rows: list[Comparison], command: str) -> str:
     sources = list(dict.fromkeys((row.reference.source, row.reference.note) for row in rows))
     best = {row.cell.best_on_test.epochs for row in rows if row.best}
     header = ["data set", "method", "published top-1", "published ECE", "our top-1", "difference"]
-    header += [f"best on test, last {_span(best)} epochs" if best else "best on test", "our ECE", "ECE difference"]
+    header += [f"best on test, last {_span(best)} epochs" if best else "best on test", "our ECE"]
+    header += ["ECE in those epochs", "ECE difference"]
     table = Table([*header, "seeds", "s a network", "source"], [_texts(row, sources) for row in rows])
     parts = [f"## {TITLES[name]}", _caption(rows), table.markdown().rstrip(), *_below(rows, command)]
     listed = [f"- [{i}] {'; '.join(filter(None, source))}" for i, source in enumerate(sources, start=1)]
@@ -49,6 +52,7 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[tuple[str, b
     after = [
         _spread(row.best and row.best.top1, row.best and row.best.top1_std),
         _spread(ours and ours.ece, ours and ours.ece_std),
+        _between(row.best and row.best.ece_least, row.best and row.best.ece_most),
         _difference(row.ece_difference),
         str(row.cell.seeds) if ours else DASH,
         f"{row.cell.cost.seconds:,.0f}" if ours else DASH,
@@ -234,6 +238,7 @@ def _footing_caption(table: FootingTable) -> str:
         "log-likelihood (NLL), which has no unit. Many, medium and few: classes with more than 100, 20 to 100 and "
         f"fewer than 20 training images; {DASH}: there is no such class, or no such number. "
         f"{_conditions((table.footing.dataset, cell) for cell in cells)}"
+        + (f" Not the same for all: {table.footing.apart}" if table.footing.apart else "")
     )
 
 
@@ -292,6 +297,10 @@ def _spread(mean: float | None, deviation: float | None) -> str:
     if mean is None:
         return DASH
     return f"{points(mean):.2f}" + ("" if deviation is None else f" ± {points(deviation):.2f}")
+
+
+def _between(least: float | None, most: float | None) -> str:
+    return DASH if least is None else f"{points(least):.2f} to {points(most):.2f}"
 
 
 def _difference(points: float | None) -> str:

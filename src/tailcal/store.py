@@ -5,11 +5,12 @@ host:   all of them in the host's memory (pinned, for a GPU).
 disk:   in the file, memory-mapped; the operating system's page cache holds what fits.
 
 From host or disk, a thread reads the coming batches ahead and copies them to the device while it computes. What it
-holds of its own is bounded: AHEAD + 1 steps of uint8 batches, whatever the size of the data set.
+holds of its own is bounded: 2 AHEAD + 2 steps of uint8 batches, whatever the size of the data set.
 """
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
@@ -101,16 +102,22 @@ class Images:
             return
         with ThreadPoolExecutor(max_workers=1) as reader:
             asked = (reader.submit(self._read, rows) for rows in zip(*drawn, strict=True))
-            ahead = list(islice(asked, AHEAD))
+            ahead, launched = list(islice(asked, AHEAD)), deque()
             while ahead:
                 batches, copied = ahead.pop(0).result()
                 ahead += islice(asked, 1)
-                if copied:
-                    current = torch.cuda.current_stream(self.device)
-                    current.wait_event(copied)
-                    for tensor in chain.from_iterable(batches):
-                        tensor.record_stream(current)
+                if not copied:
+                    yield batches
+                    continue
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(copied)
+                for tensor in chain.from_iterable(batches):
+                    tensor.record_stream(current)
                 yield batches
+                # A step that is launched may wait long for its turn, and holds its images until then.
+                launched.append(current.record_event())
+                if len(launched) > AHEAD:
+                    launched.popleft().synchronize()
 
     def _read(self, rows: tuple[np.ndarray, ...]) -> tuple[list[tuple[Tensor, Tensor]], torch.cuda.Event | None]:
         """Runs in the reading thread: the images at each of `rows`, on their way to the device."""

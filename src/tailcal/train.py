@@ -44,8 +44,10 @@ def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
     if precision == "tf32" and not on_gpu:
         raise UserError(f"{PARAMS}: precision: is tf32, which exists only on a GPU; use float32 or bf16")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else streams beyond eight share a queue to the GPU
     torch.set_num_threads(1)  # sums are split by thread, so that their last bits would depend on the number of cores
-    torch.use_deterministic_algorithms(True)
+    # What torch.use_deterministic_algorithms(True) does, but for importing the compiler, which takes it two seconds.
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = False
@@ -53,10 +55,13 @@ def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a training ran on, and the most memory that the last `train` took there (None on a CPU), in bytes."""
+    """What a training ran on, and the most memory that the last `train` took there (None on a CPU), in bytes.
+
+    That is what torch has reserved: what recorded steps work in counts as free between their replays.
+    """
     if device.type == "cpu":
         return {"name": f"CPU, {os.cpu_count()} cores", "gpu_memory": None}
-    return {"name": torch.cuda.get_device_name(device), "gpu_memory": torch.cuda.max_memory_allocated(device)}
+    return {"name": torch.cuda.get_device_name(device), "gpu_memory": torch.cuda.max_memory_reserved(device)}
 
 
 def place(network: Network, device: torch.device) -> Network:
@@ -160,6 +165,7 @@ def train(
     """
     trainings = [partial(_training, replica, data, recipe, runtime, precision) for replica in replicas]
     if data.device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(data.device)
     with _enough_memory(f"runtime.replicas, or {replicas[0].recipe_key}.batch_size"):
         return side_by_side(trainings, data.device, at_once(runtime, len(replicas)))
@@ -193,6 +199,7 @@ def _training(
             method.load_state_dict(saved["method"])
             optimise.load_state(saved["optimiser"])
             start, history, cost = saved["epoch"], saved["history"], Cost(**saved["cost"])
+            del saved  # a second copy of it all on the device
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             folder = replica.scratch.parent
             raise UserError(
@@ -238,11 +245,12 @@ def _training(
         progress.fill_(epoch / epochs)
         sums.zero_()
         taken = len(coming[0])
-        for number, pairs in enumerate(cost.waiting(data.steps(coming)), start=epoch * steps):
+        present, coming = coming, []
+        for number, pairs in enumerate(cost.waiting(data.steps(present)), start=epoch * steps):
             execute(pairs, number)
+            if not coming and epoch + 1 < epochs:
+                coming = drawn(epoch + 1)  # while the device is at work
             yield
-        if epoch + 1 < epochs:
-            coming = drawn(epoch + 1)  # while the device is still at work
 
         mean_loss, accuracy = (sums / taken).tolist()
         checkpoint.require_finite(mean_loss, replica.title, epoch, replica.scratch)

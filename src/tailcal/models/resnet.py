@@ -52,9 +52,10 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if same else shortcut(inputs, outputs, stride, kaiming)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        # In place: neither batch norm nor a sum needs what it gave for its gradient.
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        return F.relu(out + self.shortcut(x), inplace=True)
 
 
 class CifarResNet(nn.Module):
@@ -79,7 +80,7 @@ class CifarResNet(nn.Module):
         self.features, self.kaiming = inputs, kaiming
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.stages(F.relu(self.bn1(self.conv1(x)))).mean(dim=(2, 3))
+        return self.stages(F.relu(self.bn1(self.conv1(x)), inplace=True)).mean(dim=(2, 3))
 
 
 BACKBONES = {
