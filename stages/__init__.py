@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -11,6 +12,13 @@ from pathlib import Path
 # The library of this very tree, not of an installed copy: `dvc exp run --temp` and `--queue` run in a copy of the
 # project, and must import that copy's code.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+# Instructions that x86-64 processors have had for ten years, also where there are wider ones: sums in wider registers
+# round otherwise, and training makes another network of that. They must be set before torch looks. Whoever has set them
+# already, for speed, gets other bits than everybody else.
+PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ.update(PORTABLE | os.environ)
 
 
 def _begin_under_dvc() -> None:

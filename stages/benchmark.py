@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--alone", nargs=2, metavar=("PART", "CASE"), help=f"only this of a case: {' or '.join(measure.ALONE)}, as JSON"
     )
+    parser.add_argument("--case", action="append", help=f"only this case, or these (all); {OUT} keeps the others")
     parser.add_argument("--missing", action="store_true", help=f"leave out what {OUT} has already")
     args = parser.parse_args()
 
@@ -104,7 +105,10 @@ def main() -> None:
         return
     record = {"machine": measure.machine(device), "images": "noise, in memory"}
     record |= {"repeats": benchmark.repeats, "workers": benchmark.workers}
-    start_up, done = before(record, suite, benchmark) if args.missing else ({}, {})
+    for name in args.case or []:
+        cases.require(name, suite.cases, "--case")
+    start_up, done = before(record, suite, benchmark) if args.missing or args.case else ({}, {})
+    chosen = [name for name in args.case or suite.cases if not (args.missing and name in done)]
     failed = []
 
     def attempt(what: str, measuring: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def main() -> None:
         return {name: done[name] for name in suite.cases if name in done}
 
     start_up = start_up or attempt("start_up", lambda: measure.start_up(suite.start_up, benchmark.repeats))
-    for name in [name for name in suite.cases if name not in done]:
+    for name in chosen:
         if measured := attempt(name, partial(measure.measure, name, suite.cases, benchmark, device)):
             done[name] = measured
             files.write_json(OUT, record | {"start_up": start_up, "cases": known()})

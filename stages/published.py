@@ -34,6 +34,7 @@ from tailcal import (
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece
 from tailcal.metrics.cell import Numbers, measure, over_seeds
+from tailcal.metrics.scores import softmax
 
 WORKSPACE = Path("data/published")
 AS_TRAINED = "none"  # no post-hoc rule
@@ -84,7 +85,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
             epochs = [apply(one) for one in logits]
             chosen = max(epochs, key=lambda one: top1(one, labels))
             best[rule].append(measure(chosen, labels, counts, p.evaluate.bins))
-            every_ece[rule] += [ece(one, labels, p.evaluate.bins) for one in epochs]
+            every_ece[rule] += [ece(softmax(one), labels, p.evaluate.bins) for one in epochs]
     said = ("top1", "top1_std", "ece", "ece_std")
     numbers = {
         rule: {key: over_seeds(runs)[key] for key in said}

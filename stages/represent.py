@@ -80,7 +80,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
             "representation": training.record() | {"precision": p.precision},
         },
         "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")} | begins,
-        "device": device.type,
+        "device": train.computes(device),
         "versions": provenance.versions(),
     }
     if late_epochs:

@@ -292,6 +292,10 @@ def test_what_fails_does_not_keep_the_rest_from_being_measured(benchmark, capsys
     # two, which is held against one, cannot tell that it was this one
     assert benchmark("--missing") == (["one", "two"], ["start_up", "one", "two"])
     assert benchmark("--missing") == (["one", "two"], [])
+    assert benchmark("--case", "two") == (["one", "two"], ["two"])  # the other is kept
+    assert benchmark("--case", "two", "--missing") == (["one", "two"], [])
+    with pytest.raises(UserError, match="--case: must be one of one, two, got 'three'"):
+        benchmark("--case", "three")
     assert benchmark() == (["one", "two"], ["start_up", "one", "two"])
 
 

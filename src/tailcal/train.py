@@ -54,6 +54,11 @@ def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
     return distributed.join(torch.device("cuda" if on_gpu else "cpu"))
 
 
+def computes(device: torch.device) -> str:
+    """What the bits of a training depend on beside code, parameters, data and seed: `cuda`, or a CPU's instructions."""
+    return f"cpu, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What a training ran on, and the most memory that the last `train` took there (None on a CPU), in bytes.
 
