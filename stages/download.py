@@ -17,8 +17,7 @@ def main() -> None:
 
 def download(name: str, config: sources.Source) -> None:
     """Write train and test images and labels, and meta.json with the class names, the source and the checksums."""
-    with lock.alone(paths.LOCKS, paths.DOWNLOADS):  # data sets share archives
-        loaded = sources.load(config, paths.DOWNLOADS)
+    loaded = sources.load(config, paths.DOWNLOADS)
     folder, scratch = paths.raw(name), paths.scratch("pack", name)
     parts = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
     more = {}

@@ -26,8 +26,10 @@ def inside(folder: Path) -> Iterator[None]:
     paths.DOWNLOADS.mkdir(parents=True, exist_ok=True)
     downloads = folder / paths.DOWNLOADS
     downloads.parent.mkdir(parents=True, exist_ok=True)
-    if not downloads.is_symlink():
-        downloads.symlink_to(paths.DOWNLOADS.resolve())
+    shared = Path(os.path.relpath(paths.DOWNLOADS.resolve(), downloads.parent.resolve()))  # moves with the project
+    if not (downloads.is_symlink() and downloads.readlink() == shared):
+        downloads.unlink(missing_ok=True)
+        downloads.symlink_to(shared)
     project = Path.cwd()
     os.chdir(folder)
     try:

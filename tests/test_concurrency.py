@@ -1,5 +1,6 @@
 """Several processes at once: one makes an artefact, the others end with a clear message, and nothing is corrupted."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tailcal import lock
+from stages import paths, workspace
+from tailcal import cifar_archive, lock
 from tailcal.errors import UserError
 from tests.killing import artefacts, leftovers
 
@@ -67,6 +69,42 @@ def test_of_processes_that_train_together_the_first_takes_the_lock(tmp_path, mon
     monkeypatch.setenv("RANK", "1")
     with lock.alone(tmp_path / "locks", tmp_path / "weights"):
         assert not (tmp_path / "locks").exists()
+
+
+def test_a_project_and_a_workspace_in_it_fetch_an_archive_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    archive, sha256 = paths.DOWNLOADS / "archive", hashlib.sha256(b"whole").hexdigest()
+    left = archive.with_name(".archive.x1.part")
+    left.parent.mkdir(parents=True)
+    left.touch()
+
+    def while_it_comes(*_):
+        assert not left.exists()
+        with workspace.inside(Path("data/published")), pytest.raises(UserError, match=rf"{archive}: another process"):
+            cifar_archive.ensure("http://nowhere", archive, sha256)
+        yield b"whole"
+
+    monkeypatch.setattr(cifar_archive, "_blocks", while_it_comes)
+    cifar_archive.ensure("http://nowhere", archive, sha256)
+    assert list(paths.DOWNLOADS.iterdir()) == [archive]
+
+
+def test_a_workspace_finds_the_downloads_of_the_project_that_it_lies_in(tmp_path, monkeypatch):
+    """Also after the project has been moved, and where a link leads elsewhere."""
+
+    def found(root):
+        monkeypatch.chdir(root)
+        with workspace.inside(Path("data/published")):
+            return paths.DOWNLOADS.resolve()
+
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    assert found(before) == before / paths.DOWNLOADS
+    link = before.rename(after) / "data/published" / paths.DOWNLOADS
+    assert link.resolve() == after / paths.DOWNLOADS
+    link.unlink()
+    link.symlink_to(tmp_path)
+    assert found(after) == after / paths.DOWNLOADS
 
 
 @pytest.mark.pipeline

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from tailcal import files
+from tailcal import files, lock
 from tailcal.errors import UserError
 from tailcal.sources import Raw, Source
 
@@ -124,15 +124,16 @@ def ensure(url: str, archive: Path, sha256: str) -> None:
     """See to it that `archive` exists with this SHA-256, from `url` when it is missing or damaged.
 
     A damaged archive stays until a right one takes its place. Raises UserError naming the URL when that cannot be
-    fetched, and the archive with both checksums when what comes is something else.
+    fetched, the archive with both checksums when what comes is something else, and the process that is fetching it.
     """
     if archive.is_file():
         if files.sha256(archive) == sha256:
             return
         print(f"{archive} is damaged or cut short: fetching it again", file=sys.stderr)
-    print(f"fetching {url} to {archive}", file=sys.stderr)
     digest, size = hashlib.sha256(), 0
-    with files.atomic(archive) as stream:
+    # The lock lies beside the archive, which projects and the workspaces in them share; whoever only reads takes none.
+    with lock.alone(archive.parent, archive), files.atomic(archive) as stream:
+        print(f"fetching {url} to {archive}", file=sys.stderr)
         for block in _blocks(url, archive):
             stream.write(block)
             digest.update(block)
