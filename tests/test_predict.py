@@ -347,6 +347,32 @@ def test_an_export_takes_the_place_of_nothing_but_itself(tmp_path):
         export(cell, tmp_path / "model/model.json", root=tmp_path)
 
 
+@pytest.mark.usefixtures("no_onnx")
+def test_what_a_killed_export_left_is_removed_and_nothing_else(tmp_path):
+    cell, out = make_cell(tmp_path), tmp_path / "model"
+    out.mkdir()
+    left = out / ".model.safetensors.1a2b3c4d.part"
+    left.touch()
+    export(cell, out, root=tmp_path)
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "model.json"}
+    others = [tmp_path / "download/.film.mp4.part", tmp_path / "download/below/.model.json.x.part"]
+    others[1].parent.mkdir(parents=True)
+    for other in others:
+        other.touch()
+    with pytest.raises(UserError, match="holds other files"):
+        export(cell, tmp_path / "download", root=tmp_path)
+    assert all(other.exists() for other in others)
+
+
+def test_what_a_killed_prediction_left_is_removed_and_nothing_else(tmp_path, model, pictures, monkeypatch):
+    out = tmp_path / "new/[a].csv"
+    out.parent.mkdir()
+    for name in (".[a].csv.1a2b3c4d.part", ".a.csv.1a2b3c4d.part"):
+        (out.parent / name).touch()
+    run(monkeypatch, "--model", model, "--out", out, pictures)
+    assert {path.name for path in out.parent.iterdir()} == {out.name, ".a.csv.1a2b3c4d.part"}
+
+
 def test_predictions_take_the_place_of_no_image_and_of_nothing_strange(tmp_path, model, pictures, monkeypatch):
     image = next(pictures.rglob("*.png"))
     content = image.read_bytes()

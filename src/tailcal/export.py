@@ -170,6 +170,8 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
 
     made = predicted / "provenance.json"
     require_finished(made, root / "data/predictions")
+    for name in (WEIGHTS, ONNX, CARD):  # of these alone: the folder may turn out to be somebody else's
+        files.remove_leftovers(out / name)
     check_out(out, cell)
     names, counts = read_field(meta, "class_names"), read_field(meta, "train_counts")
     record = read_field(stage1, "network")

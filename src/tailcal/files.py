@@ -1,6 +1,7 @@
 """Atomic writes and checksums: a file of ours is either whole or absent."""
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -51,6 +52,15 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove the temporary files, `.<name>.<random>.part`, that killed processes left of an output, file or folder.
+
+    In a folder these are those of whatever lies there, at any depth: it must be one of ours.
+    """
+    for left in [*output.parent.glob(f".{glob.escape(output.name)}.*.part"), *output.rglob(".*.part")]:
+        left.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tailcal.errors import UserError
+from tailcal.files import remove_leftovers
 
 
 @contextlib.contextmanager
@@ -46,9 +47,3 @@ def _take(handle: int) -> bool:
     except BlockingIOError:
         return False
     return os.fstat(handle).st_nlink > 0
-
-
-def remove_leftovers(output: Path) -> None:
-    """Remove the temporary files, `.<name>.<random>.part`, that killed processes left of an output."""
-    for left in [*output.parent.glob(f".{output.name}.*.part"), *output.rglob(".*.part")]:
-        left.unlink(missing_ok=True)

@@ -288,6 +288,7 @@ def main() -> None:
     card, model = load(args.model)
     paths = find(args.images)
     check_out(args.out, paths)
+    files.remove_leftovers(args.out)
     wrong = predict(card, model, paths, args.out, args.top, args.batch_size, device)
     print(f"{args.out}: {len(paths) - len(wrong)} images")
     if wrong:
