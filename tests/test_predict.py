@@ -373,6 +373,17 @@ def test_what_a_killed_prediction_left_is_removed_and_nothing_else(tmp_path, mod
     assert {path.name for path in out.parent.iterdir()} == {out.name, ".a.csv.1a2b3c4d.part"}
 
 
+@pytest.mark.usefixtures("no_onnx")
+def test_where_the_card_of_an_earlier_export_is_damaged_what_is_advised_helps(tmp_path):
+    cell, card = make_cell(tmp_path), tmp_path / "model/model.json"
+    export(cell, card.parent, root=tmp_path)
+    card.write_text("{")
+    with pytest.raises(UserError, match=r"model\.json is damaged \(.*\): delete it and export the model again$"):
+        export(cell, card.parent, root=tmp_path)
+    card.unlink()
+    export(cell, card.parent, root=tmp_path)
+
+
 def test_predictions_take_the_place_of_no_image_and_of_nothing_strange(tmp_path, model, pictures, monkeypatch):
     image = next(pictures.rglob("*.png"))
     content = image.read_bytes()

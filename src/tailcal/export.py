@@ -27,7 +27,7 @@ import tailcal
 from tailcal import errors, files, posthoc, predictions, provenance
 from tailcal.errors import UserError
 from tailcal.params import PARAMS, Augmentation, Strict, validate
-from tailcal.predict import CARD, ONNX, WEIGHTS, Card, Cell, Predictor, build
+from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Predictor, build
 from tailcal.weights import load_weights, save_weights
 
 CHECKED = 16  # images whose logits must be those that were saved when the cell was made
@@ -78,7 +78,7 @@ def check_out(out: Path, cell: Cell) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file: must be a folder to make")
     if (out / CARD).is_file():
-        card = files.read_json(out / CARD)
+        card = files.read_json(out / CARD, AGAIN)
         if not isinstance(card, dict) or card.get("cell") != cell.model_dump():
             raise UserError(f"--out {out}: holds the model of another cell: choose another folder")
     elif out.is_dir() and not {path.name for path in out.iterdir()} <= {ONNX, WEIGHTS}:

@@ -17,6 +17,7 @@ import numpy as np
 
 from tailcal.errors import UserError
 
+REPRO = "run `dvc repro`"  # how most files are made
 REASON = 200  # characters of a library's message that an error line repeats
 
 
@@ -133,22 +134,22 @@ def _check_header(stream: BinaryIO, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Turn whatever the block raises while it reads `path` into a UserError naming it."""
+def _whole(path: Path, again: str = REPRO) -> Iterator[None]:
+    """Turn whatever the block raises while it reads `path` into a UserError naming it; `again` is how it is made."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
+        raise UserError(f"{path} is missing: {again} to make it") from None
     except PermissionError:
         raise
     except Exception as error:  # numpy and zipfile raise a different type for each way in which a file can be damaged
         reason = " ".join(str(error).split())[:REASON] or type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}): delete it and run `dvc repro`") from None
+        raise UserError(f"{path} is damaged ({reason}): delete it and {again}") from None
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError naming the file when it is missing or damaged."""
-    with _whole(path):
+def read_json(path: Path, again: str = REPRO) -> Any:
+    """Read a JSON file; `again` is how it is made. Raises UserError naming the file when it is missing or damaged."""
+    with _whole(path, again):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -159,9 +160,6 @@ def sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
         return digest.hexdigest()
-
-
-REPRO = "run `dvc repro`"
 
 
 def verify(path: Path, expected: str | None, remove: Path | None = None, again: str = REPRO) -> None:

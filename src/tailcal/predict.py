@@ -34,6 +34,7 @@ from tailcal.params import Augmentation, Positive, Strict, validate
 from tailcal.weights import load_weights
 
 WEIGHTS, CARD, ONNX = "model.safetensors", "model.json", "model.onnx"
+AGAIN = "export the model again"  # how these are made
 
 
 class Cell(Strict):
@@ -143,10 +144,10 @@ def load(folder: Path) -> tuple[Card, Predictor]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: --model must be a folder made by `python -m tailcal.export`") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): export the model again") from None
+        raise UserError(f"{path} is damaged ({error}): {AGAIN}") from None
     card = validate(Card, content, "", path)
     network = build(card.network, card.classifier, card.settings, card.train_counts, path)
-    load_weights(network, folder / WEIGHTS, card.weights, again="export the model again")
+    load_weights(network, folder / WEIGHTS, card.weights, again=AGAIN)
     return card, Predictor(network, card.augmentation, card.temperature)
 
 
