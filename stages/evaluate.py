@@ -100,15 +100,15 @@ def per_class_table(cell: list[Predictions], names: list[str], counts_K: np.ndar
 
 
 def confusion_table(cell: list[Predictions], names: list[str]) -> pd.DataFrame:
-    """One row for each pair of classes, K x K in all: how often, over all seeds, one was taken for the other."""
+    """How often, over all seeds, a class was taken for another or itself: one row for each pair that occurs.
+
+    Most of the K x K pairs of many classes do not: with all, the file would grow to gigabytes.
+    """
     counts_KK = sum(confusion(run.test_logits, run.test_labels) for run in cell)
     names_K = np.array(names, dtype=object)
+    actual, predicted = np.nonzero(counts_KK)
     return pd.DataFrame(
-        {
-            "actual": np.repeat(names_K, len(names)),
-            "predicted": np.tile(names_K, len(names)),
-            "count": counts_KK.ravel(),
-        }
+        {"actual": names_K[actual], "predicted": names_K[predicted], "count": counts_KK[actual, predicted]}
     )
 
 

@@ -177,6 +177,17 @@ def test_per_class_and_confusion_csv():
     assert right["count"].sum() / (3 * 350) == pytest.approx(numbers["top1"], abs=1e-6)
 
 
+def test_confusion_csv_has_the_pairs_that_occur():
+    labels = split(350, 0)[1]
+    for seed in (0, 1, 2):
+        predicted = np.where((labels == 6) & (np.arange(350) < 7 * seed), 1, labels)
+        save(seed, test_logits=np.eye(K, dtype=np.float32)[predicted])
+    measured()
+    right = [(name, name, 150) for name in NAMES[:-1]]
+    rows = list(table("confusion.csv").itertuples(index=False, name=None))
+    assert rows == [*right, ("six", NAMES[1], 3), ("six", "six", 147)]
+
+
 def test_two_runs_write_the_same_bytes():
     measured()
     first = written()
