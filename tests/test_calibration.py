@@ -1,11 +1,14 @@
 """Calibration metrics against hand-computed numbers, a naive loop, and independent libraries."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from tailcal.metrics import calibration
 from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, mce, nll, reliability_bins
 from tailcal.metrics.scores import log_softmax, softmax
 
@@ -46,6 +49,26 @@ def test_reliability_by_hand():
     np.testing.assert_allclose(diagram.gap, [0.5, 2 / 3 - 0.8])
     assert ece(p, np.array([0, 1, 1, 1]), bins=2) == pytest.approx(0.25 * 0.5 + 0.75 * (0.8 - 2 / 3))
     assert mce(p, np.array([0, 1, 1, 1]), bins=2) == pytest.approx(0.5)
+
+
+def test_classwise_ece_of_any_number_of_classes_at_a_time_has_the_same_bits(monkeypatch):
+    logits, labels = made_up(N=300, K=11)
+    found = set()
+    for numbers in (1, 300, 1000, 3300, 1 << 20):  # 1, 1, 3, 11 and 11 classes
+        monkeypatch.setattr(calibration, "_BLOCK", numbers)
+        found.add(classwise_ece(softmax(logits), labels))
+    assert len(found) == 1
+
+
+def test_classwise_ece_of_many_classes_holds_less_than_its_input_again():
+    probabilities = np.full((3000, 2000), 1 / 2000)  # 48 MB
+    tracemalloc.start()
+    try:
+        classwise_ece(probabilities, np.arange(3000) % 2000)
+        highest = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert highest < probabilities.nbytes
 
 
 def test_an_empty_bin_is_nan_and_weighs_nothing():

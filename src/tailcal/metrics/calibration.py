@@ -15,6 +15,7 @@ from tailcal.metrics.scores import check, log_softmax
 
 # float32 probabilities over some thousand classes still sum to 1 within this.
 _SUM_TOLERANCE = 1e-4
+_BLOCK = 1 << 20  # probabilities that are binned at a time: of all N x K, several copies would be held
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,18 @@ def classwise_ece(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int 
     first bin. Errors: as `reliability_bins`.
     """
     probabilities_NK = _distributions(probabilities_NK, labels_N)
-    K = probabilities_NK.shape[1]
-    classes_K = np.arange(K)
-    # Class k's bins are the cells k B .. (k+1) B - 1 of one long histogram.
-    cell_NK = _bin_of(probabilities_NK, _edges(bins)) + classes_K * bins
-    came_true_NK = np.asarray(labels_N)[:, None] == classes_K
+    labels_N, edges = np.asarray(labels_N), _edges(bins)
+    N, K = probabilities_NK.shape
+    size, pooled = max(1, _BLOCK // N), []  # classes at a time, called J
+    for first in range(0, K, size):
+        p_NJ = probabilities_NK[:, first : first + size]
+        classes_J = np.arange(p_NJ.shape[1])
+        # Class j's bins are the cells j B .. (j+1) B - 1 of one long histogram.
+        cell_NJ = _bin_of(p_NJ, edges) + classes_J * bins
+        came_true_NJ = labels_N[:, None] == first + classes_J
+        pooled.append(_pool(cell_NJ.ravel(), p_NJ.ravel(), came_true_NJ.ravel(), len(classes_J) * bins))
     # Each sample stands in every class's histogram once, so weights |B|/(N K) are the mean over classes.
-    return _mean_gap(*_pool(cell_NK.ravel(), probabilities_NK.ravel(), came_true_NK.ravel(), K * bins))
+    return _mean_gap(*(np.concatenate(parts) for parts in zip(*pooled, strict=True)))
 
 
 def brier(probabilities_NK: np.ndarray, labels_N: np.ndarray) -> float:
