@@ -453,6 +453,17 @@ def test_bad_images_are_named_and_the_others_are_predicted(tmp_path, pictures):
     assert len(table(tmp_path / "elsewhere/predictions.csv")) == 30
 
 
+def test_too_little_memory_is_one_line_and_writes_nothing(tmp_path, model, pictures, monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation")
+
+    monkeypatch.setattr(Predictor, "forward", forward)
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, "--model", model, "--out", tmp_path / "new/out.csv", pictures)
+    assert str(error.value) == ("there is not enough memory: use a smaller --batch-size (CUDA out of memory.)")
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_when_no_image_can_be_read_nothing_is_written(tmp_path, model, monkeypatch):
     bad = tmp_path / "bad.png"
     bad.write_text("no image")

@@ -31,6 +31,7 @@ from tailcal.errors import UserError
 from tailcal.images import EXTENSIONS, read_image, shown
 from tailcal.models import Network
 from tailcal.params import Augmentation, Positive, Strict, validate
+from tailcal.train import enough_memory
 from tailcal.weights import load_weights
 
 WEIGHTS, CARD, ONNX = "model.safetensors", "model.json", "model.onnx"
@@ -220,12 +221,18 @@ def predict(
 ) -> list[UserError]:
     """Predict the files and write the CSV, whole or not at all; returns what was wrong with the unreadable ones.
 
-    Raises UserError when no file at all could be read; nothing is written then.
+    Raises UserError when no file at all could be read, and when memory is too small for a batch; nothing is written
+    then.
     """
     top = min(top, len(card.class_names))
     ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
-    model, wrong = model.to(device), []
-    with files.atomic(out) as stream, tqdm(total=len(paths), desc="predict", unit="image", disable=None) as bar:
+    wrong = []
+    with (
+        enough_memory("--batch-size"),
+        files.atomic(out) as stream,
+        tqdm(total=len(paths), desc="predict", unit="image", disable=None) as bar,
+    ):
+        model = model.to(device)
         stream.write(line(["file", *(f"{kind}{rank}" for rank in ranks for kind in ("class", "confidence"))]))
         for batch in read(paths, card, batch_size):
             good = [(path, image) for path, image in batch if not isinstance(image, UserError)]

@@ -146,8 +146,8 @@ def at_once(runtime: Runtime, networks: int) -> int:
 
 
 @contextlib.contextmanager
-def _enough_memory(keys: str) -> Iterator[None]:
-    """Raise UserError with the keys that memory depends on when there is too little of it."""
+def enough_memory(keys: str) -> Iterator[None]:
+    """Raise UserError naming the keys that memory depends on when there is too little of it for the block."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -172,7 +172,7 @@ def train(
     if data.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(data.device)
-    with _enough_memory(f"runtime.replicas, or {replicas[0].recipe_key}.batch_size"):
+    with enough_memory(f"runtime.replicas, or {replicas[0].recipe_key}.batch_size"):
         return side_by_side(trainings, data.device, at_once(runtime, len(replicas)))
 
 
@@ -315,5 +315,5 @@ def predict(networks: list[Network], data: Images, runtime: Runtime) -> list[np.
         yield
         return logits
 
-    with _enough_memory("runtime.replicas"):
+    with enough_memory("runtime.replicas"):
         return side_by_side([partial(predicting, network) for network in networks], data.device, runtime.replicas)
