@@ -1,6 +1,7 @@
 """Where images lie: the same batches from everywhere, and a bound on memory that does not grow with the data set."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +68,12 @@ def test_auto_takes_the_fastest_place_that_has_room(monkeypatch):
     monkeypatch.setattr(store, "host_memory", lambda: 1000)
     assert store.choose(200, CPU) == "device"
     assert store.choose(400, CPU) == "disk"
+
+
+def test_memory_that_only_keeps_what_was_read_counts_as_free(monkeypatch):
+    """As Linux has it: some is free, more is, or can be made so, and the rest is in use."""
+    monkeypatch.setattr(store.psutil, "virtual_memory", lambda: SimpleNamespace(total=4000, free=10, available=1000))
+    assert store.choose(300, CPU) == "device"
 
 
 def test_an_error_while_reading_ahead_reaches_the_training():

@@ -9,7 +9,6 @@ holds of its own is bounded: 2 AHEAD + 2 steps of uint8 batches, whatever the si
 """
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -32,8 +32,8 @@ DEVICE_SHARE, HOST_SHARE = 0.5, 0.3  # of the free memory that images may take; 
 
 
 def host_memory() -> int:
-    """Bytes of memory that the host has free, or can free."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    """Bytes of memory that the host has free, or can free: what has been read from a disk and is kept counts too."""
+    return psutil.virtual_memory().available
 
 
 def choose(size: int, device: torch.device) -> Literal["device", "host", "disk"]:
