@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-from safetensors.torch import load_file
 
 from stages import paths, workspace
 from stages.calibrate import read_upstream
@@ -30,6 +29,7 @@ from tailcal import (
     splits,
     store,
     train,
+    weights,
 )
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece
@@ -55,7 +55,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     on the test split, the first of equals, as the published codes do it, so this says nothing about new images.
     `posthoc` has the same after each rule that needs no held-out data, at the epoch that is best after that rule.
     ece_least and ece_most are of any of those epochs and of any seed.
-    Raises UserError when the late epochs are no longer there.
+    Raises UserError when the late epochs are no longer there, or are damaged.
     """
     longtail = paths.longtail(where["dataset"])
     _, counts = read_classes(longtail)
@@ -79,7 +79,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
         networks = []
         for path in late:
             networks.append(predict.build(stage1["network"], training.method, block, counts.tolist(), path))
-            networks[-1].load_state_dict(load_file(path))
+            weights.read_weights(networks[-1], path, f"delete {folder} to train again")
         logits = train.predict(networks, data, p.runtime)
         for rule, apply in rules.items():
             epochs = [apply(one) for one in logits]

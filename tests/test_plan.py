@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -239,6 +240,24 @@ def test_late_epochs_change_nothing_but_the_diagnostic(run):
     assert {k: v for k, v in best.items() if k not in different} == {
         k: v for k, v in none.items() if k not in different
     }
+
+
+@pytest.mark.pipeline
+def test_a_damaged_late_epoch_is_one_line_and_what_is_advised_helps(run, project):
+    short = ("--table", "later", "--images", "images")
+    before = read(run(*short)["small/mixup/joint.json"])
+    (late,) = (project / "data/published").glob(".scratch/represent/small-mixup/*/late/seed1/epoch1.safetensors")
+    late.write_bytes(late.read_bytes()[:1000])
+    with pytest.raises(
+        UserError, match=r"late/seed1/epoch1\.safetensors is damaged \(.*\): delete (\S*) to "
+    ) as caught:
+        run(*short)
+    assert "\n" not in str(caught.value)
+    folder = project / "data/published" / str(caught.value).partition("delete ")[2].partition(" to train")[0]
+    assert folder == late.parents[2]
+    shutil.rmtree(folder)
+    again = read(run(*short)["small/mixup/joint.json"])
+    assert again | {"cost": None} == before | {"cost": None}
 
 
 def test_a_variant_is_its_preset_but_for_what_it_says():

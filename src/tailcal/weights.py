@@ -25,12 +25,20 @@ def load_weights(network: nn.Module, path: Path, expected: str | None, again: st
     Raises UserError naming the file when it is missing, damaged or of another network.
     """
     verify(path, expected, again=again)
+    read_weights(network, path, f"delete it and {again}")
+
+
+def read_weights(network: nn.Module, path: Path, advice: str) -> None:
+    """Load weights in place, from a file whose SHA-256 nobody has taken down.
+
+    Raises UserError naming the file, with `advice`, when it is missing, damaged or of another network.
+    """
     try:
         state: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and {again}") from None
+        raise UserError(f"{path} is damaged ({error}): {advice}") from None
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} holds the weights of another network ({reason}): delete it and {again}") from None
+        raise UserError(f"{path} holds the weights of another network ({reason}): {advice}") from None
