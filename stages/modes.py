@@ -90,26 +90,14 @@ def code(p: params.Params, suite: modes.Suite) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.modes", description=__doc__)
-    parser.add_argument(
-        "--images",
-        type=Path,
-        help="take CIFAR's images from IMAGES/cifar10 and IMAGES/cifar100, each train/<class>/ and test/<class>/, "
-        "instead of the official archives",
-    )
+    workspace.accept_images(parser)
     args = parser.parse_args()
 
     declared, p = modes.load(params.load())
     device = train.prepare(p.runtime)
     suite = getattr(declared, device.type)
-    datasets = p.datasets
-    if args.images:
-        datasets = {
-            name: workspace.from_folder(dataset, args.images.resolve())
-            if sources.configure(dataset).kind in workspace.OFFICIAL
-            else dataset
-            for name, dataset in datasets.items()
-        }
-    p = p.model_copy(update={"seeds": suite.seeds, "datasets": datasets})
+    p = workspace.with_images(p, (cell.dataset for cell in suite.cells), args.images)
+    p = p.model_copy(update={"seeds": suite.seeds})
     digest = code(p, suite)  # before hours of training: this reads the settings of every cell
     with lock.alone(paths.LOCKS, OUT, TEXT):
         record = Record(

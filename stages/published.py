@@ -214,12 +214,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="leave out the cells that are there already, complete")
     parser.add_argument("--seed", action="append", help="only this seed of the plan, or these (all)")
     parser.add_argument("--precision", choices=get_args(params.Precision), help="of training (that of params.yaml)")
-    parser.add_argument(
-        "--images",
-        type=Path,
-        help="take the images from IMAGES/cifar10 and IMAGES/cifar100, each train/<class>/ and test/<class>/, instead "
-        "of the official archives; the subset is then not the published image list, and the tables say so",
-    )
+    workspace.accept_images(parser)
     args = parser.parse_args()
 
     chosen, p = plan.load(params.load())
@@ -230,10 +225,7 @@ def main() -> None:
         settings.training(p, dataset, representation, "representations")
         for classifier in classifiers:
             settings.training(p, dataset, classifier, "classifiers")
-    if args.images:
-        images = args.images.resolve()
-        changed = {name: workspace.from_folder(params.dataset(p, name), images) for name, _, _ in asked}
-        p = p.model_copy(update={"datasets": p.datasets | changed})
+    p = workspace.with_images(p, (name for name, _, _ in asked), args.images)
 
     if args.missing:
         asked = {

@@ -3,10 +3,11 @@
 What DVC does for the pipeline is done here by hand: nothing is made twice, and one process at a time makes a thing.
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stages import paths
@@ -38,15 +39,40 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(project)
 
 
-def from_folder(dataset: params.Dataset, images: Path) -> params.Dataset:
+def accept_images(parser: argparse.ArgumentParser) -> None:
+    """Give a stage the option --images, which `with_images` then goes by."""
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="take the images from IMAGES/cifar10 and IMAGES/cifar100, each train/<class>/ and test/<class>/, instead "
+        "of the official archives; the subset is then not the published image list, and the tables say so",
+    )
+
+
+def with_images(p: params.Params, names: Iterable[str], images: Path | None) -> params.Params:
+    """The same parameters; where `images` is given, those data sets `names` that have an official archive take their
+    images from there instead. Raises UserError when none of them has one."""
+    if not images:
+        return p
+    chosen = {name: params.dataset(p, name) for name in names}
+    changed = {
+        name: _from_folder(dataset, images.resolve(), kind)
+        for name, dataset in chosen.items()
+        if (kind := sources.configure(dataset).kind) in OFFICIAL
+    }
+    if not changed:
+        raise errors.UserError(
+            f"--images {images}: takes the place of the official archives of {' and '.join(OFFICIAL)}, and none of "
+            f"{', '.join(chosen)} has one: leave it out"
+        )
+    return p.model_copy(update={"datasets": p.datasets | changed})
+
+
+def _from_folder(dataset: params.Dataset, images: Path, kind: str) -> params.Dataset:
     """The same data set, with its images from a folder `images`/<kind> instead of the official archive.
 
     The training split there may hold less than all images: the long tail is cut as if the largest class were whole.
-    Raises UserError for a data set that has no official archive.
     """
-    kind = sources.configure(dataset).kind
-    if kind not in OFFICIAL:
-        raise errors.UserError(f"{dataset.key('source.kind')}: is {kind}, which --images cannot take the place of")
     place = {"kind": "folder", "path": str(images / kind), "size": 32, "channels": 3}
     imbalance = dataset.imbalance
     if isinstance(imbalance, params.LongTail):

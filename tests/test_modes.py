@@ -230,6 +230,13 @@ def test_images_that_are_not_there_are_one_line(project, monkeypatch):
     assert Path.cwd() == project
 
 
+def test_images_for_no_archive_are_refused(project, monkeypatch):
+    write(project / modes.FILE, SMALL)
+    monkeypatch.setattr(sys, "argv", ["modes", "--images", "images"])
+    with pytest.raises(UserError, match="archives of cifar10 and cifar100, and none of digits_lt has one: leave it"):
+        stage.main()
+
+
 def test_the_committed_table_is_that_of_the_committed_numbers():
     record = Record.model_validate(json.loads((ROOT / stage.OUT).read_text()))
     assert (ROOT / stage.TEXT).read_text() == modes.markdown(record)
