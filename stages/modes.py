@@ -94,6 +94,7 @@ def main() -> None:
     args = parser.parse_args()
 
     declared, p = modes.load(params.load())
+    workspace.require_one_process(p.runtime)
     device = train.prepare(p.runtime)
     suite = getattr(declared, device.type)
     p = workspace.with_images(p, (cell.dataset for cell in suite.cells), args.images)

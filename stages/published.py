@@ -219,6 +219,7 @@ def main() -> None:
 
     chosen, p = plan.load(params.load())
     p = narrowed(p, args.seed, args.precision)
+    workspace.require_one_process(p.runtime)
     train.prepare(p.runtime, p.precision)  # refuses what this machine cannot do before anything is downloaded
     asked = select(chosen, args.table, args.dataset, args.representation)
     for (dataset, representation, _), classifiers in asked.items():

@@ -39,6 +39,15 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(project)
 
 
+def require_one_process(runtime: params.Runtime) -> None:
+    """Raise UserError when several processes are asked for: what works in a workspace starts none."""
+    if runtime.processes > 1:
+        raise errors.UserError(
+            f"{params.PARAMS}: runtime.processes: is {runtime.processes}, and this trains in one process: must be 1 "
+            "here; runtime.replicas says how many networks it trains side by side"
+        )
+
+
 def accept_images(parser: argparse.ArgumentParser) -> None:
     """Give a stage the option --images, which `with_images` then goes by."""
     parser.add_argument(

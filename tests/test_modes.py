@@ -230,6 +230,12 @@ def test_images_that_are_not_there_are_one_line(project, monkeypatch):
     assert Path.cwd() == project
 
 
+def test_several_processes_are_refused(project):
+    edit(project / "params.yaml", [("processes: 1", "processes: 2")])
+    with pytest.raises(UserError, match=r"^params\.yaml: runtime\.processes: is 2, and .*: must be 1 here; "):
+        stage.main()
+
+
 def test_images_for_no_archive_are_refused(project, monkeypatch):
     write(project / modes.FILE, SMALL)
     monkeypatch.setattr(sys, "argv", ["modes", "--images", "images"])
