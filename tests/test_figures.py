@@ -1,10 +1,11 @@
 """The pictures open, are not blank, are the same at every run, and say the numbers they are drawn from."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager, get_data_path
@@ -128,6 +129,22 @@ def test_overview_has_a_panel_a_cell_in_the_order_of_the_grid(drawn, tmp_path):
     figures.reliability_overview(cells, "every cell", tmp_path / "unused.png")
     titles = [axes.get_title() for axes in drawn[0].axes]
     assert titles == [f"ECE {figures.calibration_error(bins):.1%}" for bins in cells.values()]
+
+
+def test_with_every_method_on_the_grid_no_two_cells_look_the_same(drawn, tmp_path):
+    blocks = yaml.safe_load((report_inputs.ROOT / "params.yaml").read_text())
+    grid, generator = list(product(blocks["representations"], blocks["classifiers"])), _generator()
+    points = [{"representation": r, "classifier": c} | report_inputs.numbers(generator) for r, c in grid]
+    figures.accuracy_against_ece(pd.DataFrame(points), "all", tmp_path / "unused.png")
+    figures.per_class_accuracy(
+        {cell: report_inputs.classes(generator) for cell in grid}, "all", tmp_path / "unused.png"
+    )
+    histories = {name: report_inputs.history(generator) for name in blocks["representations"]}
+    figures.training_curves(histories, "all", tmp_path / "unused.png")
+    for figure, number in zip(drawn, (len(grid), len(blocks["classifiers"]), len(histories)), strict=True):
+        lines = figure.axes[0].lines
+        looks = {(line.get_color(), line.get_linestyle(), line.get_marker(), line.get_fillstyle()) for line in lines}
+        assert len(looks) == len(lines) == number
 
 
 def test_many_classes_are_averaged_over_neighbouring_ranks(drawn, tmp_path):

@@ -1,6 +1,7 @@
 """The pictures, drawn from data frames alone. The same numbers give the same bytes. Imports no torch.
 
 A representation has one colour and a classifier one marker, each by its place on the grid, the same in every picture.
+Where representations outnumber the colours, these begin again with other lines and with markers that are not filled.
 Palettes: Okabe and Ito's for representations, Paul Tol's muted and high-contrast ones for classifiers and shot groups;
 all three survive colour blindness.
 
@@ -9,7 +10,7 @@ those of history.csv. Mappings keep the order of the grid.
 """
 
 from collections.abc import Mapping
-from itertools import cycle
+from itertools import cycle, product
 from math import ceil
 from pathlib import Path
 
@@ -31,7 +32,12 @@ Cell = tuple[str, str]  # representation, classifier
 
 REPRESENTATION_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 CLASSIFIER_COLOURS = ("#332288", "#CC6677", "#117733", "#DDAA33", "#AA4499", "#44AA99", "#999933", "#882255", "#88CCEE")
-CLASSIFIER_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+CLASSIFIER_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "d", "p", "h")
+LAPS = (  # what goes with the colours when they are gone through for the first time, the second, the third
+    {"linestyle": "-", "fillstyle": "full"},
+    {"linestyle": "--", "fillstyle": "none"},
+    {"linestyle": ":", "fillstyle": "left"},
+)
 GROUP_COLOURS = {"many": "#004488", "medium": "#DDAA33", "few": "#BB5566"}
 GROUP_TITLES = {"many": "many (over 100 images)", "medium": "medium (20 to 100)", "few": "few (below 20)"}
 ACCURACY, INK = "#A9C4DE", "#333333"
@@ -143,7 +149,7 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
 
     `cells` has the columns representation, classifier, top1, top1_std, ece and ece_std (fractions; no std: no bar).
     """
-    colours, markers = _colours(cells["representation"].unique()), _markers(cells["classifier"].unique())
+    looks, markers = _looks(cells["representation"].unique()), _markers(cells["classifier"].unique())
     figure = Figure(figsize=(8.4, 5.6), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontweight="bold", pad=24)
@@ -152,15 +158,16 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
     )
     axes.grid(True)
     for cell in cells.astype({"top1_std": float, "ece_std": float}).fillna({"top1_std": 0, "ece_std": 0}).itertuples():
+        look = looks[cell.representation]
         axes.errorbar(
             cell.top1,
             cell.ece,
             cell.ece_std,
             cell.top1_std,
-            color=colours[cell.representation],
+            **look,
             marker=markers[cell.classifier],
             markersize=9,
-            markeredgecolor="white",
+            markeredgecolor="white" if look["fillstyle"] == "full" else look["color"],
             elinewidth=1,
             alpha=0.85,
         )
@@ -174,12 +181,12 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
     else:
         axes.set_ylim(bottom=0)
     _percent(axes.xaxis, axes.yaxis)
-    points = [Line2D([], [], color=colour, marker="o", linestyle="", markersize=9) for colour in colours.values()]
+    points = [Line2D([], [], marker="o", markersize=9, **look | {"linestyle": ""}) for look in looks.values()]
     shapes = [Line2D([], [], color="#666666", marker=marker, linestyle="", markersize=9) for marker in markers.values()]
     blank = Line2D([], [], linestyle="")
     legend = figure.legend(
         [blank, *points, blank, blank, *shapes],
-        ["representation", *colours, "", "classifier", *markers],
+        ["representation", *looks, "", "classifier", *markers],
         loc="outside right upper",
     )
     for heading in (0, len(points) + 2):
@@ -269,15 +276,15 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
 
 @rc_context(STYLE)
 def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Path) -> None:
-    """Stage 1 over the epochs, a colour a representation: the mean over seeds, and from the least to the largest."""
+    """Stage 1 over the epochs, a line a representation: the mean over seeds, and from the least to the largest."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     figure.suptitle(title, fontweight="bold")
-    for name, colour in _colours(histories).items():
+    for name, look in _looks(histories).items():
         for axes, column in ((loss, "loss"), (accuracy, "train_accuracy")):
             curve = histories[name].groupby("epoch")[column].agg(["mean", "min", "max"])
-            axes.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.2, linewidth=0)
-            axes.plot(curve.index, curve["mean"], color=colour, marker="o" if len(curve) < 4 else None, label=name)
+            axes.fill_between(curve.index, curve["min"], curve["max"], color=look["color"], alpha=0.2, linewidth=0)
+            axes.plot(curve.index, curve["mean"], marker="o" if len(curve) < 4 else None, label=name, **look)
     loss.set_title("loss, each method's own")
     accuracy.set_title("accuracy; of a mixed label, the share that was hit")
     if min(history["loss"].min() for history in histories.values()) >= 0:  # a consistency term may be negative
@@ -397,8 +404,9 @@ def _axes_of(cells: Mapping[Cell, pd.DataFrame]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(row for row, _ in cells)), list(dict.fromkeys(column for _, column in cells))
 
 
-def _colours(representations: Mapping | np.ndarray) -> dict[str, str]:
-    return dict(zip(representations, cycle(REPRESENTATION_COLOURS), strict=False))
+def _looks(representations: Mapping | np.ndarray) -> dict[str, dict[str, str]]:
+    looks = cycle(product(LAPS, REPRESENTATION_COLOURS))
+    return {name: {"color": colour, **lap} for name, (lap, colour) in zip(representations, looks, strict=False)}
 
 
 def _markers(classifiers: list[str] | np.ndarray) -> dict[str, str]:
