@@ -127,6 +127,15 @@ def with_preset(tmp_path, old: str, new: str):
     return load_with(tmp_path, "- digits_lt", "- cifar100_lt_100")
 
 
+def test_of_several_wrong_presets_the_first_on_the_grid_is_named(tmp_path):
+    (tmp_path / "presets").mkdir()
+    names = [f"wrong{i}" for i in range(20)]
+    for name in names:
+        (tmp_path / f"presets/{name}.yaml").write_text("[]")
+    with pytest.raises(UserError, match=r"^\S*presets/wrong0\.yaml: must be a mapping"):
+        load_with(tmp_path, "- digits_lt", "\n  ".join(f"- {name}" for name in names))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

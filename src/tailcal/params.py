@@ -462,7 +462,7 @@ def resolve(p: Params, found: Dataset, file: Path, block: str) -> Dataset:
 def load(path: Path = PARAMS) -> Params:
     """Read and check params.yaml, and the presets that its grid names. Raises UserError (one line) for any mistake."""
     p = validate(Params, read(path), "")
-    for name in {*p.datasets, *p.grid.datasets}:
+    for name in dict.fromkeys([*p.grid.datasets, *p.datasets]):  # in this order: of several mistakes the first is told
         dataset(p, name, path.parent)
     return p
 
