@@ -56,11 +56,14 @@ def train_counts(available: np.ndarray, dataset: params.Dataset, class_names: li
     imbalance = dataset.imbalance
     if isinstance(imbalance, params.Natural):
         return left
+    rarest = int(left.min())
     try:
-        n_max = imbalance.largest or int(left.min())
+        n_max = imbalance.largest or rarest
         counts = longtail.class_counts(n_max, len(left), imbalance.factor, imbalance.profile, class_names)
     except UserError as error:
-        raise UserError(f"{dataset.key('imbalance')}: {error}") from None
+        cut = imbalance.largest is None and rarest < left.max()
+        why = f"; the largest is cut to the {rarest} of the rarest unless imbalance.largest says more" if cut else ""
+        raise UserError(f"{dataset.key('imbalance')}: {error}{why}") from None
     if (counts > left).any():
         k = int(np.argmax(counts > left))
         raise UserError(

@@ -324,6 +324,16 @@ def test_a_long_tail_is_cut_from_a_source_that_has_one(project):
         project.cut(holdout_per_class=0, imbalance__factor=9, imbalance__largest=40)
 
 
+def test_where_the_rarest_class_is_too_small_for_the_factor_the_key_that_says_more_is_named(project):
+    labels = np.repeat([0, 1, 2], [40, 12, 5])
+    project.put_raw(train_images=np.zeros((57, 8, 8, 1), np.uint8), train_labels=labels)
+    said = r"imbalance: class 2 \(cat\) keeps no image: .* has 5 .*; the largest is cut to the 5 of the rarest unless"
+    with pytest.raises(UserError, match=said):
+        project.cut(holdout_per_class=0, imbalance__factor=9)
+    meta, _ = project.cut(holdout_per_class=0, imbalance__factor=9, imbalance__largest=36)
+    assert meta["train_counts"] == [36, 12, 4]
+
+
 @pytest.mark.parametrize("key", ["factor", "largest"])
 def test_what_cuts_a_tail_is_refused_where_none_is_cut(project, key):
     project.put_raw()

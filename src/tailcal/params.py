@@ -82,8 +82,8 @@ class _Imbalance(Strict):
 class LongTail(_Imbalance):
     """A long tail that is cut (Cui et al. 2019, Cao et al. 2019), its largest class `factor` times its smallest.
 
-    `largest` is the number of images of the largest class: by default as many as every class has, so that a source
-    whose own classes differ in size must say it.
+    `largest` is the number of images of the largest class: by default as many as the rarest class of the source has
+    beside its hold-out, which of a source whose own classes differ in size may be few.
     """
 
     profile: Literal["exponential", "step"]
