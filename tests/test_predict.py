@@ -497,6 +497,7 @@ def change(**changed):
         ("model.json", change(format=2), "model.json: format: "),
         ("model.json", change(rule="none"), "rule none does not go with"),
         ("model.json", change(fitted={"temperature": 0.0}), "model.json: fitted.temperature: "),
+        ("model.json", change(class_names=[*"abc", "\ud800"]), r"model.json: class_names.3 is '\ud800': must be text"),
         ("model.json", change(train_counts=[1, 2]), "4 class_names, but 2 train_counts"),
         ("model.json", change(classifier="os"), "no classifier 'os'"),
         ("model.json", change(settings={"tau": 1.0}), "model.json: settings.tau: unknown key"),

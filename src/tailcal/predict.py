@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,9 @@ class Card(Strict):
     def _consistent(self) -> "Card":
         if len(self.train_counts) != len(self.class_names):
             raise ValueError(f"{len(self.class_names)} class_names, but {len(self.train_counts)} train_counts")
+        for k, name in enumerate(self.class_names):
+            if re.search("[\ud800-\udfff]", name):  # what JSON can say and no file can hold
+                raise ValueError(f"class_names.{k} is {name!a}: must be text that UTF-8 has")
         if list(self.fitted) != (["temperature"] if self.rule == "temperature" else []):
             raise ValueError(f"rule {self.rule} does not go with the fitted numbers {list(self.fitted)}")
         for key, right in (("channels", self.channels), ("num_classes", len(self.class_names))):
