@@ -9,6 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
+if sys.platform != "linux":  # its locks, signals and counts of cores are used all over
+    sys.exit(f"error: the stages run on Linux only, and this is {sys.platform}; tailcal.predict may run here")
+
 # The library of this very tree, not of an installed copy: `dvc exp run --temp` and `--queue` run in a copy of the
 # project, and must import that copy's code.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -27,8 +30,7 @@ def _begin_under_dvc() -> None:
     DVC writes dvc.lock in place, which takes it a second or more, but never while a stage runs. So the copy is whole
     when a DVC that was killed has left half of the file.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     scratch = Path(".scratch")
     scratch.mkdir(exist_ok=True)
     with contextlib.suppress(FileNotFoundError):  # there is no dvc.lock before the first stage has ended

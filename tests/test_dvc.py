@@ -241,3 +241,10 @@ def test_the_committed_tables_are_those_of_the_committed_cells(tmp_path, monkeyp
     tables.main()
     for path in (paths.OVERVIEW, tables.TEXT, tables.ROWS, tables.PAIRS, tables.SUMMARY):
         assert path.read_bytes() == (ROOT / path).read_bytes(), "run `python -m stages.tables`"
+
+
+def test_on_another_system_the_stages_end_with_one_line():
+    code = "import ctypes, platform, shutil, sys; sys.platform = 'darwin'; import stages.subsample"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: the stages run on Linux only, and this is darwin; tailcal.predict may run here\n"

@@ -526,6 +526,11 @@ def test_the_commands_explain_themselves(module, monkeypatch, capsys):
     assert f"{module.__name__} --" in capsys.readouterr().out
 
 
+def test_neither_needs_what_only_linux_has():
+    code = "import sys, tailcal.export; sys.exit(bool({'tailcal.lock', 'tailcal.pack'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT / "src")})
+
+
 def test_a_mistake_at_the_command_line_is_one_line(tmp_path):
     cell = ("--dataset", "made_up", "--representation", "ce", "--classifier", "joint")
     ran = call(*cell, "--out", "model", cwd=tmp_path, module="export")
