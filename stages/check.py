@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stages import paths
 from stages.subsample import check_augmentation
-from tailcal import errors, files, lock, method, params, posthoc, provenance, settings, sources
+from tailcal import errors, files, lock, method, params, posthoc, provenance, settings, sources, weights
 
 TEMPLATES = provenance.PACKAGE / "templates"
 
@@ -23,15 +23,13 @@ def pretrained(dataset: params.Dataset) -> dict[str, str]:
     DVC runs this stage when something in PRETRAINED has changed, so the file must lie there; a link will do. Raises
     UserError when it does not, and when there is no such file.
     """
-    key, file = dataset.key("pretrained.file"), dataset.pretrained.file
+    file = dataset.pretrained.file
     if paths.PRETRAINED not in Path(os.path.normpath(file)).parents:
         raise errors.UserError(
-            f"{key}: must lie in {paths.PRETRAINED}, where DVC sees it change (a link to a file elsewhere will do), "
-            f"got {file}"
+            f"{dataset.key('pretrained.file')}: must lie in {paths.PRETRAINED}, where DVC sees it change (a link to a "
+            f"file elsewhere will do), got {file}"
         )
-    if not Path(file).is_file():
-        raise errors.UserError(f"{key}: there is no file {file}")
-    return dataset.pretrained.model_dump() | {"sha256": files.sha256(Path(file))}
+    return dataset.pretrained.model_dump() | {"sha256": weights.pretrained_digest(dataset)}
 
 
 def code(stage: str, *modules: str, data: Iterable[Path] = ()) -> dict[str, str]:

@@ -22,16 +22,9 @@ from tailcal import (
     splits,
     store,
     train,
+    weights,
 )
 from tailcal.models.imagenet import load_pretrained
-
-
-def weights_digest(dataset: params.Dataset) -> str:
-    """SHA-256 of the data set's file of pretrained weights. Raises UserError when there is no such file."""
-    path = Path(dataset.pretrained.file)
-    if not path.is_file():
-        raise errors.UserError(f"{dataset.key('pretrained.file')}: {path} is missing: put a file of weights there")
-    return files.sha256(path)
 
 
 def main() -> None:
@@ -68,7 +61,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     begins = {}
     if training.pretrained:
         network_record["trains"] = training.pretrained.trains
-        begins["pretrained"] = weights_digest(dataset)
+        begins["pretrained"] = weights.pretrained_digest(dataset)
     record = {
         "code": provenance.code_version("stages.represent", method.module(training.method)),
         "params": {

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from tailcal.errors import UserError
-from tailcal.files import REPRO, verify, write_bytes
+from tailcal.files import REPRO, sha256, verify, write_bytes
+from tailcal.params import Dataset
 
 
 def save_weights(network: nn.Module, path: Path) -> str:
@@ -42,3 +43,11 @@ def read_weights(network: nn.Module, path: Path, advice: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} holds the weights of another network ({reason}): {advice}") from None
+
+
+def pretrained_digest(dataset: Dataset) -> str:
+    """SHA-256 of the data set's file of pretrained weights. Raises UserError naming the key when there is none."""
+    path = Path(dataset.pretrained.file)
+    if not path.is_file():
+        raise UserError(f"{dataset.key('pretrained.file')}: there is no file {path}: put one of weights there")
+    return sha256(path)
