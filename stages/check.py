@@ -46,7 +46,7 @@ def main() -> None:
     for stage in ("representations", "classifiers"):
         for name, block in getattr(p, stage).items():
             method.configure(name, block, stage)
-    posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
+    posthoc.configure(p.evaluate.posthoc)
 
     resolved = {
         ("evaluate",): {"seeds": p.seeds, "evaluate": p.evaluate.model_dump()} | code("evaluate"),

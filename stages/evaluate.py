@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def evaluate(p: params.Params, where: dict[str, str]) -> None:
     """Measure the cell `where`, {axis: name}; write its numbers, tables and diagram. Raises UserError."""
-    rules = posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
+    rules = posthoc.configure(p.evaluate.posthoc)
 
     names, counts_K = read_classes(paths.longtail(where["dataset"]))
     folder = paths.predictions(**where)

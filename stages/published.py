@@ -35,9 +35,9 @@ from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece
 from tailcal.metrics.cell import Numbers, measure, over_seeds
 from tailcal.metrics.scores import softmax
+from tailcal.plan import AS_TRAINED
 
 WORKSPACE = Path("data/published")
-AS_TRAINED = "none"  # no post-hoc rule
 
 
 def late_of(folder: Path, seed: int) -> list[Path]:

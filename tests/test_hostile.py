@@ -605,7 +605,7 @@ def check_params(path: Path) -> None:
     for stage in ("representations", "classifiers"):
         for name, block in getattr(p, stage).items():
             method.configure(name, block, stage)
-    posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
+    posthoc.configure(p.evaluate.posthoc)
     for name, dataset in p.datasets.items():
         sources.configure(dataset)
         for stage in ("representations", "classifiers"):

@@ -26,7 +26,7 @@ def test_the_shipped_file_loads_and_every_block_is_valid():
     for stage in ("representations", "classifiers"):
         used = {method.resolve(name, block, stage)[0] for name, block in getattr(p, stage).items()}
         assert used == set(method.names(stage)), "a method without a block"
-    posthoc.configure(p.evaluate.posthoc, "evaluate.posthoc")
+    posthoc.configure(p.evaluate.posthoc)
 
 
 @pytest.mark.parametrize("name", ["digits_lt", *PRESETS])

@@ -12,10 +12,11 @@ from tailcal.errors import UserError
 from tailcal.params import Dataset, Grid, Params, Seeds, Strict, Word, Words
 
 PLAN = Path("published/params.yaml")
-PLAIN = ("", "none")  # no post-hoc rule, as the references and as the project's own tables say it
+AS_TRAINED = "none"  # no post-hoc rule, as the project's own tables say it
+PLAIN = ("", AS_TRAINED)  # and as the references say it
 
 
-def cell_name(representation: str, classifier: str, rule: str = "none") -> str:
+def cell_name(representation: str, classifier: str, rule: str = AS_TRAINED) -> str:
     """How a table calls the predictions of a cell, after a post-hoc rule or (PLAIN) after none."""
     return f"{representation}/{classifier}" + ("" if rule in PLAIN else f" + {rule}")
 
@@ -35,7 +36,7 @@ class Row(Strict):
 
     representation: Word
     classifier: Word
-    rule: Word = "none"
+    rule: Word = AS_TRAINED
 
     @property
     def name(self) -> str:

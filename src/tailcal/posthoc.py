@@ -327,8 +327,9 @@ RULES = {
 }
 
 
-def configure(blocks: dict[str, dict[str, Any]], where: str = "evaluate.posthoc") -> dict[str, Strict]:
+def configure(blocks: dict[str, dict[str, Any]]) -> dict[str, Strict]:
     """The checked Config of each rule named in `blocks`. Raises UserError (one line) for an unknown rule or setting."""
+    where = "evaluate.posthoc"
     if unknown := sorted(set(blocks) - set(RULES)):
         raise UserError(f"{PARAMS}: {where}.{unknown[0]}: unknown rule: there are {', '.join(sorted(RULES))}")
     return {name: validate(RULES[name].Config, block, f"{where}.{name}") for name, block in blocks.items()}

@@ -220,7 +220,7 @@ def summary(cells: list[Cell]) -> dict[str, float | None]:
     A best cell is not named here: choosing one by these numbers would be choosing on the test split.
     """
     values = {name: [cell.metrics[name] for cell in cells] for name in HEADLINE}
-    return {f"mean_{name}": None if None in each else _rounded(sum(each) / len(each)) for name, each in values.items()}
+    return {f"mean_{name}": None if None in each else round(sum(each) / len(each), 4) for name, each in values.items()}
 
 
 def caption(cells: list[Cell], epochs: Iterable[int]) -> str:
@@ -282,10 +282,6 @@ def flat(tree: Any, prefix: str = "") -> dict[str, str]:
 
 def _spaced(rule: str) -> str:
     return rule.replace("_", " ")
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
 
 
 def _span(values: set[int]) -> str:

@@ -116,8 +116,8 @@ class Trained(NamedTuple):
 
 
 def steps_per_epoch(n: int, recipe: Recipe) -> int:
-    """ceil(N / B), or floor(N / B) for recipes that drop the last partial batch; at least 1."""
-    return max(1, n // recipe.batch_size) if recipe.last_batch == "drop" else math.ceil(n / recipe.batch_size)
+    """ceil(N / B), or floor(N / B) for recipes that drop the last partial batch."""
+    return n // recipe.batch_size if recipe.last_batch == "drop" else math.ceil(n / recipe.batch_size)
 
 
 def total_steps(n: int, recipe: Recipe) -> int:

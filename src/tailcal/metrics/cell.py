@@ -8,6 +8,7 @@ from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece,
 from tailcal.metrics.scores import check, softmax
 
 Numbers = dict[str, float | None]
+DIGITS = 6  # of a number behind the point
 
 
 def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, bins: int = 15) -> Numbers:
@@ -40,15 +41,15 @@ def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, b
     return numbers
 
 
-def over_seeds(runs: list[Numbers], digits: int = 6) -> Numbers:
+def over_seeds(runs: list[Numbers]) -> Numbers:
     """Mean of each number over the seeds, and beside it <name>_std, the sample standard deviation (ddof = 1).
 
-    The standard deviation of one seed is None, and so is a number that is None in any seed. Rounded to `digits`.
+    The standard deviation of one seed is None, and so is a number that is None in any seed. Rounded to DIGITS.
     """
     summary: Numbers = {}
     for name in runs[0]:
         values = [run[name] for run in runs]
         known = None not in values
-        summary[name] = round(float(np.mean(values)), digits) if known else None
-        summary[f"{name}_std"] = round(float(np.std(values, ddof=1)), digits) if known and len(runs) > 1 else None
+        summary[name] = round(float(np.mean(values)), DIGITS) if known else None
+        summary[f"{name}_std"] = round(float(np.std(values, ddof=1)), DIGITS) if known and len(runs) > 1 else None
     return summary
