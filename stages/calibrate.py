@@ -144,4 +144,4 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, goes_on=True)

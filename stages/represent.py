@@ -104,4 +104,4 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, goes_on=True)

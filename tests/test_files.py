@@ -32,6 +32,19 @@ def test_a_full_disk_ends_a_stage_with_one_line(tmp_path, monkeypatch):
     assert ended.value.code == f"error: {tmp_path / 'x.txt'}: cannot write: No space left on device"
 
 
+@pytest.mark.parametrize(
+    ("goes_on", "said"),
+    [(False, ""), (True, "; run the same command again to go on from the last checkpoint")],
+)
+def test_a_checkpoint_is_promised_where_there_is_one(goes_on, said):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        errors.run(interrupted, goes_on)
+    assert ended.value.code == f"error: interrupted{said}"
+
+
 def test_a_failing_block_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), files.atomic(tmp_path / "x") as stream:
         stream.write(b"half")

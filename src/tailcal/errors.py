@@ -16,9 +16,10 @@ class UserError(Exception):
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__()[:LONGEST])
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; a user's mistake or a failing disk ends it with one line on stderr and exit code 1.
+def run(main: Callable[[], None], goes_on: bool = False) -> None:
+    """Run a command's `main`; a user's mistake or a failing disk ends it with one line on stderr and exit code 1.
 
+    goes_on: whether it keeps checkpoints, and begins with the last one when it is run again.
     Anything else is a bug of ours and keeps its traceback.
     """
     try:
@@ -29,4 +30,5 @@ def run(main: Callable[[], None]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {where}{error.strerror or error}")
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; run the same command again to go on from the last checkpoint")
+        again = "; run the same command again to go on from the last checkpoint" if goes_on else ""
+        sys.exit(f"error: interrupted{again}")
