@@ -45,7 +45,7 @@ def write_seeds(trained: dict[int, train.Trained], out: Path) -> dict[int, str]:
         seed: weights.save_weights(one.network, out / f"seed{seed}.safetensors") for seed, one in trained.items()
     }
     history = pd.DataFrame([epoch for one in trained.values() for epoch in one.history], columns=HISTORY)
-    files.write_text(out / "history.csv", history.to_csv(index=False, float_format="%.6g"))
+    files.write_text(out / "history.csv", history.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return written
 
 

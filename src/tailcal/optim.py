@@ -1,7 +1,7 @@
 """SGD, SAM around it, and learning-rate schedules.
 
-SGD is called here by its kernel: the whole update is one fused call, and importing torch.optim pulls in the compiler,
-which costs each stage more time than a small training takes.
+SGD is called here by its kernel: the whole update is one fused call, and constructing an optimiser of torch.optim
+imports the compiler, which costs each stage more time than a small training takes.
 """
 
 import math

@@ -395,6 +395,7 @@ def validate(model: type[Strict], block: Any, where: str, file: Path = PARAMS) -
 
 
 def read(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping, as plain values. Raises UserError (one line) naming the file."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:

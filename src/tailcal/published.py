@@ -310,6 +310,7 @@ class Pair:
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero: the choice of test images alone does not explain it."""
         return self.low > 0 or self.high < 0
 
 
@@ -387,4 +388,5 @@ def pair_rows(tables: list[FootingTable]) -> pd.DataFrame:
 
 
 def points(fraction: float | None, digits: int = 2) -> float | None:
+    """A fraction in percent, or a difference of two in points, rounded; None stays None."""
     return None if fraction is None else round(100 * fraction, digits)
