@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 # already, for speed, gets other bits than everybody else.
 PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
 if platform.machine() in ("x86_64", "AMD64"):
-    os.environ.update(PORTABLE | os.environ)
+    for _name, _value in PORTABLE.items():
+        os.environ.setdefault(_name, _value)
 
 
 def _begin_under_dvc() -> None:
