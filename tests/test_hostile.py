@@ -1041,7 +1041,7 @@ def test_what_was_made_with_intent_ends_in_one_line_and_little_memory(name, tmp_
 
 @pytest.mark.parametrize("key", ["root", "train", "class_names", "path"])
 @pytest.mark.parametrize("value", ["a\0b", "~no such user/x", "x" * 300, "/proc/self/mem", "/dev/zero", "."])
-def test_places_that_cannot_be_are_named(key, value, tmp_path):
+def test_places_that_cannot_be_are_named(key, value, tmp_path, monkeypatch):
     kind = "folder" if key == "path" else "list"
     lists = {"root": str(tmp_path), "train": "list.txt", "test": "list.txt", "class_names": "list.txt"}
     block = {"kind": kind, "size": 8, "channels": 3} | (lists if kind == "list" else {}) | {key: value}
@@ -1051,7 +1051,8 @@ def test_places_that_cannot_be_are_named(key, value, tmp_path):
     def read() -> None:
         module.load(params.validate(module.Config, block, "source"), tmp_path)
 
-    with bounded(tmp_path, 64 * MEBI), contextlib.chdir(tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with bounded(tmp_path, 64 * MEBI):
         feed("places", read, "")
 
 
