@@ -1,16 +1,31 @@
 """Copies of the project to run in, so that no test touches the checkout."""
 
+import contextlib
+import importlib
+import io
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+# Before torch and numpy, which look at the environment: at what this sets for every stage, and at the threads.
+import stages  # noqa: F401
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the tests run side by side already
+
+# isort: split
 import torch
 
-torch.set_num_threads(1)  # the tests run side by side already
+from tailcal import errors
+
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {
@@ -30,6 +45,14 @@ TINY = [  # digits_lt, two cells, two seeds, a few epochs
     ("epochs: 10\n", "epochs: 2\n"),
     ("replicas: 2", "replicas: 1"),  # the tests run side by side already
 ]
+TINY_STAGES = re.compile(r"check|report|\w+@digits_lt|represent@digits_lt-ce|\w+@digits_lt-ce-(joint|mislas)")
+
+IN_ORDER = """
+import importlib, sys
+for stage in sys.argv[1:]:
+    name, *sys.argv[1:] = stage.split()
+    importlib.import_module(f"stages.{name}").main()
+"""
 
 
 def edit(path: Path, changes: list[tuple[str, str]]) -> None:
@@ -54,18 +77,12 @@ def long(request: pytest.FixtureRequest) -> bool:
 class Project:
     """A copy of the project with a git repository of its own."""
 
-    def __init__(self, root: Path, changes: list[tuple[str, str]]):
+    def __init__(self, root: Path):
         self.root = root
-        listed = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        for name in listed:
-            if (ROOT / name).exists():
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, root / name, follow_symlinks=False)
-        edit(root / "params.yaml", changes)
-        for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "copy"]):
-            self.run(*command)
+
+    def copy(self, root: Path) -> "Project":
+        """The project as it is, in another folder."""
+        return Project(Path(shutil.copytree(self.root, root, symlinks=True)))
 
     def start(self, *command: str) -> subprocess.Popen:
         """Start a command in the project, in a process group of its own."""
@@ -90,12 +107,78 @@ class Project:
         """Run one stage script."""
         return self.run("python", "-m", f"stages.{name}", *arguments, ok=ok)
 
+    def in_order(self, *commands: str, **environment: int) -> None:
+        """Run stages, each a name and its arguments, one after the other in one process of the project."""
+        self.run("env", *(f"{key}={value}" for key, value in environment.items()), "python", "-c", IN_ORDER, *commands)
+
+    def inside(self, name: str, *arguments: str, ok: bool = True) -> str:
+        """Run one stage in this process, by the checkout's code; returns what it printed.
+
+        A process of its own imports torch for seconds, to train for a tenth of one.
+        """
+        said, code, mode = io.StringIO(), 0, torch.get_deterministic_debug_mode()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
+            warnings.simplefilter("error", UserWarning)  # it would be a line of what is said
+            patch.chdir(self.root)
+            patch.setattr(sys, "argv", [name, *arguments])
+            try:
+                errors.run(importlib.import_module(f"stages.{name}").main)
+            except SystemExit as end:
+                code = end.code
+                print(code)
+            finally:
+                torch.set_deterministic_debug_mode(mode)
+        assert (not code) == ok, f"{name} ended with {code}:\n{said.getvalue()}"
+        return said.getvalue()
+
+
+@pytest.fixture(scope="session")
+def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project with a tiny grid, and of dvc.lock its stages: DVC takes a second to read and write all of it."""
+    root = tmp_path_factory.mktemp("tiny")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name, follow_symlinks=False)
+    edit(root / "params.yaml", TINY)
+    lock = yaml.load((root / "dvc.lock").read_text(), yaml.CSafeLoader)
+    lock["stages"] = {name: stage for name, stage in lock["stages"].items() if TINY_STAGES.fullmatch(name)}
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+    p = Project(root)
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "copy"]):
+        p.run(*command)
+    return p
+
+
+@pytest.fixture(scope="session")
+def _cut(_tiny: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The same with its data set downloaded and subsampled."""
+    p = _tiny.copy(tmp_path_factory.mktemp("cut") / "project")
+    for stage in ("download", "subsample"):
+        p.inside(stage, "--dataset", "digits_lt")
+    return p
+
 
 @pytest.fixture
-def project(tmp_path: Path) -> Callable[..., Project]:
-    """Make a copy of the project with a tiny grid; further changes to its params.yaml as (old, new) pairs."""
+def project(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Project]:
+    """Make a copy of the project with a tiny grid; further changes to its params.yaml as (old, new) pairs.
 
-    def make(*changes: tuple[str, str], name: str = "project") -> Project:
-        return Project(tmp_path / name, [*TINY, *changes])
+    cut: with its data set downloaded and subsampled, as the changes must leave it.
+    """
+
+    def make(*changes: tuple[str, str], name: str = "project", cut: bool = False) -> Project:
+        p = request.getfixturevalue("_cut" if cut else "_tiny").copy(tmp_path / name)
+        if changes:
+            edit(p.root / "params.yaml", list(changes))
+            p.run("git", "commit", "-qam", "changes")
+        return p
 
     return make

@@ -109,26 +109,23 @@ def test_a_workspace_finds_the_downloads_of_the_project_that_it_lies_in(tmp_path
 
 @pytest.mark.pipeline
 def test_two_trainings_of_one_cell(project):
-    p = project(LONGER)
-    for stage in ("download", "subsample"):
-        p.stage(stage, "--dataset", "digits_lt")
+    p = project(LONGER, cut=True)
     first = p.start("python", "-m", "stages.represent", *CELL)
     wait_for(p.root / LOCK, first)
-    output = p.stage("represent", *CELL, ok=False)
+    output = p.inside("represent", *CELL, ok=False)
     assert output == (
         f"error: data/representations/digits_lt/ce: another process (pid {first.pid}) is making it: "
         "wait for it, or stop it\n"
     )
     first.send_signal(signal.SIGKILL)
     first.wait()
-    p.stage("represent", *CELL)
+    p.inside("represent", *CELL)
 
 
 @pytest.mark.pipeline
 def test_two_repros_and_an_experiment_beside_them(project, long):
     """DVC keeps the second out of what the first is making, and says so; nothing of the first is lost."""
     p = project(LONGER)
-    (p.root / "dvc.lock").unlink()  # DVC reads and writes a long one for seconds
     target = ("represent@digits_lt-ce",)
     first = p.start("dvc", "repro", *target)
     wait_for(p.root / LOCK, first)
@@ -141,6 +138,5 @@ def test_two_repros_and_an_experiment_beside_them(project, long):
     if long:
         assert "up to date" in p.run("dvc", "repro", *target)
         alone = project(LONGER, name="alone")
-        (alone.root / "dvc.lock").unlink()
         alone.run("dvc", "repro", *target)
         assert artefacts(p.root) == artefacts(alone.root)

@@ -7,7 +7,6 @@ DVC writes dvc.lock, and a lock file of its own, in place. When it is killed mea
 """
 
 import contextlib
-import copy
 import hashlib
 import http.server
 import json
@@ -24,7 +23,7 @@ import yaml
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from tests.conftest import Project, edit
+from tests.conftest import ROOT, edit
 from tests.killing import Tally, artefacts, kill_until_done, leftovers, processes
 from tests.test_sources import stand_in
 
@@ -62,19 +61,9 @@ def own_images(root: Path, images: int) -> None:
     (root / "presets/own_images.yaml").write_text(yaml.safe_dump(preset))
 
 
-def copied(project: Project, root: Path) -> Project:
-    """A copy of a project as it is, in another folder."""
-    shutil.copytree(project.root, root, symlinks=True)
-    another = copy.copy(project)
-    another.root = root
-    return another
-
-
 def test_a_killed_stage_ends_with_the_same_bits(project, long, tmp_path):
-    undisturbed = project(OFTEN, *[LONGER] * long)
-    for name in BEFORE if not long else ():
-        undisturbed.stage(name, *DATASET)
-    killed = copied(undisturbed, tmp_path / "killed")
+    undisturbed = project(OFTEN, *[LONGER] * long, cut=not long)
+    killed = undisturbed.copy(tmp_path / "killed")
     generator, tally = random.Random(0), Tally()
     for name, (arguments, kills) in ((BEFORE | STAGES) if long else STAGES).items():
         began = time.monotonic()
@@ -174,16 +163,17 @@ def test_a_killed_repro_ends_with_the_same_bits(project, long, tmp_path):
     if not long:
         pytest.skip("tests/test_pipeline.py kills dvc repro once: pytest --long")
     undisturbed, begun = project(("checkpoint_seconds: 5", "checkpoint_seconds: 1"), LONGER), []
+    shutil.copy(ROOT / "dvc.lock", undisturbed.root)
     for stage in BEGUN:
         undisturbed.run("dvc", "repro", stage)
-        begun.append(copied(undisturbed, tmp_path / f"from {stage}"))
+        begun.append(undisturbed.copy(tmp_path / f"from {stage}"))
     undisturbed.run("dvc", "repro")
 
     generator, tally, kills = random.Random(2), Tally(), 8
     for before in begun:
         enough = len(tally.kills) + kills
         while len(tally.kills) < enough:
-            killed = copied(before, tmp_path / f"killed {len(tally.kills)}")
+            killed = before.copy(tmp_path / f"killed {len(tally.kills)}")
             moments = ((1.0, 12.0), ("stage", "dvc", "group"))
             kill_until_done(killed, generator, tally, kills, *moments, "dvc", "repro")
             assert artefacts(killed.root) == artefacts(undisturbed.root)
