@@ -9,25 +9,18 @@ from tailcal import params, train
 from tests.conftest import Project
 from tests.killing import artefacts
 
-CELL = ("--dataset", "digits_lt", "--representation", "ce")
+DATASET = "--dataset digits_lt"
+CELL = f"{DATASET} --representation ce"
 
 
 def run_stages(p: Project, threads: int, classifiers: tuple[str, ...]) -> dict[str, bytes]:
     """Everything up to the measurements of one representation, with so many threads allowed; classifiers in order."""
     shutil.rmtree(p.root / "metrics/cells")
     shutil.rmtree(p.root / "metrics/headline")
-
-    def stage(name: str, *arguments: str) -> None:
-        allowed = [f"{library}_NUM_THREADS={threads}" for library in ("OMP", "MKL", "OPENBLAS")]
-        p.run("env", *allowed, "python", "-m", f"stages.{name}", *arguments)
-
-    for name in ("download", "subsample"):
-        stage(name, *CELL[:2])
-    stage("represent", *CELL)
-    for classifier in classifiers:
-        stage("calibrate", *CELL, "--classifier", classifier)
-    for classifier in classifiers:
-        stage("evaluate", *CELL, "--classifier", classifier)
+    allowed = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")}
+    stages = [f"download {DATASET}", f"subsample {DATASET}", f"represent {CELL}"]
+    stages += [f"{stage} {CELL} --classifier {name}" for stage in ("calibrate", "evaluate") for name in classifiers]
+    p.in_order(*stages, **allowed)
     return artefacts(p.root)
 
 

@@ -173,8 +173,10 @@ def test_relative_and_late_imports_are_part_of_the_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.pipeline
-def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project):
+def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project, monkeypatch):
     p = project()
+    monkeypatch.setattr(provenance, "OURS", {"tailcal": p.root / "src", "stages": p.root})
+    monkeypatch.setattr(check, "TEMPLATES", p.root / "src/tailcal/templates")
 
     def changed(*edited: str) -> set[str]:
         """The settings that other bytes in these files change: their paths below data/settings, without the cell."""
@@ -182,7 +184,7 @@ def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project):
         for name in edited:
             with (p.root / name).open("a") as source:
                 source.write("# an edit\n")
-        p.stage("check")
+        p.inside("check")
         assert {path for path in (p.root / paths.SETTINGS).rglob("*.json")} == before.keys()
         return {
             str(path.relative_to(p.root / paths.SETTINGS).with_suffix(""))
@@ -190,7 +192,7 @@ def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project):
             if path.read_bytes() != content
         }
 
-    p.stage("check")
+    p.inside("check")
     blocks = params.load(ROOT / "params.yaml").classifiers
     mislas = {name for name, block in blocks.items() if block.get("method", name) == "mislas"}
     assert len(mislas) == 5

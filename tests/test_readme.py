@@ -21,20 +21,16 @@ def block(name: str) -> str:
 
 @pytest.mark.pipeline
 def test_the_method_of_the_walk_through_can_really_be_added(project):
-    p = project(name="added")
+    p = project(name="added", cut=True)
     (p.root / "src/tailcal/methods/label_smoothing.py").write_text(block("method"))
     params = p.root / "params.yaml"
     text = params.read_text()
     start = text.index("\n", text.index("\nrepresentations:") + 1) + 1
     params.write_text(text[:start] + block("block") + text[start:])
     assert "passed" in p.run("python", "-m", "pytest", "-q", "tests/test_contract.py", "-k", "label_smoothing")
-    added = ("--dataset", "digits_lt", "--representation", "label_smoothing")
-    p.stage("check")
-    p.stage("download", "--dataset", "digits_lt")
-    p.stage("subsample", "--dataset", "digits_lt")
-    p.stage("represent", *added)
-    p.stage("calibrate", *added, "--classifier", "joint")
-    p.stage("evaluate", *added, "--classifier", "joint")
+    added = "--dataset digits_lt --representation label_smoothing"
+    cell = f"{added} --classifier joint"
+    p.in_order("check", f"represent {added}", f"calibrate {cell}", f"evaluate {cell}")
     cell = json.loads((p.root / "metrics/cells/digits_lt/label_smoothing/joint.json").read_text())
     assert cell["provenance"]["params"]["representation"]["settings"] == {"augmentation": "standard", "epsilon": 0.1}
 
