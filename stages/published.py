@@ -166,8 +166,12 @@ def select(
             if dataset in (datasets or [dataset]) and representation in (representations or [representation]):
                 asked.setdefault((dataset, representation, table.late_epochs), []).extend(classifiers)
     if not asked:
-        known = sorted({name for table in chosen.tables.values() for name, _, _ in table.cells()})
-        raise errors.UserError(f"no table has such a data set and representation: the data sets are {', '.join(known)}")
+        pairs = sorted(
+            {f"{pair[0]}/{pair[1]}" for name in tables or chosen.tables for pair in chosen.tables[name].cells()}
+        )
+        raise errors.UserError(
+            f"--dataset, --representation: none of these tables has such a pair: there are {', '.join(pairs)}"
+        )
     return {training: list(dict.fromkeys(classifiers)) for training, classifiers in asked.items()}
 
 

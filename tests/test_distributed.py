@@ -131,11 +131,20 @@ def test_whoever_sees_the_mistake_it_is_told_once(tmp_path, speaks):
     assert (ran.returncode, ran.stderr) == (1, "error: one clear line\n")
 
 
+def test_half_of_what_torchrun_tells_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(
+        UserError, match="has RANK, and lacks LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start with torchrun"
+    ):
+        distributed.join(torch.device("cpu"))
+
+
 def test_alone_there_is_nothing_to_share():
     network = torch.nn.Linear(2, 2)
-    assert distributed.share(network, True) is network
+    assert distributed.share(network) is network
     assert distributed.is_first()
-    assert distributed.record(True) == {}
+    assert distributed.record() == {}
 
 
 @pytest.mark.pipeline

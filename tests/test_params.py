@@ -73,6 +73,11 @@ def test_every_method_has_settings_on_every_data_set(name, stage):
         ("      fsgl:\n", "      fsgll:\n", "datasets.digits_lt.overrides.fsgll: no method of that name has a block"),
         ("    epochs: 60", "    epochs: 60\n    iterations: 9", "recipes.digits: must have a budget: either epochs or"),
         ("cutout: 4", "cutout: -4", "datasets.digits_lt.augmentation.cutout: input should be greater"),
+        ("cutout: 4", f"cutout: {10**23}", "datasets.digits_lt.augmentation.cutout: input should be less"),
+        ("fill: 0", "fill: 300", "datasets.digits_lt.augmentation.fill: input should be less than or equal to 255"),
+        ("      - 0.3761", "      - 1e-320", "datasets.digits_lt.augmentation.std.0: input should be greater"),
+        ("holdout_per_class: 20", f"holdout_per_class: {10**24}", "datasets.digits_lt.holdout_per_class: input should"),
+        ("factor: 20", f"factor: 20\n      largest: {10**23}", "datasets.digits_lt.imbalance.largest: input should be"),
         ("  bins: 15", "  bins: 15\n  binz: 3", "evaluate.binz: unknown key"),
         (
             "      fsgl:\n",

@@ -351,7 +351,7 @@ def test_a_wrong_plan_is_named(run, edit, message):
         (("--seed", "-1"), "--seed -1: must be one of 0, 1"),
         (("--seed", "0", "--seed", "0"), "--seed 0: must be one of 0, 1, each named once at most"),
         (("--precision", "tf32"), "precision: is tf32, which exists only on a GPU; use float32 or bf16"),
-        (("--dataset", "big"), "no table has such a data set and representation: the data sets are small"),
+        (("--dataset", "big"), "--dataset, --representation: none of these tables has such a pair: there are small/ce"),
         (
             ("--images", "elsewhere"),
             r"--images \S*/elsewhere: source.path: \S*/elsewhere/cifar10: there is no such folder",

@@ -464,6 +464,14 @@ def test_too_little_memory_is_one_line_and_writes_nothing(tmp_path, model, pictu
     assert not list((tmp_path / "new").iterdir())
 
 
+def test_a_model_that_gives_no_numbers_writes_nothing(tmp_path, model, pictures, monkeypatch):
+    card = model / "model.json"
+    card.write_bytes(change(fitted={"temperature": 1e-320})(card.read_bytes()))
+    with pytest.raises(UserError, match=r"the model's probabilities are no finite numbers: export the model again"):
+        run(monkeypatch, "--model", model, "--out", tmp_path / "new/out.csv", pictures)
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_when_no_image_can_be_read_nothing_is_written(tmp_path, model, monkeypatch):
     bad = tmp_path / "bad.png"
     bad.write_text("no image")

@@ -28,6 +28,7 @@ from tailcal.errors import UserError
 from tailcal.models import Network
 from tailcal.params import PARAMS
 
+MEETING = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process beside RANK
 SHARED_MISTAKE_SECONDS = 5.0  # that the first process has to report what another one has ended with
 
 
@@ -86,9 +87,14 @@ def _end_with_parent() -> None:
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the other processes, if torchrun has started some; returns this process's device."""
+    """Join the other processes, if torchrun has started some; returns this process's device.
+
+    Raises UserError when only a part of what torchrun tells is there, and when there is no GPU for each process.
+    """
     if "RANK" not in os.environ:
         return device
+    if lacking := [name for name in MEETING if name not in os.environ]:
+        raise UserError(f"the environment has RANK, and lacks {', '.join(lacking)}: start with torchrun, or unset RANK")
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():

@@ -20,6 +20,7 @@ PRESETS = Path("presets")
 NAMED_PROBLEMS = 3  # that one line tells
 TAGS = ("cosine", "multistep", "pad_crop", "resized_crop", "exponential", "step", "natural")
 MAX_EXPANDED = 100_000
+MANY = 10**9  # images of a class, more than any data set has
 
 
 class Strict(BaseModel):
@@ -88,7 +89,7 @@ class LongTail(_Imbalance):
 
     profile: Literal["exponential", "step"]
     factor: Annotated[float, Field(ge=1)]
-    largest: Annotated[int, Field(ge=1)] | None = None
+    largest: Annotated[int, Field(ge=1, le=MANY)] | None = None
 
 
 class Natural(_Imbalance):
@@ -111,8 +112,8 @@ Imbalance = Annotated[LongTail | Natural, Field(discriminator="profile")]
 class _Normalised(Strict):
     """What every augmentation ends with: pixels in [0, 1], less `mean`, by `std`; one value a channel."""
 
-    mean: Annotated[list[float], Field(min_length=1)]
-    std: Annotated[list[Positive], Field(min_length=1)]
+    mean: Annotated[list[Fraction], Field(min_length=1)]
+    std: Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3)]], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _same_channels(self) -> "_Normalised":
@@ -132,7 +133,7 @@ class PadCrop(_Normalised):
     kind: Literal["pad_crop"]
     pad: Annotated[int, Field(ge=0, le=64)]
     flip: bool
-    cutout: Annotated[int, Field(ge=1)]
+    cutout: Annotated[int, Field(ge=1, le=65536)]
     fill: Annotated[int, Field(ge=0, le=255)]
 
 
@@ -244,7 +245,7 @@ class Dataset(Strict):
 
     source: dict[str, Any]
     imbalance: Imbalance
-    holdout_per_class: Annotated[int, Field(ge=0)]
+    holdout_per_class: Annotated[int, Field(ge=0, le=MANY)]
     backbone: str
     augmentation: Augmentation
     represent: Word

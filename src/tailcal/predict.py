@@ -225,8 +225,8 @@ def predict(
 ) -> list[UserError]:
     """Predict the files and write the CSV, whole or not at all; returns what was wrong with the unreadable ones.
 
-    Raises UserError when no file at all could be read, and when memory is too small for a batch; nothing is written
-    then.
+    Raises UserError when no file at all could be read, when memory is too small for a batch, and when what the model
+    says is no number; nothing is written then.
     """
     top = min(top, len(card.class_names))
     ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
@@ -246,7 +246,10 @@ def predict(
                     tqdm.write(f"error: {problem}", file=sys.stderr)
             if good:
                 images = torch.from_numpy(np.stack([image for _, image in good])).to(device)
-                for cells in rows(card.class_names, [path for path, _ in good], model(images), top):
+                probabilities = model(images)
+                if not probabilities.isfinite().all():
+                    raise UserError(f"the model's probabilities are no finite numbers: {AGAIN}")
+                for cells in rows(card.class_names, [path for path, _ in good], probabilities, top):
                     stream.write(line(cells))
             bar.update(len(batch))
         if len(wrong) == len(paths):
