@@ -128,11 +128,11 @@ class Project:
         said, code, mode = io.StringIO(), 0, torch.get_deterministic_debug_mode()
         with (
             pytest.MonkeyPatch.context() as patch,
-            warnings.catch_warnings(),
+            warnings.catch_warnings(record=True) as warned,
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(said),
         ):
-            warnings.simplefilter("error", UserWarning)  # it would be a line of what is said
+            warnings.simplefilter("ignore", DeprecationWarning)  # as in a process of its own, which prints the others
             patch.chdir(self.root)
             patch.setattr(sys, "argv", [name, *arguments])
             try:
@@ -142,8 +142,9 @@ class Project:
                 print(code)
             finally:
                 torch.set_deterministic_debug_mode(mode)
-        assert (not code) == ok, f"{name} ended with {code}:\n{said.getvalue()}"
-        return said.getvalue()
+        printed = said.getvalue() + "".join(f"{warning.message}\n" for warning in warned)
+        assert (not code) == ok, f"{name} ended with {code}:\n{printed}"
+        return printed
 
 
 @pytest.fixture(scope="session")

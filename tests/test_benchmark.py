@@ -337,6 +337,6 @@ def test_a_file_that_cannot_be_gone_on_from_is_named(benchmark, content, message
 
 @pytest.mark.pipeline
 def test_a_case_that_is_not_there_is_one_line(project):
-    output = project().stage("benchmark", "--alone", "first_step", "x", ok=False)
+    output = project().inside("benchmark", "--alone", "first_step", "x", ok=False)
     assert output.startswith("error: --alone first_step: must be one of ")
     assert output.count("\n") == 1

@@ -213,7 +213,7 @@ def test_a_file_where_a_folder_should_be_is_one_line(project):
     p = project()
     (p.root / "data/raw").mkdir(parents=True)
     (p.root / "data/raw/digits_lt").write_text("a file where a folder should be")
-    output = p.stage("download", "--dataset", "digits_lt", ok=False)
+    output = p.inside("download", "--dataset", "digits_lt", ok=False)
     assert output.startswith("error: ")
     assert "data/raw/digits_lt" in output
     assert output.count("\n") == 1
