@@ -13,6 +13,7 @@ import pytest
 from stages import paths, workspace
 from tailcal import cifar_archive, lock
 from tailcal.errors import UserError
+from tests.conftest import edit
 from tests.killing import artefacts, leftovers
 
 CELL = ("--dataset", "digits_lt", "--representation", "ce")
@@ -119,6 +120,7 @@ def test_two_trainings_of_one_cell(project):
     )
     first.send_signal(signal.SIGKILL)
     first.wait()
+    edit(p.root / "params.yaml", [LONGER[::-1]])  # nobody has to come upon this one
     p.inside("represent", *CELL)
 
 

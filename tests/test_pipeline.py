@@ -48,9 +48,9 @@ def test_repro_makes_everything_then_nothing_and_an_edit_reruns_only_its_own(pro
 
     with (p.root / "src/tailcal/methods/mislas.py").open("a") as source:
         source.write("# an edit\n")
-    for says in ("check", "calibrate@digits_lt-ce-mislas"):
-        assert list(json.loads(p.run("dvc", "status", "--json").splitlines()[-1])) == [says]
-        p.run("dvc", "repro", "check")
+    assert list(json.loads(p.run("dvc", "status", "--json").splitlines()[-1])) == ["check"]
+    p.run("dvc", "repro", "check")
+    assert list(json.loads(p.run("dvc", "status", "--json").splitlines()[-1])) == ["calibrate@digits_lt-ce-mislas"]
     p.run("git", "checkout", "-q", ".")
 
     assert "Running stage" not in p.run("dvc", "exp", "run", "--temp", "-S", "evaluate.bins=15", "-n", "same")
