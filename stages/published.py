@@ -7,6 +7,7 @@ where it was. It stands outside the pipeline: see published/dvc.yaml.
 
 import argparse
 import base64
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,7 +34,7 @@ from tailcal import (
 )
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece
-from tailcal.metrics.cell import Numbers, measure, over_seeds
+from tailcal.metrics.cell import DIGITS, Numbers, measure, over_seeds
 from tailcal.metrics.scores import softmax
 from tailcal.plan import AS_TRAINED
 
@@ -89,7 +90,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     said = ("top1", "top1_std", "ece", "ece_std")
     numbers = {
         rule: {key: over_seeds(runs)[key] for key in said}
-        | {"ece_least": round(min(every_ece[rule]), 6), "ece_most": round(max(every_ece[rule]), 6)}
+        | {"ece_least": round(min(every_ece[rule]), DIGITS), "ece_most": round(max(every_ece[rule]), DIGITS)}
         for rule, runs in best.items()
     }
     return {"epochs": len(late)} | numbers.pop(AS_TRAINED) | {"posthoc": numbers}
@@ -166,9 +167,8 @@ def select(
             if dataset in (datasets or [dataset]) and representation in (representations or [representation]):
                 asked.setdefault((dataset, representation, table.late_epochs), []).extend(classifiers)
     if not asked:
-        pairs = sorted(
-            {f"{pair[0]}/{pair[1]}" for name in tables or chosen.tables for pair in chosen.tables[name].cells()}
-        )
+        cells_of = (chosen.tables[name].cells() for name in tables or chosen.tables)
+        pairs = sorted({f"{dataset}/{representation}" for dataset, representation, _ in chain.from_iterable(cells_of)})
         raise errors.UserError(
             f"--dataset, --representation: none of these tables has such a pair: there are {', '.join(pairs)}"
         )
