@@ -157,6 +157,43 @@ def test_many_classes_are_averaged_over_neighbouring_ranks(drawn, tmp_path):
     assert len(line.get_xdata()) == 10
 
 
+def test_named_classes_have_bars_of_the_deviation_over_seeds_that_end_at_100_percent(drawn, tmp_path):
+    classes = report_inputs.classes(_generator()).assign(accuracy=0.95, accuracy_std=0.1)
+    figures.per_class_accuracy({("ce", "joint"): classes}, "bars", tmp_path / "unused.png")
+    (bars,) = drawn[0].axes[0].collections
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[pytest.approx(0.85), 1]] * len(classes)
+    assert drawn[0].legends[0].get_texts()[-1].get_text() == "one standard deviation over seeds"
+
+
+def test_one_seed_has_no_bars_and_no_word_of_them(drawn, tmp_path):
+    classes = report_inputs.classes(_generator()).assign(accuracy_std=np.nan)
+    figures.per_class_accuracy({("ce", "joint"): classes}, "one seed", tmp_path / "unused.png")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["joint"]
+
+
+def test_the_classifiers_of_a_class_stand_side_by_side_in_the_order_of_the_grid(drawn, tmp_path):
+    cells = {("ce", name): report_inputs.classes(_generator()) for name in ("joint", "crt", "marc")}
+    figures.per_class_accuracy(cells, "three", tmp_path / "unused.png")
+    first = [line.get_xdata()[0] for line in drawn[0].axes[0].lines]
+    assert first == sorted(set(first))
+    assert first[1] == 1
+
+
+def test_a_loss_has_a_panel_and_a_scale_of_its_own(drawn, tmp_path):
+    histories = {name: report_inputs.history(_generator()) for name in "abcdefg"}
+    histories["c"] = histories["c"].assign(loss=histories["c"]["loss"] - 100)
+    figures.training_curves(histories, "seven", tmp_path / "unused.png")
+    accuracy, *losses = drawn[0].axes
+    assert len(accuracy.lines) == 7
+    assert [axes.get_title() for axes in losses] == list("abcdefg")
+    for name, axes in zip("abcdefg", losses, strict=True):
+        means = histories[name].groupby("epoch")["loss"].mean()
+        np.testing.assert_allclose(axes.lines[0].get_ydata(), means)
+        low, high = axes.get_ylim()
+        assert (low == 0) == (name != "c")
+        assert high < means.max() + 10
+
+
 NAMES = ["猫", "cat 猫", "кошка", "a_b", "$\\frac{$", "犬の 写真 dog", "x", "y", "z", "long " * 9 + "猫"]
 WITHOUT_FONT = ["#0", "cat #1", "кошка", "a_b", "$\\frac{$", "dog #5", "x", "y", "z"]
 

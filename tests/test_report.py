@@ -17,6 +17,7 @@ import pytest
 from stages import paths, readme, report
 from tailcal import figures
 from tailcal.errors import UserError
+from tailcal.posthoc import RULES
 from tests import report_inputs
 
 SMALL = {"representations": ("ce", "mixup"), "classifiers": ("joint", "mislas")}
@@ -238,12 +239,15 @@ def test_classes_have_no_deviation_where_there_is_none_or_no_room(tmp_path):
 
 
 @pytest.mark.parametrize("rules", [report_inputs.RULES, ("temperature",)])
-def test_page_explains_transductive_where_a_rule_is(rules):
+def test_page_explains_the_rules_that_were_applied(rules):
     for cell in product(("digits_lt",), *SMALL.values()):
         posthoc = json.loads(paths.metrics(*cell).read_text())["posthoc"]
         report_inputs.change(paths.metrics(*cell), posthoc={rule: posthoc[rule] for rule in rules})
     report.main()
-    assert ("Transductive: computed from" in paths.REPORT.read_text()) == ("pn_transductive" in rules)
+    text = paths.REPORT.read_text()
+    assert ("Transductive: computed from" in text) == ("pn_transductive" in rules)
+    for name, rule in RULES.items():
+        assert (rule.says in html.unescape(text)) == (name in rules)
 
 
 def test_one_seed_has_no_deviation(tmp_path):

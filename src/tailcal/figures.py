@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tailcal.files import atomic
 
@@ -48,7 +48,11 @@ NAMED_CLASSES = 30  # more classes than this are not named, and accuracies avera
 RANK_GROUPS = 10
 LEVEL_CHARACTERS = 40  # names that need more than this beside each other are written upwards
 FEW_PREDICTIONS, FAINT = 10, 0.3  # of a bin, over all seeds: what so few say is drawn with this opacity
+LOSSES_ACROSS = 5  # panels in a row
 WIDE_RANGE = 8  # largest over smallest ECE, from which on their axis is logarithmic
+
+ROUND = (1, 2, 5, 10)  # what ticks are multiples of
+MARGIN = 10  # pixels around a picture
 
 FONT = "DejaVu Sans"  # comes with matplotlib
 # Every setting that a user's own matplotlibrc might change, and text taken literally: class names may hold a $.
@@ -208,7 +212,7 @@ def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
         axes.bar_label(bars, padding=4)
         names, families = _drawable(ranked, 36)
         axes.set_yticks(ranked.index, names, fontfamily=families)
-        axes.set(ylim=(len(ranked) - 0.4, -0.6), xlabel="training images")
+        axes.set(ylim=(len(ranked) - 0.4, -0.6), xlabel="training images", ylabel="class")
         axes.margins(x=0.08)
     else:
         axes.bar(ranked.index + 1, ranked["train_count"], width=1, color=colours)
@@ -226,7 +230,8 @@ def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
 def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Path) -> None:
     """Test accuracy a class against its frequency rank: a panel a representation, a line a classifier.
 
-    Up to NAMED_CLASSES classes are named below the lowest panels; more are averaged over groups of ranks.
+    Up to NAMED_CLASSES classes are named below the lowest panels, and have bars of one standard deviation over seeds,
+    those of classifiers side by side; more are averaged over groups of ranks.
     """
     rows, columns = _axes_of(cells)
     colours = dict(zip(columns, cycle(CLASSIFIER_COLOURS), strict=False))
@@ -238,18 +243,23 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
     below = 0.07 * max(map(len, names)) if named and upright else 0.2
     figure = Figure(figsize=(max(5.2 * across, 7), 1.1 + 2.8 * down + below), layout="constrained")
     panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel())
+    beside = np.linspace(-0.2, 0.2, len(columns)) if named and len(columns) > 1 else np.zeros(len(columns))
     spare = panels.pop(1) if len(panels) > len(rows) else None  # at the top, so that the lowest row is full
     figure.suptitle(title, fontweight="bold")
     for axes, row in zip(panels, rows, strict=True):
-        for column in columns:
+        for column, shift in zip(columns, beside, strict=True):
             rank, accuracy = _by_rank(cells[row, column])
+            if named:
+                std = _ranked(cells[row, column])["accuracy_std"].to_numpy(dtype=float)
+                bars = (accuracy - std, np.minimum(accuracy + std, 1))
+                axes.vlines(rank + shift, *bars, color=colours[column], linewidth=1, alpha=0.6)
             axes.plot(
-                rank,
+                rank + shift,
                 accuracy,
                 color=colours[column],
                 marker=markers[column],
                 markersize=6,
-                linewidth=1.5,
+                linewidth=1.2,
                 alpha=0.85,
                 label=column,
                 clip_on=False,
@@ -265,37 +275,52 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
         _percent(axes.yaxis)
     # After the last line: a limit that is set stops the shared axis from growing.
     panels[0].set_ylim(top=1)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, _ = panels[0].get_legend_handles_labels()
+    if named and any(cell["accuracy_std"].notna().any() for cell in cells.values()):
+        bar = {"color": INK, "linestyle": "", "marker": "|", "markersize": 14}
+        handles.append(Line2D([], [], **bar, label="one standard deviation over seeds"))
     if spare:
         spare.set_axis_off()
-        spare.legend(handles, labels, loc="center", ncols=ceil(len(columns) / 10))
+        spare.legend(handles=handles, loc="center", ncols=ceil(len(handles) / 10))
     else:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(columns), 6))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
     _save(figure, path)
 
 
 @rc_context(STYLE)
 def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Path) -> None:
-    """Stage 1 over the epochs, a line a representation: the mean over seeds, and from the least to the largest."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    """Stage 1 over the epochs, a line a representation: the mean over seeds, and from the least to the largest.
+
+    Accuracies share a panel. Losses do not, since those of two methods have no scale in common.
+    """
+    down = ceil(len(histories) / LOSSES_ACROSS)
+    across = ceil(len(histories) / down)
+    figure = Figure(figsize=(10, 4.2 + 2.2 * down), layout="constrained")
+    grid = figure.add_gridspec(1 + down, across, height_ratios=(1.6, *[1] * down))
+    accuracy = figure.add_subplot(grid[0, :])
+    losses = [figure.add_subplot(grid[1 + k // across, k % across]) for k in range(len(histories))]
     figure.suptitle(title, fontweight="bold")
-    for name, look in _looks(histories).items():
-        for axes, column in ((loss, "loss"), (accuracy, "train_accuracy")):
+    for loss, (name, look) in zip(losses, _looks(histories).items(), strict=True):
+        for axes, column in ((accuracy, "train_accuracy"), (loss, "loss")):
             curve = histories[name].groupby("epoch")[column].agg(["mean", "min", "max"])
             axes.fill_between(curve.index, curve["min"], curve["max"], color=look["color"], alpha=0.2, linewidth=0)
             axes.plot(curve.index, curve["mean"], marker="o" if len(curve) < 4 else None, label=name, **look)
-    loss.set_title("loss, each method's own")
-    accuracy.set_title("accuracy; of a mixed label, the share that was hit")
-    if min(history["loss"].min() for history in histories.values()) >= 0:  # a consistency term may be negative
-        loss.set_ylim(bottom=0)
+        loss.set_title(_fold(name), fontsize=10)
+        if histories[name]["loss"].min() >= 0:  # a consistency term may be negative
+            loss.set_ylim(bottom=0)
+        loss.tick_params(labelsize=9)
+        loss.xaxis.set_major_locator(MaxNLocator(3, integer=True, steps=ROUND))
+        loss.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
+    accuracy.set_title("training accuracy; of a mixed label, the share that was hit")
     accuracy.set_ylim(0, 1)
+    accuracy.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
     _percent(accuracy.yaxis)
-    for axes in (loss, accuracy):
+    for axes in (accuracy, *losses):
         axes.set_xlabel("epoch")
         axes.grid(True)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles, _ = loss.get_legend_handles_labels()
+    for loss in losses[::across]:
+        loss.set_ylabel("loss")
+    handles, _ = accuracy.get_legend_handles_labels()
     band = Patch(color=INK, alpha=0.2, linewidth=0, label="band: from the least seed to the largest")
     figure.legend(handles=[*handles, band], loc="outside lower center", ncols=min(len(histories) + 1, 4))
     _save(figure, path)
@@ -435,6 +460,6 @@ def _save(figure: Figure, path: Path) -> None:
     """Write the picture with a palette of its own: a third of the bytes, which git keeps at every change."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image = ImageOps.expand(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), MARGIN, "white")
     with atomic(path) as stream:
         image.quantize(256, dither=Image.Dither.NONE).save(stream, format="png", optimize=True)

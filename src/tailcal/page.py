@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from tailcal import tables
+from tailcal import posthoc, tables
 from tailcal.tables import Cell
 
 CAPTIONS = {
@@ -14,9 +14,10 @@ CAPTIONS = {
     "in purple where it is underconfident.",
     "accuracy_ece": "Top-1 accuracy against ECE: the lower right is best; bars are one standard deviation over seeds.",
     "class_counts": "Training images a class, coloured by shot group.",
-    "per_class": "Test accuracy from the most to the least frequent class, mean over seeds.",
+    "per_class": "Test accuracy from the most to the least frequent class, mean over seeds; one standard deviation "
+    "where classes are named.",
     "training": "Stage 1: mean over seeds, and the range over seeds as a band. Losses of different representations "
-    "are different functions, so compare shapes, not heights.",
+    "are different functions, each with a scale of its own: compare shapes, not heights.",
 }
 
 
@@ -30,12 +31,14 @@ def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diag
     provenance = [tables.flat(cell.metrics["provenance"]) for cell in cells]
     common = set.intersection(*(set(facts.items()) for facts in provenance))
     shared = {key: value for key, value in provenance[0].items() if (key, value) in common}
+    applied = [rule for rule in tables.rules(cells) if rule in posthoc.RULES]
     return {
         "dataset": cells[0].dataset,
         "caption": tables.caption(cells, epochs),
         "table": tables.table(cells),
         "notes": tables.notes(cells),
         "posthoc": tables.posthoc_tables(cells),
+        "rules": {tables.spaced(rule): posthoc.RULES[rule].says for rule in applied},
         "transductive": bool(tables.transductive(cells)),
         "classes": classes,
         "listed": worst if len(classes.rows) < number else "every class",

@@ -305,12 +305,13 @@ def _when_tuned(config: Tau) -> bool:
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of RULES.
+    """One entry of RULES. `says`: what it does, half a sentence for a reader of the report.
 
     A rule that needs a hold-out, which may depend on its Config, is left out of cells that have none. A transductive
     rule makes each prediction depend on all the predictions that it is given with.
     """
 
+    says: str
     Config: type[Strict]
     fit: Callable[[Any, np.ndarray, np.ndarray, np.ndarray], Fitted]
     needs_holdout: Callable[[Any], bool]
@@ -318,12 +319,45 @@ class Rule:
 
 
 RULES = {
-    "temperature": Rule(NoSettings, fit_temperature, _always),
-    "vector_scaling": Rule(NoSettings, fit_vector_scaling, _always),
-    "class_temperature": Rule(NoSettings, fit_class_temperature, _always),
-    "logit_adjustment": Rule(Tau, fit_logit_adjustment, _when_tuned),
-    "pn_inductive": Rule(Tau, fit_pn_inductive, _always),
-    "pn_transductive": Rule(Tau, fit_pn_transductive, _when_tuned, transductive=True),
+    "temperature": Rule(
+        "divides all logits by one temperature, fitted on the hold-out (Guo et al. 2017)",
+        NoSettings,
+        fit_temperature,
+        _always,
+    ),
+    "vector_scaling": Rule(
+        "gives each class's logit a scale and a shift of its own, fitted on the hold-out (Guo et al. 2017)",
+        NoSettings,
+        fit_vector_scaling,
+        _always,
+    ),
+    "class_temperature": Rule(
+        "divides by a temperature that follows the class's training count, fitted on the hold-out "
+        "(after Islam et al. 2021)",
+        NoSettings,
+        fit_class_temperature,
+        _always,
+    ),
+    "logit_adjustment": Rule(
+        "subtracts tau times the log class priors; meant for logits that no method has balanced (Menon et al. 2021)",
+        Tau,
+        fit_logit_adjustment,
+        _when_tuned,
+    ),
+    "pn_inductive": Rule(
+        "divides each class's probabilities by a power tau of their sum over the hold-out's predictions",
+        Tau,
+        fit_pn_inductive,
+        _always,
+    ),
+    "pn_transductive": Rule(
+        "divides each class's probabilities by a power tau of their sum over the test split's predictions "
+        "(Zhang et al. 2024)",
+        Tau,
+        fit_pn_transductive,
+        _when_tuned,
+        transductive=True,
+    ),
 }
 
 

@@ -130,6 +130,11 @@ def table(cells: list[Cell], columns: Iterable[Column] = MAIN) -> Table:
     return Table(["representation", "classifier", *(column.title for column in columns)], marked)
 
 
+def rules(cells: list[Cell]) -> list[str]:
+    """ "none", and the post-hoc rules that could be applied to any of the cells."""
+    return list(dict.fromkeys(rule for cell in cells for rule, _ in cell.variants()))
+
+
 def transductive(cells: list[Cell]) -> set[str]:
     """The post-hoc rules whose prediction for one test sample depends on the other test samples."""
     return {rule for cell in cells for rule, numbers in cell.variants() if numbers.get("transductive", False)}
@@ -141,16 +146,16 @@ def posthoc_tables(cells: list[Cell]) -> dict[str, Table]:
     The best of a row is marked, among the rules that treat a sample at a time. A transductive one knows more: it
     carries MARK and does not compete.
     """
-    rules = list(dict.fromkeys(rule for cell in cells for rule, _ in cell.variants()))
-    if len(rules) == 1:
+    applied = rules(cells)
+    if len(applied) == 1:
         return {}
     apart = transductive(cells)
-    titles = [f"{_spaced(rule)} {MARK}" if rule in apart else _spaced(rule) for rule in rules]
+    titles = [f"{spaced(rule)} {MARK}" if rule in apart else spaced(rule) for rule in applied]
     return {
         number.title: Table(
             ["representation", "classifier", *titles],
             [
-                [(cell.representation, False), (cell.classifier, False), *_by_rule(cell, number, rules, apart)]
+                [(cell.representation, False), (cell.classifier, False), *_by_rule(cell, number, applied, apart)]
                 for cell in cells
             ],
         )
@@ -158,13 +163,13 @@ def posthoc_tables(cells: list[Cell]) -> dict[str, Table]:
     }
 
 
-def _by_rule(cell: Cell, number: Column, rules: list[str], apart: set[str]) -> list[tuple[str, bool]]:
+def _by_rule(cell: Cell, number: Column, applied: list[str], apart: set[str]) -> list[tuple[str, bool]]:
     """One row of a table of `posthoc_tables`, after the names."""
-    columns = {rule: replace(number, posthoc=rule) for rule in rules}
-    means = {rule: columns[rule].mean(cell) for rule in rules if rule not in apart}
+    columns = {rule: replace(number, posthoc=rule) for rule in applied}
+    means = {rule: columns[rule].mean(cell) for rule in applied if rule not in apart}
     present = [mean for mean in means.values() if mean is not None]
     best = number.best(present) if len(present) > 1 else None
-    return [(columns[rule].text(cell), best is not None and means.get(rule) == best) for rule in rules]
+    return [(columns[rule].text(cell), best is not None and means.get(rule) == best) for rule in applied]
 
 
 def class_table(cells: list[Cell]) -> Table:
@@ -259,7 +264,7 @@ def notes(cells: list[Cell]) -> list[str]:
         "Look at the training's loss: a lower learning rate of that stage usually mends it."
     ]
     return (warnings if worse else []) + [
-        f"No {', '.join(_spaced(rule) for rule in reasons if reasons[rule] == reason)}: {reason.rstrip('.')}."
+        f"No {', '.join(spaced(rule) for rule in reasons if reasons[rule] == reason)}: {reason.rstrip('.')}."
         for reason in dict.fromkeys(reasons.values())
     ]
 
@@ -280,7 +285,8 @@ def flat(tree: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: ", ".join(map(str, tree)) if isinstance(tree, list) else str(tree)}
 
 
-def _spaced(rule: str) -> str:
+def spaced(rule: str) -> str:
+    """A rule's name as it is written in a table."""
     return rule.replace("_", " ")
 
 
