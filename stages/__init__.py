@@ -3,11 +3,12 @@
 import contextlib
 import ctypes
 import os
-import platform
 import shutil
 import signal
 import sys
+from itertools import takewhile
 from pathlib import Path
+from types import TracebackType
 
 if sys.platform != "linux":  # its locks, signals and counts of cores are used all over
     sys.exit(f"error: the stages run on Linux only, and this is {sys.platform}; tailcal.predict may run here")
@@ -20,9 +21,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 # round otherwise, and training makes another network of that. They must be set before torch looks. Whoever has set them
 # already, for speed, gets other bits than everybody else.
 PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
-if platform.machine() in ("x86_64", "AMD64"):
+
+
+def _has_avx2() -> bool:
+    """Whether this processor has them: torch would take our word for it, and die of an illegal instruction."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as told:
+        return any("avx2" in line.split() for line in takewhile(str.strip, told))  # of the first core
+    return False
+
+
+if _has_avx2():
     for _name, _value in PORTABLE.items():
         os.environ.setdefault(_name, _value)
+
+
+def _without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An interrupt while a stage still imports its libraries, before `errors.run` could catch it, is one line too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _without_traceback
 
 
 def _begin_under_dvc() -> None:

@@ -37,7 +37,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
                 f"{case['step_ms']['median']:.2f} ms",
                 f"{case['training_seconds']['median']:,.1f} s",
                 f"{gpu['busy']:.0%}" if gpu and gpu["busy"] is not None else "",
-                f"{gpu['memory_reserved'] / 1e9:.2f} GB" if gpu else "",
+                f"{gpu['memory'] / 1e9:.2f} GB" if gpu else "",
                 ", ".join(rivals),
             ]
         )

@@ -6,7 +6,7 @@ import torchvision
 
 from tailcal.models import BACKBONES, build
 from tailcal.models.heads import HEADS, Cosine, Linear, Scaled
-from tailcal.models.resnet import BasicBlock, ConvShortcut, PadShortcut
+from tailcal.models.resnet import BasicBlock, BatchNorm2d, ConvShortcut, PadShortcut
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,29 @@ def test_scaled_starts_as_the_head_within():
     assert torch.equal(head(features), linear(features))
     head.scale.data[1] = 2
     torch.testing.assert_close(head(features)[:, 1], 2 * linear(features)[:, 1])
+
+
+def test_batch_norm_is_torchs_but_for_the_counter():
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    for training in (True, True, False):
+        images = 2 + 3 * torch.randn(4, 3, 5, 5)
+        inputs = [images.clone().requires_grad_() for _ in range(2)]
+        outputs = [m.train(training)(x) for m, x in zip((ours, theirs), inputs, strict=True)]
+        torch.cat(outputs).square().sum().backward()
+        assert torch.equal(*outputs)
+        assert torch.equal(inputs[0].grad, inputs[1].grad)
+    assert torch.equal(ours.weight.grad, theirs.weight.grad)
+    counters = {"num_batches_tracked": (0, 2)}
+    for name, value in ours.state_dict().items():
+        expected = theirs.state_dict()[name]
+        assert (int(value), int(expected)) == counters[name] if name in counters else torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet10"])
+def test_no_backbone_counts_its_batches(name):
+    network = build(name, "linear", 3, 4).train()
+    network(torch.randn(2, 3, 32, 32))
+    counters = [value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")]
+    assert len(counters) > 3
+    assert not any(counters)

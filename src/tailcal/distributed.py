@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tailcal.errors import UserError
 from tailcal.models import Network
+from tailcal.models.resnet import BatchNorm2d
 from tailcal.params import PARAMS
 
 MEETING = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process beside RANK
@@ -168,7 +169,7 @@ class _Sum(torch.autograd.Function):
         return gradient
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
+class SyncBatchNorm2d(BatchNorm2d):
     """Batch norm over the shares of all processes; torch's own does not run on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,7 +181,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         centred = x32 - mean[:, None, None]
         variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
         with torch.no_grad():
-            self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
@@ -203,7 +203,7 @@ def share(network: Network) -> Network:
     if size() == 1:
         return network
     for module in network.backbone.modules():
-        if type(module) is nn.BatchNorm2d:
+        if isinstance(module, BatchNorm2d):
             module.__class__ = SyncBatchNorm2d  # the same parameters and statistics, another forward
     return Network(Shared(network.backbone), network.head)
 

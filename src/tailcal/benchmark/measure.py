@@ -166,7 +166,7 @@ def shortened(workload: Workload, steps: int) -> Workload:
 def gpu(name: str, case: Case, workload: Workload) -> dict[str, float | int | None]:
     """What the case asks of the GPU. The profiler slows it down, so nothing is timed here.
 
-    memory: the most that tensors took, and that torch reserved for them (recorded steps keep theirs), in bytes;
+    memory: the most that torch reserved, in bytes (what recorded steps work in counts as free between replays);
     busy: share of an epoch, from the start of its first kernel to the end of its last, in which at least one kernel
     or copy ran; kernel_ms: milliseconds of them a step of one network. The last two are None where the profiler sees no
     kernel, as on a GPU that not all users may profile.
@@ -174,7 +174,7 @@ def gpu(name: str, case: Case, workload: Workload) -> dict[str, float | int | No
     from torch.profiler import ProfilerActivity, profile, schedule  # not at the top: it is no part of the start-up
 
     run(name, case, workload, WARM_UP + 2, lambda _: None)
-    memory = {"memory": torch.cuda.max_memory_allocated(), "memory_reserved": torch.cuda.max_memory_reserved()}
+    memory = torch.cuda.max_memory_reserved()
 
     # It listens from the first epoch on, since it must know a recorded step to see its kernels; it keeps the second.
     profiler = profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=1, repeat=1))
@@ -193,13 +193,13 @@ def gpu(name: str, case: Case, workload: Workload) -> dict[str, float | int | No
     ]
     if not kernels:
         print(f"{name}: the profiler saw no kernel: let all users profile this GPU (CUPTI)", file=sys.stderr)
-        return {"busy": None, "kernel_ms": None, **memory}
+        return {"busy": None, "kernel_ms": None, "memory": memory}
     window = max(end for _, end in kernels) - min(begin for begin, _ in kernels)
     spent = sum(end - begin for begin, end in kernels)  # microseconds
     return {
         "busy": round(union(kernels) / window, 4),
         "kernel_ms": round(spent / 1000 / short.steps / case.replicas, 4),
-        **memory,
+        "memory": memory,
     }
 
 

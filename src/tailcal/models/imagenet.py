@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tailcal.errors import UserError
+from tailcal.models.resnet import BatchNorm2d
 
 
 def _resnet(channels: int, block: str, layers: tuple[int, ...], **options: Any) -> nn.Module:
@@ -23,7 +24,7 @@ def _resnet(channels: int, block: str, layers: tuple[int, ...], **options: Any) 
     [B, D], D = `features`. Weights are drawn from torch's global generator."""
     from torchvision.models import resnet
 
-    network = resnet.ResNet(getattr(resnet, block), list(layers), **options)
+    network = resnet.ResNet(getattr(resnet, block), list(layers), norm_layer=BatchNorm2d, **options)
     network.features = network.fc.in_features
     network.fc = nn.Identity()
     if channels != network.conv1.in_channels:
