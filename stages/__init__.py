@@ -54,10 +54,11 @@ def _begin_under_dvc() -> None:
     """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     scratch = Path(".scratch")
-    scratch.mkdir(exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # there is no dvc.lock before the first stage has ended
+    # There is no dvc.lock before the first stage has ended; and a stage that cannot write says so itself, in one line.
+    with contextlib.suppress(OSError):
+        scratch.mkdir(exist_ok=True)
         shutil.copyfile("dvc.lock", scratch / ".dvc.lock.part").replace(scratch / "dvc.lock")
 
 
-if "DVC_STAGE" in os.environ:
+if os.environ.pop("DVC_STAGE", None):  # popped, since processes that a stage starts import this again
     _begin_under_dvc()

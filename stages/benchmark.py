@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tailcal import errors, files, params
+from stages import paths
+from tailcal import errors, files, lock, params
 from tailcal.benchmark import cases, measure
 
 OUT = Path("metrics/benchmark.json")
@@ -126,11 +127,18 @@ def main() -> None:
         """The cases that have been measured, in the order of the suite."""
         return {name: done[name] for name in suite.cases if name in done}
 
-    start_up = start_up or attempt("start_up", lambda: measure.start_up(suite.start_up, benchmark.repeats))
-    for name in chosen:
-        if measured := attempt(name, partial(measure.measure, name, suite.cases, benchmark, device)):
-            done[name] = measured
-            files.write_json(OUT, record | {"start_up": start_up, "cases": known()})
+    def write() -> None:
+        files.write_json(OUT, record | {"start_up": start_up, "cases": known()})
+
+    with lock.alone(paths.LOCKS, OUT):
+        if not start_up:
+            start_up = attempt("start_up", lambda: measure.start_up(suite.start_up, benchmark.repeats))
+            if start_up and done:
+                write()
+        for name in chosen:
+            if measured := attempt(name, partial(measure.measure, name, suite.cases, benchmark, device)):
+                done[name] = measured
+                write()
     print(f"{record['machine']['gpu'] or record['machine']['cpu']}, {record['machine']['cores']} cores", end="")
     print(f"; first step after {start_up['seconds']['median']:.1f} s" if start_up else "", end="\n\n")
     print(table(known()))

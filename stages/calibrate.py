@@ -97,7 +97,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
             "classifier": training.record() | {"precision": p.precision},
         },
         "data": upstream["data"],
-        "device": train.computes(device),
+        "device": train.described(device),
         "versions": provenance.versions(),
         "stage1": {key: upstream[key] for key in ("code", "device", "versions")},
     }

@@ -62,8 +62,8 @@ def trained(p: params.Params, cell: Cell, name: str, mode: Mode) -> Outcome:
     where = cell.model_dump()
     with workspace.inside(WORKSPACES / name):
         workspace.prepare(p, cell.dataset)
-        workspace.represented(p, cell.dataset, cell.representation)
-        with workspace.measured(p, where):
+        workspace.run_stage1(p, cell.dataset, cell.representation)
+        with workspace.run_stage2(p, where):
             return outcome(p, cell)
 
 

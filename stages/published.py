@@ -140,14 +140,16 @@ def cells(
 ) -> None:
     """Train a representation and its classifiers, measure them, and write a file each below `out`."""
     workspace.prepare(p, dataset)
-    stage1 = workspace.represented(p, dataset, representation, late_epochs)
+    stage1 = workspace.run_stage1(p, dataset, representation, late_epochs)
     for classifier in classifiers:
         where = {"dataset": dataset, "representation": representation, "classifier": classifier}
-        with workspace.measured(p, where, late_epochs) as stage2:
+        with workspace.run_stage2(p, where, late_epochs) as stage2:
             chosen, late = settings.training(p, dataset, classifier, "classifiers"), None
             if late_epochs and has_epochs(chosen):
                 late = best_on_test(p, where, stage2 if chosen.recipe else stage1)
-            files.write_json(out / dataset / representation / f"{classifier}.json", compose(p, where, late))
+            cell = out / dataset / representation / f"{classifier}.json"
+            files.remove_leftovers(cell)  # those of a run that was killed
+            files.write_json(cell, compose(p, where, late))
 
 
 def select(
@@ -254,10 +256,7 @@ def main() -> None:
     with workspace.inside(WORKSPACE):
         for (dataset, representation, late_epochs), classifiers in asked.items():
             if classifiers:
-                try:
-                    cells(p, late_epochs, dataset, representation, classifiers, out)
-                except errors.UserError as error:
-                    raise errors.UserError(f"{error} (in {WORKSPACE}, by `python -m stages.published`)") from None
+                cells(p, late_epochs, dataset, representation, classifiers, out)
     written = sum(map(len, asked.values()))
     print(f"{paths.PUBLISHED}: {written} cells written; `python -m stages.tables` makes the tables")
 

@@ -73,7 +73,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
             "representation": training.record() | {"precision": p.precision},
         },
         "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")} | begins,
-        "device": train.computes(device),
+        "device": train.described(device),
         "versions": provenance.versions(),
     }
     if late_epochs:

@@ -35,6 +35,8 @@ def inside(folder: Path) -> Iterator[None]:
     os.chdir(folder)
     try:
         yield
+    except errors.UserError as error:
+        raise errors.UserError(f"{error} (in {folder}, where this works)") from None
     finally:
         os.chdir(project)
 
@@ -65,7 +67,7 @@ def with_images(p: params.Params, names: Iterable[str], images: Path | None) -> 
         return p
     chosen = {name: params.dataset(p, name) for name in names}
     changed = {
-        name: _from_folder(dataset, images.resolve(), kind)
+        name: _from_folder(p, dataset, images.resolve(), kind)
         for name, dataset in chosen.items()
         if (kind := sources.configure(dataset).kind) in OFFICIAL
     }
@@ -77,7 +79,7 @@ def with_images(p: params.Params, names: Iterable[str], images: Path | None) -> 
     return p.model_copy(update={"datasets": p.datasets | changed})
 
 
-def _from_folder(dataset: params.Dataset, images: Path, kind: str) -> params.Dataset:
+def _from_folder(p: params.Params, dataset: params.Dataset, images: Path, kind: str) -> params.Dataset:
     """The same data set, with its images from a folder `images`/<kind> instead of the official archive.
 
     The training split there may hold less than all images: the long tail is cut as if the largest class were whole.
@@ -87,8 +89,7 @@ def _from_folder(dataset: params.Dataset, images: Path, kind: str) -> params.Dat
     if isinstance(imbalance, params.LongTail):
         imbalance = imbalance.model_copy(update={"largest": imbalance.largest or OFFICIAL[kind]})
     changed = dataset.model_copy(update={"source": place, "imbalance": imbalance})
-    changed._file, changed._block = Path(f"--images {images}"), ""  # where an error line says that the keys come from
-    return changed
+    return params.resolve(p, changed, Path(f"--images {images}"), "")  # which is where its keys come from
 
 
 def listing(config: sources.Source) -> str | None:
@@ -132,22 +133,24 @@ def whole(longtail: Path) -> bool:
     return True
 
 
-def represented(p: params.Params, dataset: str, representation: str, late_epochs: int = 0) -> Path:
+def run_stage1(p: params.Params, dataset: str, representation: str, late_epochs: int = 0) -> Path:
     """Stage 1, by this process alone; returns what `represent` does."""
     pair = (dataset, representation)
-    with lock.alone(paths.LOCKS, paths.representation(*pair), paths.scratch("represent", *pair)):
+    outputs = [paths.representation(*pair), paths.costs("represent", *pair), paths.scratch("represent", *pair)]
+    with lock.alone(paths.LOCKS, *outputs):
         return represent(p, *pair, late_epochs)
 
 
 @contextlib.contextmanager
-def measured(p: params.Params, where: dict[str, str], late_epochs: int = 0) -> Iterator[Path]:
+def run_stage2(p: params.Params, where: dict[str, str], late_epochs: int = 0) -> Iterator[Path]:
     """Stage 2 of the cell `where`, {axis: name}, and its numbers, by this process alone until the block ends.
 
     Yields what `calibrate` returns.
     """
     cell = tuple(where.values())
-    outputs = [paths.classifier(*cell), paths.predictions(*cell), paths.metrics(*cell)]
-    with lock.alone(paths.LOCKS, *outputs, paths.scratch("calibrate", *cell)):
+    places = (paths.classifier, paths.predictions, paths.metrics, paths.headline, paths.cell_plots)
+    outputs = [place(*cell) for place in places]
+    with lock.alone(paths.LOCKS, *outputs, *(place("calibrate", *cell) for place in (paths.costs, paths.scratch))):
         stage2 = calibrate(p, *cell, late_epochs)
         evaluate(p, where)
         yield stage2

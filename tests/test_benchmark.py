@@ -293,6 +293,10 @@ def test_what_fails_does_not_keep_the_rest_from_being_measured(benchmark, capsys
     assert benchmark("--missing") == (["one", "two"], ["start_up", "one", "two"])
     assert benchmark("--missing") == (["one", "two"], [])
     assert benchmark("--case", "two") == (["one", "two"], ["two"])  # the other is kept
+    with pytest.raises(UserError, match="lacks start_up, which failed"):
+        benchmark(broken=["start_up"])
+    assert benchmark("--missing") == (["one", "two"], ["start_up"])
+    assert json.loads(stage.OUT.read_text())["start_up"]
     assert benchmark("--case", "two", "--missing") == (["one", "two"], [])
     with pytest.raises(UserError, match="--case: must be one of one, two, got 'three'"):
         benchmark("--case", "three")
@@ -313,6 +317,7 @@ def test_what_would_be_measured_otherwise_is_measured_again(benchmark, old, new,
     benchmark()
     cases.FILE.write_text(TINY.replace(old, new))
     assert benchmark("--missing")[1] == again
+    assert json.loads(stage.OUT.read_text())["start_up"]["case"] == ("two" if again == ["start_up"] else "one")
 
 
 @pytest.mark.parametrize(

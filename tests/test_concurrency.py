@@ -33,6 +33,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 def test_the_second_is_told_who_is_first(tmp_path):
     output = tmp_path / "weights"
     with lock.alone(tmp_path / "locks", output, tmp_path / "more"):
+        assert len(list((tmp_path / "locks").iterdir())) == 1
         with (
             pytest.raises(
                 UserError, match=rf"weights: another process \(pid {os.getpid()}\) is making it: wait for it"
@@ -142,3 +143,28 @@ def test_two_repros_and_an_experiment_beside_them(project, long):
         alone = project(LONGER, name="alone")
         alone.run("dvc", "repro", *target)
         assert artefacts(p.root) == artefacts(alone.root)
+
+
+def test_an_error_in_a_workspace_says_where_its_paths_begin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    says = r"meta.json is damaged \(in data/modes/bf16, where this works\)"
+    with pytest.raises(UserError, match=says), workspace.inside(Path("data/modes/bf16")):
+        raise UserError("data/lt/x/meta.json is damaged")
+    assert Path.cwd() == tmp_path
+
+
+def test_stages_in_a_workspace_remove_all_that_a_killed_one_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cell = ("d", "r", "c")
+    places = [paths.representation("d", "r"), paths.costs("represent", "d", "r"), paths.costs("calibrate", *cell)]
+    places += [place(*cell) for place in (paths.classifier, paths.predictions, paths.metrics, paths.headline)]
+    left = [(place.parent if place.suffix else place) / f".{place.name}.x1.part" for place in places]
+    left.append(paths.cell_plots(*cell) / ".reliability.png.x1.part")
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name in ("represent", "calibrate", "evaluate"):
+        monkeypatch.setattr(workspace, name, lambda *_: None)
+    workspace.run_stage1(None, "d", "r")
+    with workspace.run_stage2(None, dict(zip(("dataset", "representation", "classifier"), cell, strict=True))):
+        assert not [path for path in left if path.exists()]

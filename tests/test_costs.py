@@ -31,7 +31,7 @@ def test_waiting_counts_the_time_until_each_batch_is_there_and_no_other(monkeypa
 
 def test_a_row_sums_images_and_averages_over_networks(tmp_path):
     seeds = {0: Cost(seconds=2.0, waited=0.5, images=300), 1: Cost(seconds=4.0, waited=0.1, images=300)}
-    costs.write(tmp_path / "represent/digits_lt-ce.json", MACHINE, "disk", 5, seeds)
+    costs.write(tmp_path / "represent/digits_lt-ce.json", MACHINE, "disk", 2, seeds)
     costs.write(tmp_path / "calibrate/digits_lt-ce-joint.json", MACHINE, "device", 1, {0: Cost()})  # took no step
     (row,) = costs.rows(tmp_path)
     assert (row["stage"], row["cell"], row["placement"]) == ("represent", "digits_lt/ce", "disk")

@@ -13,7 +13,7 @@ import yaml
 import tailcal
 from stages import check, paths, readme, tables
 from tailcal import method, params, provenance, sources
-from tests.conftest import edit
+from tests.conftest import ENVIRONMENT, edit
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -250,3 +250,12 @@ def test_on_another_system_the_stages_end_with_one_line():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: the stages run on Linux only, and this is darwin; tailcal.predict may run here\n"
+
+
+def test_a_stage_under_dvc_on_a_disk_that_takes_nothing_begins_and_tells_no_child_of_dvc(tmp_path):
+    """It would write a copy of dvc.lock; what it cannot write itself it names, in one line."""
+    (tmp_path / ".scratch").write_text("in the way")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, stages; sys.exit(os.environ.get('DVC_STAGE'))"
+    environment = ENVIRONMENT | {"DVC_STAGE": "check"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -13,7 +13,6 @@ import errno
 import hashlib
 import io
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -101,12 +100,11 @@ def keep_only(folder: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def require_finite(loss: float, title: str, epoch: int, path: Path) -> None:
-    """Raise UserError when the loss is NaN or infinite, naming the training, the epoch and the last good checkpoint."""
-    if not math.isfinite(loss):
+def require_finite(finite: bool, wrong: str, title: str, epoch: int, path: Path) -> None:
+    """Raise UserError unless `finite`: what is wrong, of which training, in which epoch; the last good checkpoint."""
+    if not finite:
         kept = next((saved for saved in (path, previous(path)) if saved.exists()), None)
         last = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
         raise UserError(
-            f"{title}: the loss or a weight became {loss} in epoch {epoch + 1}; {last}. "
-            "A lower lr, or milder settings of the method, usually help"
+            f"{title}: {wrong} in epoch {epoch + 1}; {last}. A lower lr, or milder settings of the method, usually help"
         )

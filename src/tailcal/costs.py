@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 @dataclass
 class Cost:
-    """What one training has taken so far, interruptions left out: seconds of its epochs beside whatever else ran,
-    seconds of those that its steps waited for their images, and images."""
+    """What one training has taken so far, interruptions left out. seconds: wall-clock time of its epochs, beside
+    whatever else ran; waited: how much of it was spent waiting for images; images: how many it has seen."""
 
     seconds: float = 0.0
     waited: float = 0.0
@@ -39,11 +39,11 @@ class Cost:
 def write(path: Path, machine: dict[str, Any], placement: str, at_once: int, costs: dict[int, Cost]) -> None:
     """Write what the training of each seed took: on which machine, where its images lay, how many were side by side."""
     seeds = {str(seed): {key: round(value, 3) for key, value in asdict(cost).items()} for seed, cost in costs.items()}
-    write_json(path, {"machine": machine, "placement": placement, "at_once": min(at_once, len(costs)), "seeds": seeds})
+    write_json(path, {"machine": machine, "placement": placement, "at_once": at_once, "seeds": seeds})
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """A row a training whose costs lie below `folder`, its seeds together: those that took no step are left out."""
+    """One row per training whose costs lie below `folder`, its seeds together: those that took no step are left out."""
     found = []
     for path in sorted(folder.glob("*/*.json")):
         record = read_json(path)

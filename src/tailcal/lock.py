@@ -22,7 +22,7 @@ def alone(folder: Path, *outputs: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{'-'.join(outputs[0].parts)}.lock"
+    path = folder / f"{outputs[0].as_posix().replace('/', '-')}.lock"
     with path.open("a+") as file:
         if not _take(file.fileno()):
             file.seek(0)

@@ -11,8 +11,8 @@ LOG_SECONDS = 15.0
 class Progress:
     """Counts epochs or images and shows how many are done, images a second and the time left.
 
-    On a terminal this is one tqdm bar. Elsewhere a line is printed every `LOG_SECONDS` and one at the end. `silent`:
-    nothing at all, for all but the first of several processes.
+    On a terminal this is one tqdm bar. Elsewhere a line is printed every `LOG_SECONDS` and one at the end. `silent`
+    prints nothing; it is set in every process but the first.
     """
 
     def __init__(self, title: str, unit: str, total: int, done: int, images: int = 1, silent: bool = False):

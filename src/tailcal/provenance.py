@@ -14,7 +14,7 @@ import tailcal
 
 PACKAGE = Path(tailcal.__file__).parent
 OURS = {"tailcal": PACKAGE.parent, "stages": PACKAGE.parent.parent}  # our packages, and the folder each lies in
-LIBRARIES = ("torch", "numpy")
+LIBRARIES = ("torch", "torchvision", "numpy")  # torchvision builds the backbones for photographs
 
 
 def _file_of(module: str) -> Path | None:

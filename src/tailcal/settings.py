@@ -35,7 +35,7 @@ class Training:
     recipe_name: str | None
     recipe: Recipe | None
     pretrained: Pretrained | None
-    recipe_key: str  # file and key of the recipe, for an error line
+    recipe_key: str | None  # file and key of the recipe, for an error line
 
     def record(self) -> dict[str, Any]:
         """As plain values, for a JSON file."""
@@ -73,15 +73,19 @@ def training(p: Params, dataset_name: str, name: str, stage: Stage, root: Path =
     if override.settings:
         # The block alone was right, so what is wrong with both together is the override's.
         config = dataset.validate_block(Method.Config, own | override.settings, f"overrides.{name}")
-    own_recipe = recipe_name in dataset.recipes
+    recipe = recipe_key = None
+    if recipe_name in dataset.recipes:
+        recipe, recipe_key = dataset.recipes[recipe_name], dataset.key(f"recipes.{recipe_name}")
+    elif recipe_name:
+        recipe, recipe_key = p.recipes[recipe_name], f"{PARAMS}: recipes.{recipe_name}"
     return Training(
-        name,
-        chosen,
-        config,
-        dataset.augmentation,
-        backbone,
-        recipe_name,
-        dataset.recipes[recipe_name] if own_recipe else p.recipes.get(recipe_name),
-        pretrained,
-        dataset.key(f"recipes.{recipe_name}") if own_recipe else f"{PARAMS}: recipes.{recipe_name}",
+        name=name,
+        method=chosen,
+        settings=config,
+        augmentation=dataset.augmentation,
+        backbone=backbone,
+        recipe_name=recipe_name,
+        recipe=recipe,
+        pretrained=pretrained,
+        recipe_key=recipe_key,
     )

@@ -54,8 +54,8 @@ def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
     return distributed.join(torch.device("cuda" if on_gpu else "cpu"))
 
 
-def computes(device: torch.device) -> str:
-    """What the bits of a training depend on beside code, parameters, data and seed: `cuda`, or a CPU's instructions."""
+def described(device: torch.device) -> str:
+    """What kind of device it is, as far as a training's bits depend on it: `cuda`, or a CPU's instructions."""
     return f"cpu, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
@@ -65,7 +65,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     That is what torch has reserved: what recorded steps work in counts as free between their replays.
     """
     if device.type == "cpu":
-        return {"name": f"CPU, {os.cpu_count()} cores", "gpu_memory": None}
+        return {"name": f"CPU, {len(os.sched_getaffinity(0))} cores", "gpu_memory": None}
     return {"name": torch.cuda.get_device_name(device), "gpu_memory": torch.cuda.max_memory_reserved(device)}
 
 
@@ -87,7 +87,7 @@ class Replica:
     seed: int
     make: Callable[[], tuple[Network, Method]]  # from torch's global generator, which `train` seeds
     scratch: Path
-    recipe_key: str
+    recipe_key: str | None  # None for a method that takes no step
     late: "Late | None" = None
 
 
@@ -172,7 +172,8 @@ def train(
     if data.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(data.device)
-    with enough_memory(f"runtime.replicas, or {replicas[0].recipe_key}.batch_size"):
+    batch_size = f", or {replicas[0].recipe_key}.batch_size" if replicas[0].recipe_key else ""
+    with enough_memory(f"runtime.replicas{batch_size}"):
         return side_by_side(trainings, data.device, at_once(runtime, len(replicas)))
 
 
@@ -234,10 +235,13 @@ def _training(
             for i, sampler in enumerate(method.samplers())
         ]
 
+    def require_finite(finite: bool, wrong: str, epoch: int) -> None:
+        checkpoint.require_finite(finite, wrong, replica.title, epoch, replica.scratch)
+
     def require_finite_weights(epoch: int) -> None:
         """A step's loss was measured before its update, so the weights that came out are looked at as well."""
         finite = torch.stack([value.isfinite().all() for value in network.state_dict().values()]).all()
-        checkpoint.require_finite(0.0 if finite else math.nan, replica.title, epoch, replica.scratch)
+        require_finite(bool(finite), "a weight became no finite number", epoch)
 
     execute = executor(step, replica.seed, device, runtime.cuda_graphs and distributed.size() == 1)
     bar = Progress(replica.title, "epoch", epochs, start, steps * size, silent=not distributed.is_first())
@@ -258,7 +262,7 @@ def _training(
             yield
 
         mean_loss, accuracy = (sums / taken).tolist()
-        checkpoint.require_finite(mean_loss, replica.title, epoch, replica.scratch)
+        require_finite(math.isfinite(mean_loss), f"the loss became {mean_loss}", epoch)
         history.append(
             {"epoch": epoch + 1, "seed": replica.seed, "lr": rate, "loss": mean_loss, "train_accuracy": accuracy}
         )

@@ -30,7 +30,7 @@ def load_weights(network: nn.Module, path: Path, expected: str | None, again: st
 
 
 def read_weights(network: nn.Module, path: Path, advice: str) -> None:
-    """Load weights in place, from a file whose SHA-256 nobody has taken down.
+    """Load weights in place, from a file without a recorded SHA-256.
 
     Raises UserError naming the file, with `advice`, when it is missing, damaged or of another network.
     """

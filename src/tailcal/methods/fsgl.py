@@ -55,11 +55,6 @@ def label_weights(counts: Tensor, exponent: float) -> Tensor:
     return (weights / weights.mean()).float()
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-mean_i sum_k t_ik log p_ik for targets [B, K] of any sum (F.cross_entropy's soft form, without its checks)."""
-    return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
-
-
 def consistency(predicted: Tensor, projected: Tensor) -> Tensor:
     """-cos(p, sg z), the batch mean (SimSiam, Chen and He 2021). Both [B, H]."""
     return -F.cosine_similarity(predicted, projected.detach(), dim=1).mean()
@@ -120,8 +115,9 @@ class Method(Representation):
         """L without c S, and the scaled features of both views."""
         a = 1 - progress**2
         features = [feature_scale(network.backbone(view), batch.targets, self.factors) for view in batch.images]
-        plain = sum(cross_entropy(network.head.plain(f), batch.targets) for f in features)
-        rebalanced = sum(cross_entropy(network.head.rebalanced(f), batch.targets * self.weights) for f in features)
+        plain = sum(F.cross_entropy(network.head.plain(f), batch.targets) for f in features)
+        weighted = batch.targets * self.weights  # of any sum: F.cross_entropy asks for none
+        rebalanced = sum(F.cross_entropy(network.head.rebalanced(f), weighted) for f in features)
         return a * plain + (1 - a) * rebalanced, features
 
     def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:

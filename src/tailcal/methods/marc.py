@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tailcal.errors import UserError
 from tailcal.losses import generalized_reweight_weights, weighted_cross_entropy
 from tailcal.method import Batch, Classifier, ParameterGroup, Trained
 from tailcal.models import Network
@@ -43,7 +42,7 @@ class Method(Classifier):
     """Two numbers a class learn."""
 
     class Config(Trained):
-        """rho: strength of the re-weighting, 0 is none."""
+        """rho: strength of the re-weighting, 0 is none; shifted_bn: see `tailcal.method.Classifier`."""
 
         rho: Annotated[float, Field(ge=0, le=10)]
         shifted_bn: bool
@@ -56,11 +55,6 @@ class Method(Classifier):
         return (instance,)
 
     def setup_head(self, network: Network) -> list[ParameterGroup]:
-        if not hasattr(network.head, "norms"):
-            raise UserError(
-                "marc calibrates the margins of the classifier of stage 1, but this representation's head "
-                f"({type(network.head).__name__}) has no class weights: use one that ends in a linear or cosine head"
-            )
         network.head = CalibratedMargins(network.head, network.head.norms())
         return [ParameterGroup([network.head.scale, network.head.shift])]
 

@@ -62,7 +62,9 @@ class Method(Classifier):
     """Scales and classifier learn together."""
 
     class Config(Trained):
-        """smooth_head, smooth_tail: e of the most and the least frequent class; power: of exponential smoothing."""
+        """smoothing: how e falls between them; power: of exponential smoothing, and of it alone; smooth_head,
+        smooth_tail: e of the most and the least frequent class; lr_factor: learning rate of the classifier, as a
+        multiple of the scales'; shifted_bn: see `tailcal.method.Classifier`."""
 
         smoothing: Literal["concave", "linear", "convex", "exponential"]
         power: Positive | None = None

@@ -43,6 +43,7 @@ BACKBONES = {
 
 
 WRAPS = ("state_dict", "model")  # the keys under which training scripts save a network's weights among other things
+SHOWN = 5  # keys of a file that is none of weights, in an error line
 PARALLEL = "module."  # what torch's DataParallel puts before every name
 
 
@@ -120,12 +121,12 @@ def _unwrapped(loaded: Any) -> Any:
     return next((value for value in wraps if _is_state(value)), loaded)
 
 
-def _described(loaded: Any, most: int = 5) -> str:
+def _described(loaded: Any) -> str:
     """What a file holds, on one line: the first few keys of a dict, each with its type."""
     if not isinstance(loaded, dict):
         return f"a {type(loaded).__name__}"
-    keys = [f"{key!r} ({type(value).__name__})" for key, value in list(loaded.items())[:most]]
-    return f"a dict of {', '.join(keys)}" + (f" and {len(loaded) - most} more" if len(loaded) > most else "")
+    keys = [f"{key!r} ({type(value).__name__})" for key, value in list(loaded.items())[:SHOWN]]
+    return f"a dict of {', '.join(keys)}" + (f" and {len(loaded) - SHOWN} more" if len(loaded) > SHOWN else "")
 
 
 def freeze_but_last_block(backbone: nn.Module) -> None:

@@ -33,7 +33,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 class PadShortcut(nn.Module):
     """Option A: take every stride-th pixel, pad the channels with zeros evenly on both sides."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, kaiming: bool = True):
+    def __init__(self, inputs: int, outputs: int, stride: int, kaiming: bool):
         super().__init__()
         del kaiming  # it has no weights
         self.stride, self.extra = stride, outputs - inputs
@@ -46,7 +46,7 @@ class PadShortcut(nn.Module):
 class ConvShortcut(nn.Sequential):
     """Option B: a strided 1x1 convolution and batch norm."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, kaiming: bool = True):
+    def __init__(self, inputs: int, outputs: int, stride: int, kaiming: bool):
         super().__init__(_conv(inputs, outputs, 1, stride, kaiming), BatchNorm2d(outputs))
 
 
