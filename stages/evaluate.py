@@ -16,10 +16,9 @@ from tailcal.errors import UserError
 from tailcal.longtail import shot_groups
 from tailcal.metrics.accuracy import confusion, per_class_accuracy
 from tailcal.metrics.calibration import reliability_bins
-from tailcal.metrics.cell import measure, over_seeds
+from tailcal.metrics.cell import HEADLINE, measure, over_seeds
 from tailcal.metrics.scores import softmax
 from tailcal.predictions import Predictions
-from tailcal.tables import HEADLINE
 
 
 def read_classes(folder: Path) -> tuple[list[str], np.ndarray]:

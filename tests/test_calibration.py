@@ -9,7 +9,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from tailcal.metrics import calibration
-from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, mce, nll, reliability_bins
+from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, ece_floor, mce, nll, reliability_bins
 from tailcal.metrics.scores import log_softmax, softmax
 
 
@@ -114,6 +114,24 @@ def test_brier_and_nll_equal_scikit_learn():
     expected = brier_score_loss(labels, p, labels=range(7), scale_by_half=False)
     assert brier(p, labels) == pytest.approx(expected, abs=1e-12)
     assert nll(logits, labels) == pytest.approx(log_loss(labels, p, labels=range(7)), abs=1e-12)
+
+
+def test_the_floor_of_the_ece_by_hand():
+    """Two images of confidence 1/2: right are none, one or both, so the gap is 1/2, 0 or 1/2 in the ratio 1 : 2 : 1."""
+    half = np.full((2, 2), 0.5)
+    assert ece_floor(half, draws=4000) == pytest.approx(0.25, abs=0.02)
+    assert ece_floor(half[:1]) == 0.5
+    assert ece_floor(np.eye(3)) == 0
+
+
+def test_the_floor_is_the_mean_ece_of_what_is_calibrated_and_falls_with_the_images():
+    generator, floors = np.random.default_rng(0), []
+    for N in (300, 3000):
+        p = softmax(made_up(N)[0])
+        drawn = [(p.cumsum(axis=1) < generator.random((N, 1))).sum(axis=1).clip(max=6) for _ in range(200)]
+        floors.append(ece_floor(p))
+        assert floors[-1] == pytest.approx(np.mean([ece(p, labels) for labels in drawn]), rel=0.1)
+    assert floors[1] < floors[0] / 2.5
 
 
 def test_adaptive_ece_equals_sorted_slices():

@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import check_grad
 
 from tailcal.errors import UserError
-from tailcal.metrics.calibration import nll
+from tailcal.metrics.calibration import ece, nll
 from tailcal.metrics.scores import log_softmax, softmax
 from tailcal.posthoc import (
     MAX_TAU,
@@ -35,10 +35,10 @@ WITH_TAU = [name for name, rule in RULES.items() if rule.Config is Tau]
 NEEDING_HOLDOUT = {"temperature", "vector_scaling", "class_temperature", "pn_inductive"}
 
 
-def drawn(N: int = 20_000, K: int = K, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def drawn(N: int = 20_000, K: int = K, seed: int = 0, scale: float = 2) -> tuple[np.ndarray, np.ndarray]:
     """Logits that are calibrated by construction: each label is drawn from its own softmax."""
     generator = np.random.default_rng(seed)
-    logits = generator.normal(size=(N, K)) * 2
+    logits = generator.normal(size=(N, K)) * scale
     labels = (softmax(logits).cumsum(axis=1) < generator.random((N, 1))).sum(axis=1)
     return logits, labels.clip(max=K - 1)
 
@@ -83,12 +83,28 @@ def test_temperature_is_the_minimum_of_the_holdout_nll_and_keeps_every_predictio
     np.testing.assert_array_equal(fitted(logits).argmax(1), logits.argmax(1))
 
 
-def test_temperature_stays_in_its_bounds_when_the_holdout_decides_nothing():
+def test_temperature_stays_in_its_bounds_where_every_prediction_is_wrong():
     labels = np.arange(30) % K
-    T = temperature_of(np.eye(K)[labels] * 9, labels)
-    assert 0.01 <= T < 1
-    assert nll(np.eye(K)[labels] * 9 / T, labels) == 0
     assert temperature_of(np.eye(K)[(labels + 1) % K] * 9, labels) == pytest.approx(100, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.5, 9, 30])
+@pytest.mark.parametrize("name", ["temperature", "vector_scaling", "class_temperature"])
+def test_a_holdout_without_a_mistake_vouches_for_no_more_than_the_rule_of_succession(name, scale):
+    labels = np.arange(30) % K
+    logits = np.eye(K)[labels] * scale * np.linspace(1, 2, 30)[:, None]
+    fitted = fit(name, logits, labels)
+    assert softmax(fitted(logits)).max(axis=1).mean() == pytest.approx(31 / 32, abs=1e-6)
+
+
+def test_a_holdout_without_a_mistake_does_not_ruin_what_is_calibrated():
+    """By the NLL alone, the temperature would be near 0 and every confidence 1."""
+    logits, labels = drawn(scale=20)
+    holdouts = [slice(start, start + 60) for start in range(0, len(labels), 60)]
+    spared = next(h for h in holdouts if (logits[h].argmax(axis=1) == labels[h]).all())
+    after = fit_temperature(NoSettings(), COUNTS, logits[spared], labels[spared])(logits)
+    assert (logits.argmax(axis=1) == labels).mean() < 0.97
+    assert ece(softmax(after), labels) < 0.02 < ece(softmax(after / 0.04), labels)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 3])
@@ -368,7 +384,8 @@ def test_a_holdout_that_decides_little_still_gives_finite_logits(name, logits, l
     fitted = fit(name, logits, labels)
     assert np.isfinite(fitted(biased(N=30, seed=1)[0])).all()
     assert np.isfinite(list(fitted.numbers.values())).all()
-    assert nll(fitted(logits), labels) <= nll(logits, labels) + 1e-6
+    if not (logits.argmax(axis=1) == labels).all():
+        assert nll(fitted(logits), labels) <= nll(logits, labels) + 1e-6
 
 
 @pytest.mark.parametrize("name", RULES)

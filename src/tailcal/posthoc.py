@@ -20,7 +20,7 @@ from scipy.special import logsumexp
 
 from tailcal.errors import UserError
 from tailcal.metrics.calibration import nll
-from tailcal.metrics.scores import check, log_softmax
+from tailcal.metrics.scores import check, log_softmax, softmax
 from tailcal.params import PARAMS, Strict, validate
 
 TUNED = "tuned"
@@ -67,10 +67,11 @@ def fit_temperature(
 ) -> Fitted:
     """z / T, with the one T > 0 that minimises the NLL of the hold-out (Guo et al., ICML 2017, section 4.2).
 
-    The NLL is convex in 1/T, hence has one valley in log T. T is kept in 0.01..100, because a hold-out need not
-    determine it: without a single mistake, every T small enough to bring the NLL to 0 in float64 is as good; where the
-    predictions are no better than chance, larger is always better. Raises ValueError when the hold-out is empty or has
-    another number of classes than `counts_K`.
+    The NLL is convex in 1/T, hence has one valley in log T, but for two cases. Where the predictions are no better than
+    chance, larger is always better, and T ends at its bound, 100. Where every one of the N held-out labels is the
+    predicted one, smaller is always better, down to confidences of 1 that so few images cannot vouch for; then T is the
+    one that brings the mean confidence to (N + 1) / (N + 2), Laplace's rule of succession. Raises ValueError when the
+    hold-out is empty or has another number of classes than `counts_K`.
     """
     holdout_logits_NK = _checked(counts_K, holdout_logits_NK, holdout_labels_N)
     T = _best_temperature(holdout_logits_NK, holdout_labels_N)
@@ -86,13 +87,15 @@ def fit_vector_scaling(
     goes by the logits of each class brought to mean 0 and deviation 1 there, which takes a fraction of the steps, and
     in these units w_k and b_k stay within REACH of the start: where every label can be told by some scaling (with few
     images a class that is common) the NLL falls for ever as they grow. Then the bound decides, and the hold-out is too
-    small for 2K parameters. Errors: as `fit_temperature`.
+    small for 2K parameters. A hold-out without a mistake gets temperature scaling. Errors: as `fit_temperature`.
     """
     holdout_logits_NK = _checked(counts_K, holdout_logits_NK, holdout_labels_N)
     mean_K, std_K = holdout_logits_NK.mean(axis=0), holdout_logits_NK.std(axis=0)
     std_K[std_K == 0] = 1.0
     T = _best_temperature(holdout_logits_NK, holdout_labels_N)
     start_2K = np.concatenate([std_K / T, mean_K / T])
+    if _without_mistake(holdout_logits_NK, holdout_labels_N):
+        return Fitted(len(counts_K), lambda logits_NK: logits_NK / T)
     best = minimize(
         vector_scaling_nll,
         start_2K,
@@ -123,9 +126,9 @@ def fit_class_temperature(
     """z_k / T_k, with T_k = exp(a + b u_k), where u_k is log n_k brought to -1 (rarest class) .. 1 (most frequent).
 
     a and b minimise the NLL of the hold-out, searched from temperature scaling (b = 0), which is all there is when the
-    counts are equal (u = 0). Reported are T_k of the most frequent and of the rarest class. exp(a) is kept in
-    0.01..100 and exp(b) in 0.1..10, for the reasons of `fit_temperature`; the NLL need not be convex in (a, b), so this
-    is the valley next to temperature scaling.
+    counts are equal (u = 0) or the hold-out has no mistake. Reported are T_k of the most frequent and of the rarest
+    class. exp(a) is kept in 0.01..100 and exp(b) in 0.1..10, for the reasons of `fit_temperature`; the NLL need not be
+    convex in (a, b), so this is the valley next to temperature scaling.
 
     The idea is that of CDA-TS (Islam et al., "Class-distribution-aware calibration for long-tailed visual
     recognition", ICML 2021 workshop), the form is ours: their temperatures rise with the class frequency by a margin
@@ -149,7 +152,9 @@ def fit_class_temperature(
         return value, np.array([by_class_K.sum(), by_class_K @ u_K])
 
     bounds = [np.log(TEMPERATURES), (np.log(0.1), np.log(10))]
-    a, b = minimize(objective, start_2, jac=True, method="L-BFGS-B", bounds=bounds).x
+    a, b = start_2
+    if not _without_mistake(holdout_logits_NK, holdout_labels_N):
+        a, b = minimize(objective, start_2, jac=True, method="L-BFGS-B", bounds=bounds).x
     T_K = np.exp(a + b * u_K)
     numbers = {"temperature_head": float(T_K[u_K.argmax()]), "temperature_tail": float(T_K[u_K.argmin()])}
     return Fitted(len(u_K), lambda logits_NK: logits_NK / T_K, numbers)
@@ -251,13 +256,20 @@ def _normalized(log_p_NK: np.ndarray, tau: float, log_sums_K: np.ndarray) -> np.
     return log_p_NK - tau * log_sums_K
 
 
+def _without_mistake(logits_NK: np.ndarray, labels_N: np.ndarray) -> bool:
+    return bool((logits_NK.argmax(axis=1) == labels_N).all())
+
+
 def _best_temperature(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
-    best = minimize_scalar(
-        lambda log_T: nll(logits_NK / np.exp(log_T), labels_N),
-        bounds=np.log(TEMPERATURES),
-        method="bounded",
-        options={"xatol": 1e-8},
-    )
+    def nll_at(log_T: float) -> float:
+        return nll(logits_NK / np.exp(log_T), labels_N)
+
+    def distance_at(log_T: float) -> float:
+        confidence_N = softmax(logits_NK / np.exp(log_T)).max(axis=1)
+        return abs(confidence_N.mean() - (len(labels_N) + 1) / (len(labels_N) + 2))
+
+    objective = distance_at if _without_mistake(logits_NK, labels_N) else nll_at
+    best = minimize_scalar(objective, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-8})
     return float(np.exp(best.x))
 
 

@@ -55,6 +55,19 @@ def ece(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int = 15) -> f
     return _mean_gap(diagram.count, diagram.confidence, diagram.accuracy)
 
 
+def ece_floor(probabilities_NK: np.ndarray, bins: int = 15, draws: int = 200) -> float:
+    """The ECE that these probabilities would have, on average, if they were perfectly calibrated.
+
+    It is above 0, since so many images fill the bins with a chance of their own: each prediction is right with the
+    probability that is its confidence, in `draws` imagined test splits. An ECE near it is no sign of miscalibration
+    (compare Vaicenavicius et al., AISTATS 2019). Errors: as `reliability_bins`.
+    """
+    confidence_N, _ = _top1(probabilities_NK, np.zeros(len(probabilities_NK), np.int64))
+    bin_N, generator = _bin_of(confidence_N, _edges(bins)), np.random.default_rng(0)
+    imagined = (generator.random(len(confidence_N)) < confidence_N for _ in range(draws))
+    return float(np.mean([_mean_gap(*_pool(bin_N, confidence_N, correct_N, bins)) for correct_N in imagined]))
+
+
 def mce(probabilities_NK: np.ndarray, labels_N: np.ndarray, bins: int = 15) -> float:
     """Maximum calibration error, max_b |acc_b - conf_b| (Guo et al. 2017, eq. 5). Errors: as `reliability_bins`."""
     return float(np.nanmax(np.abs(reliability_bins(probabilities_NK, labels_N, bins).gap)))

@@ -4,10 +4,11 @@ import numpy as np
 
 from tailcal.longtail import shot_groups
 from tailcal.metrics.accuracy import group_accuracy, per_class_accuracy, top1, topk
-from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, mce, nll
+from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, ece_floor, mce, nll
 from tailcal.metrics.scores import check, softmax
 
 Numbers = dict[str, float | None]
+HEADLINE = ("top1", "few", "ece", "nll")  # the few numbers of a cell that are listed and summed up
 DIGITS = 6  # of a number behind the point
 
 
@@ -24,6 +25,7 @@ def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, b
         numbers["top5"] = topk(logits_NK, labels_N, k=5)
     numbers |= {
         "ece": ece(p_NK, labels_N, bins),
+        "ece_floor": ece_floor(p_NK, bins),
         "mce": mce(p_NK, labels_N, bins),
         "ace": adaptive_ece(p_NK, labels_N, bins),
         "classwise_ece": classwise_ece(p_NK, labels_N, bins),
