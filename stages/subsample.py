@@ -3,31 +3,43 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
 from stages import paths
 from tailcal import errors, files, lock, longtail, params, rows, splits
 from tailcal.errors import UserError
 
 
-def read_raw(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+class RawMeta(params.Strict):
+    """What meta.json of a raw folder must have; it says more for readers."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    class_names: Annotated[list[str], Field(min_length=2)]
+    source: dict[str, Any]
+    checksums: dict[str, str]
+
+
+def read_raw(folder: Path) -> tuple[RawMeta, dict[str, np.ndarray]]:
     """meta.json and the four arrays (memory-mapped) of a raw folder.
 
     Raises UserError naming the file that is missing, is not as it was downloaded, or is not images or labels.
     """
-    meta = files.read_json(folder / "meta.json")
-    if not isinstance(meta, dict) or {"class_names", "source", "checksums"} - meta.keys():
-        raise UserError(
-            f"{folder}/meta.json is damaged: must have class_names, source and checksums; "
-            f"delete {folder} and run `dvc repro`"
-        )
+    described = folder / "meta.json"
+    content = files.read_json(described)
+    try:
+        meta = params.validate(RawMeta, content, "", described)
+    except UserError as error:
+        raise UserError(f"{error}; delete {folder} and run `dvc repro`") from None
     arrays = {}
     for part in ("train_images", "train_labels", "test_images", "test_labels"):
         path = folder / f"{part}.npy"
-        files.verify(path, meta["checksums"].get(path.name), remove=folder)
+        files.verify(path, meta.checksums.get(path.name), remove=folder)
         arrays[part] = files.read_array(path, mmap=True)
-    class_names = meta["class_names"]
+    class_names = meta.class_names
     for split in ("train", "test"):
         labels = arrays[f"{split}_labels"]
         splits.check(folder, split, arrays[f"{split}_images"], labels, len(class_names))
@@ -120,7 +132,7 @@ def main() -> None:
 def subsample(name: str, dataset: params.Dataset) -> None:
     """Check the raw arrays, choose the images, write the three splits and meta.json."""
     meta, raw = read_raw(paths.raw(name))
-    class_names = meta["class_names"]
+    class_names = meta.class_names
 
     check_augmentation(dataset, *raw["train_images"].shape[1:])
     available = np.bincount(raw["train_labels"], minlength=len(class_names))
@@ -151,7 +163,7 @@ def subsample(name: str, dataset: params.Dataset) -> None:
             "test_counts": np.bincount(labels["test"], minlength=len(class_names)).tolist(),
             "n_max": int(counts.max()),
             "imbalance": {**dataset.imbalance.record(), "measured_factor": float(counts.max() / counts.min())},
-            "source": meta["source"],
+            "source": meta.source,
             "checksums": checksums,
         },
     )

@@ -17,7 +17,7 @@ from tests.conftest import edit
 from tests.killing import artefacts, leftovers
 
 CELL = ("--dataset", "digits_lt", "--representation", "ce")
-LOCK = ".scratch/locks/data-representations-digits_lt-ce.lock"
+LOCK = f".scratch/locks/{hashlib.sha256(b'data/representations/digits_lt/ce').hexdigest()[:32]}.lock"
 LONGER = ("epochs: 8\n", "epochs: 40\n")
 
 

@@ -4,7 +4,11 @@ import io
 import os
 import re
 import struct
+import subprocess
+import sys
+import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,11 +162,37 @@ def test_exif_orientation(tmp_path, orientation, kind):
     assert np.abs(read_image(path, 24, 3) - naive(upright, 24, 3).astype(int)).max() <= (3 if kind == "jpg" else 0)
 
 
-def test_damaged_exif_does_not_matter(tmp_path, recwarn):
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + b"\xff" * 20
-    path = save(tmp_path / "a.jpg", smooth(20, 20), exif=exif)
+DAMAGED_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + b"\xff" * 20
+
+
+def test_damaged_exif_does_not_matter(tmp_path):
+    path = save(tmp_path / "a.jpg", smooth(20, 20), exif=DAMAGED_EXIF)
     assert np.abs(read_image(path, 20, 3) - smooth(20, 20).astype(int)).max() <= 12
-    assert not recwarn.list
+
+
+def test_of_damaged_exif_nothing_is_said_in_any_thread(tmp_path):
+    path = save(tmp_path / "a.jpg", smooth(20, 20), exif=DAMAGED_EXIF)
+    code = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from pathlib import Path\n"
+        "from tailcal.images import read_image\n"
+        "with ThreadPoolExecutor(8) as readers:\n"
+        "    list(readers.map(lambda _: read_image(Path(sys.argv[1]), 20, 3), range(200)))\n"
+    )
+    environment = {"PYTHONPATH": str(Path(images.__file__).parents[1])}
+    ran = subprocess.run([sys.executable, "-c", code, path], env=environment, capture_output=True, check=True)
+    assert ran.stderr == b""
+
+
+def test_no_warning_filter_changes_while_an_image_is_decoded(tmp_path, monkeypatch):
+    """Filters belong to the process: of two threads, one would put back what the other had set."""
+    path, before, decode = save(tmp_path / "a.png", smooth(8, 8)), list(warnings.filters), images._decode
+
+    def look(*arguments):
+        assert warnings.filters == before
+        return decode(*arguments)
+
+    monkeypatch.setattr(images, "_decode", look)
+    read_image(path, 8, 3)
 
 
 def test_first_frame(tmp_path):

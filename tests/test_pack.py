@@ -366,12 +366,28 @@ def die(_task):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def too_large(_task):
+    raise MemoryError
+
+
 def test_a_process_that_is_killed(work, monkeypatch):
     monkeypatch.setattr(pack, "_decode", die)
     with pytest.raises(
         UserError, match=r"a process that decodes images was killed.* set workers of the source below 2"
     ):
         write(listing(work, workers=2))
+
+
+@pytest.mark.parametrize(("workers", "mend"), [(1, "free some memory"), (2, "set workers of the source below 2")])
+def test_too_little_memory_is_one_line(work, monkeypatch, workers, mend):
+    monkeypatch.setattr(pack, "_decode", too_large)
+    with pytest.raises(UserError) as caught:
+        write(listing(work, workers=workers))
+    first, some = "train/000.png", pack.TASK * (1 if workers == 1 else 4)
+    assert str(caught.value) == (
+        f"{work}: a process that decodes images was killed or out of memory, at {first} or one of the next {some} "
+        f"images; {mend}, and run again to go on"
+    )
 
 
 def test_a_disk_that_fills_up(work, monkeypatch):

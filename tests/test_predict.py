@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +66,8 @@ def make_cell(
         arrays[f"{split}_labels"] = np.arange(n) % 4
     for name, array in arrays.items():
         files.write_array(root / paths.longtail("made_up") / f"{name}.npy", array)
-    files.write_json(root / paths.longtail("made_up") / "meta.json", {"class_names": NAMES, "train_counts": COUNTS})
+    meta = {"class_names": NAMES, "train_counts": COUNTS, "source": {}, "checksums": {}}
+    files.write_json(root / paths.longtail("made_up") / "meta.json", meta)
 
     torch.manual_seed(0)
     record = dict(zip(("backbone", "head"), NETWORKS[representation], strict=True))
@@ -274,15 +277,23 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
     wider = weights.with_name("wider.safetensors")
     save_file(state | {"head.bias": torch.zeros(5)}, wider)
     logits = root / paths.predictions(*folder) / "seed0.npz"
+    longtail = root / paths.longtail(cell.dataset)
+    meta = longtail / "meta.json"
+    described = json.loads(meta.read_text())
+    coloured = {"mean": [0.1] * 3, "std": [0.1] * 3}
+    colours = meta.with_name("colours.npy")
+    files.write_array(colours, np.zeros((40, 8, 8, 3), np.uint8))
     made = logits.with_name("provenance.json")
     checksums = json.loads(made.read_text())["checksums"]
     trained = json.loads(made.read_text())["params"]["classifier"]
 
-    def provenance(**changed) -> bytes:
+    def provenance(checksums: object = checksums, **changed) -> bytes:
         return json.dumps({"params": {"classifier": trained | changed}, "checksums": checksums}).encode()
 
+    def counted(**changed) -> bytes:
+        return json.dumps(described | changed).encode()
+
     stage1 = root / paths.representation(*folder[:2]) / "provenance.json"
-    meta = root / paths.longtail(cell.dataset) / "meta.json"
     return {
         "no weights": (weights, None, "is missing: run `dvc repro`"),
         "cut weights": (weights, weights.read_bytes()[:2000], "is damaged"),
@@ -292,13 +303,21 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
         "no logits": (logits, None, "is missing: run `dvc repro`"),
         "cut logits": (logits, logits.read_bytes()[:200], "is damaged"),
         "no checksums": (made, b'{"params": {"classifier": %s}}' % json.dumps(trained).encode(), "(no checksums)"),
+        "a number for checksums": (made, provenance(checksums=5), "is damaged (checksums is no mapping): delete it"),
+        "a list for checksums": (made, provenance(checksums=["seed0.npz"]), "is damaged (checksums is no mapping)"),
         "old record": (made, provenance(augmentation={"pad": 1}), "params.classifier.augmentation"),
         "other method": (made, provenance(method="nope"), "no classifier 'nope'"),
         "other settings": (made, provenance(settings={"rho": 1.0}), "settings.rho"),
         "no network": (stage1, b"{}", "is damaged (no network)"),
         "unknown network": (stage1, b'{"network": {"backbone": "nope"}}', "has no network"),
-        "no meta": (meta, b"[]", "is damaged (no class_names)"),
-        "no images": (meta.with_name("holdout_images.npy"), None, "is missing"),
+        "other colours": (made, provenance(augmentation=DIGITS | coloured), "mean has 3 values: must be 1"),
+        "no meta": (meta, b"[]", "input should be a valid dictionary"),
+        "a word for a count": (meta, counted(train_counts=["a"]), "train_counts.0: input should be a valid integer"),
+        "no counts": (meta, counted(train_counts=None), "train_counts: input should be a valid list"),
+        "a class of none": (meta, counted(train_counts=[9, 6, 4, 0]), "train_counts.3: input should be greater than"),
+        "a number for names": (meta, counted(class_names=5), "class_names: input should be a valid list, got 5"),
+        "no images": (longtail / "holdout_images.npy", None, "is missing"),
+        "other images": (longtail / "holdout_images.npy", colours.read_bytes(), "network.channels must be 3, got 1"),
     }
 
 
@@ -347,21 +366,87 @@ def test_an_export_takes_the_place_of_nothing_but_itself(tmp_path):
         export(cell, tmp_path / "model/model.json", root=tmp_path)
 
 
+def run_export(monkeypatch, root: Path, *more: object) -> None:
+    """Export the cell that `make_cell` makes of joint."""
+    cell = ("--dataset", "made_up", "--representation", "ce", "--classifier", "joint", "--root", root)
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, (*cell, *more))])
+    exporting.main()
+
+
 @pytest.mark.usefixtures("no_onnx")
-def test_what_a_killed_export_left_is_removed_and_nothing_else(tmp_path):
-    cell, out = make_cell(tmp_path), tmp_path / "model"
+def test_what_a_killed_export_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    make_cell(tmp_path)
+    out = tmp_path / "model"
     out.mkdir()
     left = out / ".model.safetensors.1a2b3c4d.part"
     left.touch()
-    export(cell, out, root=tmp_path)
+    run_export(monkeypatch, tmp_path, "--out", out)
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "model.json"}
     others = [tmp_path / "download/.film.mp4.part", tmp_path / "download/below/.model.json.x.part"]
     others[1].parent.mkdir(parents=True)
     for other in others:
         other.touch()
     with pytest.raises(UserError, match="holds other files"):
-        export(cell, tmp_path / "download", root=tmp_path)
+        run_export(monkeypatch, tmp_path, "--out", tmp_path / "download")
     assert all(other.exists() for other in others)
+
+
+@pytest.fixture
+def locks(tmp_path, monkeypatch) -> Path:
+    """Where lock files lie, and nobody else's."""
+    (tmp_path / "locks").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "locks"))
+    return tmp_path / f"locks/tailcal-{os.getuid()}"
+
+
+def test_a_second_export_to_a_folder_is_told_who_is_first_and_spoils_nothing(tmp_path, locks, monkeypatch):
+    def meanwhile(*_):
+        monkeypatch.setattr(exporting, "to_onnx", None)
+        says = rf"^{tmp_path}/model/model\.json: another process \(pid {os.getpid()}\) is making it: wait for it"
+        with pytest.raises(UserError, match=says):
+            run_export(monkeypatch, tmp_path, "--out", tmp_path / "other/../model")
+        raise UserError("not wanted here")
+
+    make_cell(tmp_path)
+    monkeypatch.setattr(exporting, "to_onnx", meanwhile)
+    run_export(monkeypatch, tmp_path, "--out", tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "model.json"}
+    assert not list(locks.iterdir())
+
+
+def test_a_second_prediction_to_a_file_is_told_who_is_first_and_spoils_nothing(
+    tmp_path, locks, model, pictures, monkeypatch
+):
+    forward = Predictor.forward
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(Predictor, "forward", forward)
+        says = rf"^{tmp_path}/out\.csv: another process \(pid {os.getpid()}\) is making it: wait for it"
+        with pytest.raises(UserError, match=says):
+            run(monkeypatch, "--model", model, "--out", "out.csv", pictures)
+        return forward(*arguments)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Predictor, "forward", meanwhile)
+    before = set(tmp_path.iterdir())
+    run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", pictures)
+    assert len(table(tmp_path / "out.csv")) == 30
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "out.csv"}
+    assert not list(locks.iterdir())
+
+
+def test_locks_lie_where_nobody_else_can_write(tmp_path, locks, monkeypatch):
+    with predict.alone(tmp_path / "out.csv"):
+        assert locks.stat().st_mode & 0o777 == 0o700
+        assert len(list(locks.iterdir())) == 1
+    other = os.getuid() + 1
+    locks.rename(locks.with_name(f"tailcal-{other}"))
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with (
+        pytest.raises(UserError, match=rf"locks/tailcal-{other}: is another user's: set TMPDIR"),
+        predict.alone(tmp_path / "out.csv"),
+    ):
+        pytest.fail("it is locked in another user's folder")
 
 
 def test_what_a_killed_prediction_left_is_removed_and_nothing_else(tmp_path, model, pictures, monkeypatch):
@@ -534,9 +619,17 @@ def test_the_commands_explain_themselves(module, monkeypatch, capsys):
     assert f"{module.__name__} --" in capsys.readouterr().out
 
 
-def test_neither_needs_what_only_linux_has():
-    code = "import sys, tailcal.export; sys.exit(bool({'tailcal.lock', 'tailcal.pack'} & sys.modules.keys()))"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT / "src")})
+def test_neither_needs_what_only_linux_has(tmp_path, model, pictures):
+    (tmp_path / ".out.csv.1a2b3c4d.part").touch()
+    code = (
+        "import os, sys; sys.modules['fcntl'] = None\n"
+        "from tailcal import export, predict; del os.getuid, os.sched_getaffinity\n"
+        "predict.main(); sys.exit('tailcal.pack' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "--model", model, "--out", "out.csv", pictures]
+    subprocess.run(command, cwd=tmp_path, check=True, env={"PYTHONPATH": str(ROOT / "src")})
+    assert len(table(tmp_path / "out.csv")) == 30
+    assert not (tmp_path / ".out.csv.1a2b3c4d.part").exists()
 
 
 def test_a_mistake_at_the_command_line_is_one_line(tmp_path):
@@ -560,9 +653,7 @@ def test_a_device_that_is_not_there_is_one_line():
 @pytest.mark.usefixtures("no_onnx")
 def test_the_export_command_says_what_it_made(tmp_path, monkeypatch, capsys):
     def said(*more: str) -> str:
-        cell = ("--dataset", "made_up", "--representation", "ce", "--classifier", "joint", "--root", str(tmp_path))
-        monkeypatch.setattr(sys, "argv", ["export", *cell, "--out", str(tmp_path / "model"), *more])
-        exporting.main()
+        run_export(monkeypatch, tmp_path, "--out", tmp_path / "model", *more)
         return capsys.readouterr().out
 
     make_cell(tmp_path)

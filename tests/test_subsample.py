@@ -280,8 +280,28 @@ def test_missing_files(project):
 def test_damaged_meta(project, text):
     project.put_raw()
     (paths.raw(NAME) / "meta.json").write_text(text)
-    with pytest.raises(UserError, match=r"meta\.json is damaged"):
+    with pytest.raises(UserError, match=r"^data/raw/digits_lt/meta\.json.* delete .* run `dvc repro`$"):
         project.cut()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("class_names", 5, "class_names: input should be a valid list, got 5"),
+        ("class_names", ["ant", 5, "cat"], "class_names.1: input should be a valid string, got 5"),
+        ("class_names", ["ant"], "class_names: must have 2 entry or more"),
+        ("source", "folder", "source: input should be a valid dictionary, got 'folder'"),
+        ("checksums", 5, "checksums: input should be a valid dictionary, got 5"),
+        ("checksums", ["train_images.npy"], "checksums: input should be a valid dictionary"),
+    ],
+)
+def test_a_key_of_meta_that_is_damaged_is_one_line(project, key, value, says):
+    project.put_raw()
+    path = paths.raw(NAME) / "meta.json"
+    files.write_json(path, files.read_json(path) | {key: value})
+    with pytest.raises(UserError) as error:
+        project.cut()
+    assert str(error.value) == f"{path}: {says}; delete {path.parent} and run `dvc repro`"
 
 
 @pytest.mark.parametrize(

@@ -24,17 +24,17 @@ import torch
 from pydantic import ConfigDict
 
 import tailcal
-from tailcal import errors, files, posthoc, predictions, provenance
+from tailcal import errors, files, posthoc, predictions, provenance, splits
 from tailcal.errors import UserError
 from tailcal.params import PARAMS, Augmentation, Strict, validate
-from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Predictor, build
+from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Predictor, alone, build
 from tailcal.weights import load_weights, save_weights
 
 CHECKED = 16  # images whose logits must be those that were saved when the cell was made
 TOLERANCE = 0.01  # of the largest of these logits; GPUs and CPUs differ by far less, another network by far more
 
 
-class Trained(Strict):
+class ClassifierRecord(Strict):
     """What the pipeline records of stage 2, as far as an exported model needs it."""
 
     model_config = ConfigDict(extra="ignore")
@@ -54,11 +54,11 @@ def read_field(path: Path, *keys: str) -> Any:
     return value
 
 
-def read_trained(path: Path) -> Trained:
+def read_trained(path: Path) -> ClassifierRecord:
     """Method, settings and augmentation of stage 2, of its provenance. Raises UserError naming the file and the key."""
     record = read_field(path, "params", "classifier")
     try:
-        return validate(Trained, record, "params.classifier", path)
+        return validate(ClassifierRecord, record, "params.classifier", path)
     except UserError as error:
         raise UserError(f"{error}; run `dvc repro` to make it with this version of tailcal") from None
 
@@ -163,20 +163,21 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
     is missing, damaged or not of this cell; nothing is written then.
     """
     where = f"{cell.dataset}/{cell.representation}"
-    meta = root / f"data/lt/{cell.dataset}/meta.json"
+    longtail = root / f"data/lt/{cell.dataset}"
     stage1 = root / f"data/representations/{where}/provenance.json"
     weights = root / f"data/classifiers/{where}/{cell.classifier}/seed{cell.seed}.safetensors"
     predicted = root / f"data/predictions/{where}/{cell.classifier}"
 
     made = predicted / "provenance.json"
     require_finished(made, root / "data/predictions")
-    for name in (WEIGHTS, ONNX, CARD):  # of these alone: the folder may turn out to be somebody else's
-        files.remove_leftovers(out / name)
     check_out(out, cell)
-    names, counts = read_field(meta, "class_names"), read_field(meta, "train_counts")
+    meta = splits.read_meta(longtail)
+    names, counts = meta["class_names"], meta["train_counts"]
     record = read_field(stage1, "network")
     trained = read_trained(made)
     checksums = read_field(made, "checksums")
+    if not isinstance(checksums, dict):
+        raise UserError(f"{made} is damaged (checksums is no mapping): delete it and run `dvc repro`")
     logits = predicted / f"seed{cell.seed}.npz"
     if logits.name not in checksums:
         seeds = ", ".join(
@@ -190,44 +191,47 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
 
     network = build(record, trained.method, trained.settings, counts, made)
     load_weights(network, weights, checksums.get(weights.name))
-    images_path = meta.parent / f"{split}_images.npy"
+    images_path = longtail / f"{split}_images.npy"
     images = files.read_array(images_path, mmap=True)
     size, channels = check_images(images, images_path)
+    described = {
+        "format": 1,
+        "class_names": names,
+        "train_counts": counts,
+        "image_size": size,
+        "channels": channels,
+        "augmentation": trained.augmentation,
+        "network": record,
+        "classifier": trained.method,
+        "settings": trained.settings,
+        "rule": "none",
+        "fitted": {},
+        "cell": cell,
+        "weights": "",
+        "onnx": None,
+        "versions": {"tailcal": tailcal.__version__, **provenance.versions()},
+        "provenance": files.read_json(made),
+    }
+    card = validate(Card, described, "", made)
     check_logits(Predictor(network, trained.augmentation, 1.0), images, getattr(saved, f"{split}_logits"), weights)
 
-    fitted = {}
     if split == "holdout" and rule != "none":
-        fitted["temperature"] = fit_temperature(counts, saved.holdout_logits, saved.holdout_labels, logits)
-    model = Predictor(network, trained.augmentation, fitted.get("temperature", 1.0))
+        temperature = fit_temperature(counts, saved.holdout_logits, saved.holdout_labels, logits)
+        card = card.model_copy(update={"rule": "temperature", "fitted": {"temperature": temperature}})
+    model = Predictor(network, trained.augmentation, card.temperature)
     try:
         onnx = to_onnx(model, size, channels)
     except UserError as error:
         onnx = None
         print(f"{out / ONNX} is left out: {error}", file=sys.stderr)
 
-    save_weights(network, out / WEIGHTS)
+    written = {"weights": save_weights(network, out / WEIGHTS)}
     if onnx is None:
         (out / ONNX).unlink(missing_ok=True)  # of an earlier export
     else:
         files.write_bytes(out / ONNX, onnx)
-    card = Card(
-        format=1,
-        class_names=names,
-        train_counts=counts,
-        image_size=size,
-        channels=channels,
-        augmentation=trained.augmentation,
-        network=record,
-        classifier=trained.method,
-        settings=trained.settings,
-        rule="temperature" if fitted else "none",
-        fitted=fitted,
-        cell=cell,
-        weights=files.sha256(out / WEIGHTS),
-        onnx=files.sha256(out / ONNX) if onnx else None,
-        versions={"tailcal": tailcal.__version__, **provenance.versions()},
-        provenance=files.read_json(made),
-    )
+        written["onnx"] = files.sha256(out / ONNX)
+    card = card.model_copy(update=written)
     files.write_json(out / CARD, card.model_dump())
     return card
 
@@ -252,7 +256,8 @@ def main() -> None:
     args = parser.parse_args()
 
     cell = Cell(dataset=args.dataset, representation=args.representation, classifier=args.classifier, seed=args.seed)
-    card = export(cell, args.out, args.rule, args.root)
+    with alone(*(args.out / name for name in (CARD, WEIGHTS, ONNX))):  # no others: the folder may be somebody else's
+        card = export(cell, args.out, args.rule, args.root)
     if card.rule == "temperature":
         said = f"calibrated with temperature {card.temperature:.4g}, fitted on the held-out images"
     elif args.rule is None:

@@ -24,6 +24,10 @@ MAX_PIXELS = 64_000_000  # decoding takes 4 to 24 bytes a pixel (WebP), so at mo
 MAX_ASPECT = 20  # a square cut out of a longer strip would show next to nothing of it
 DRAFT = 2  # how many times too large a JPEG may be decoded when its own scaling by 1/2, 1/4 or 1/8 saves work
 
+# A damaged EXIF block is a warning of Pillow's, and no reason to refuse the pixels. Filters belong to the process, and
+# images are decoded in several of its threads: this one is set for good, and not around each image.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 def shown(name: str | os.PathLike) -> str:
     """A file's name as an error line shows it: on one line, and in characters that every terminal takes."""
@@ -49,10 +53,7 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
             raise UserError("is not a file")
         if not found.st_size:
             raise UserError("is empty (0 bytes)")
-        with warnings.catch_warnings():
-            # A damaged EXIF block is a warning of Pillow's, and no reason to refuse the pixels.
-            warnings.simplefilter("ignore")
-            return _decode(path, size, channels)
+        return _decode(path, size, channels)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise a different type for each way in which a file can be damaged

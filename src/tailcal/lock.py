@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from tailcal.files import remove_leftovers
 def alone(folder: Path, *outputs: Path) -> Iterator[None]:
     """Be the only process that makes `outputs`, files or folders, while the block runs; their leftovers are removed.
 
-    The lock is the kernel's, on a file in `folder` that is named after the first output: it ends with the process,
+    The lock is the kernel's, on a file in `folder` that is named by the first output: it ends with the process,
     however that ends, so a file without a process locks nothing. Of several processes that train together the first
     takes it for all. Raises UserError naming the first output and the process that is making it.
     """
@@ -22,7 +23,8 @@ def alone(folder: Path, *outputs: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{outputs[0].as_posix().replace('/', '-')}.lock"
+    # Named by a digest: a path of any length gives a name that every file system takes.
+    path = folder / f"{hashlib.sha256(os.fsencode(outputs[0])).hexdigest()[:32]}.lock"
     with path.open("a+") as file:
         if not _take(file.fileno()):
             file.seek(0)

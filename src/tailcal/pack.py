@@ -296,7 +296,12 @@ def _flush(stores: dict[str, _Store], pending: dict[str, Sums]) -> None:
 def _run(tasks: Iterator[Task], workers: int) -> Iterator[Done]:
     """Results of the tasks in whatever order they end; only twice as many as `workers` are under way at a time."""
     if workers == 1:
-        yield from map(_decode, tasks)
+        for task in tasks:
+            try:
+                done = _decode(task)
+            except MemoryError:
+                raise _exhausted([task], workers) from None
+            yield done
         return
     # Spawned, not forked: a fork would copy locks that the parent's threads may hold.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
@@ -311,13 +316,19 @@ def _run(tasks: Iterator[Task], workers: int) -> Iterator[Done]:
                 for task in itertools.islice(tasks, 1):
                     waiting[pool.submit(_decode, task)] = task
     except (BrokenProcessPool, MemoryError):
-        root, name = next((task.root, task.files[0][1]) for task in waiting.values())
-        raise UserError(
-            f"{root}: a process that decodes images was killed or out of memory, at {images.shown(name)} or one of the "
-            f"next {TASK * len(waiting)} images; set workers of the source below {workers}, and run again to go on"
-        ) from None
+        raise _exhausted(list(waiting.values()), workers) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _exhausted(tasks: list[Task], workers: int) -> UserError:
+    """What to say when memory has run out, or a process was killed, at one of these tasks."""
+    less = f"set workers of the source below {workers}" if workers > 1 else "free some memory"
+    return UserError(
+        f"{tasks[0].root}: a process that decodes images was killed or out of memory, at "
+        f"{images.shown(tasks[0].files[0][1])} or one of the next {TASK * len(tasks)} images; {less}, and run again to "
+        "go on"
+    )
 
 
 def _begin() -> None:

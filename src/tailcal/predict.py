@@ -8,12 +8,14 @@ the exit code is then 1. Nothing in a model folder is executed: it holds numbers
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -34,6 +36,11 @@ from tailcal.models import Network
 from tailcal.params import Augmentation, Positive, Strict, validate
 from tailcal.train import enough_memory
 from tailcal.weights import load_weights
+
+try:
+    from tailcal import lock
+except ModuleNotFoundError:  # of fcntl, which Windows has not
+    lock = None
 
 WEIGHTS, CARD, ONNX = "model.safetensors", "model.json", "model.onnx"
 AGAIN = "export the model again"  # how these are made
@@ -257,6 +264,28 @@ def predict(
     return wrong
 
 
+@contextlib.contextmanager
+def alone(*outputs: Path) -> Iterator[None]:
+    """Be the only process that writes `outputs`, files, while the block runs; their leftovers are removed.
+
+    Raises UserError naming the first output and the process that writes it; not where the system has no such locks.
+    """
+    places = [output.parent.resolve() / output.name for output in outputs]  # the same from whatever folder
+    if lock is None:
+        for place in places:
+            files.remove_leftovers(place)
+        yield
+        return
+    # A killed process leaves its lock file behind: not among the user's own files. Where others can write, they could
+    # put a link there, to a file of ours for us to empty.
+    folder = Path(tempfile.gettempdir()) / f"tailcal-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise UserError(f"{folder}: is another user's: set TMPDIR to a folder of your own")
+    with lock.alone(folder, *places):
+        yield
+
+
 def check_out(out: Path, images: list[Path]) -> None:
     """Raise UserError when the CSV would take the place of an image, of a folder or of something that is no file."""
     if out.exists() and not out.is_file():
@@ -303,8 +332,8 @@ def main() -> None:
     card, model = load(args.model)
     paths = find(args.images)
     check_out(args.out, paths)
-    files.remove_leftovers(args.out)
-    wrong = predict(card, model, paths, args.out, args.top, args.batch_size, device)
+    with alone(args.out):
+        wrong = predict(card, model, paths, args.out, args.top, args.batch_size, device)
     print(f"{args.out}: {len(paths) - len(wrong)} images")
     if wrong:
         raise UserError(f"{len(wrong)} of {len(paths)} files could not be read as images; they are named above")
