@@ -1,6 +1,6 @@
 """See whether faster ways of training may stand in for the reference: metrics/modes.json, and metrics/modes.md to read.
 
-What is trained, benchmark/modes.yaml says, and by what rule a mode is accepted, the table. The stages are those of the
+benchmark/modes.yaml says what is trained, and the table by what rule a mode is accepted. The stages are those of the
 pipeline, run here one after the other in a folder of its own for each mode, data/modes/<mode>, so that the results of
 the grid are left alone. A run that is interrupted goes on where it was. It stands outside the pipeline: see
 benchmark/dvc.yaml.
@@ -15,7 +15,7 @@ from stages import paths, workspace
 from stages.evaluate import read_cell, read_classes
 from tailcal import errors, files, lock, method, params, provenance, settings, sources, train
 from tailcal.benchmark import measure, modes
-from tailcal.benchmark.modes import REFERENCE, Cell, Held, Measured, Mode, Outcome, Record, Seed
+from tailcal.benchmark.modes import REFERENCE, Cell, Measured, Mode, ModeResult, Outcome, Record, Seed
 from tailcal.metrics.cell import measure as numbers_of
 
 OUT = Path("metrics/modes.json")
@@ -67,15 +67,15 @@ def trained(p: params.Params, cell: Cell, name: str, mode: Mode) -> Outcome:
             return outcome(p, cell)
 
 
-def hold(p: params.Params, cell: Cell, suite: modes.Suite) -> Measured:
+def compare_modes(p: params.Params, cell: Cell, suite: modes.Suite) -> Measured:
     """Train a cell in the reference and in every mode, one after the other, and judge the modes."""
     reference = trained(p, cell, REFERENCE, Mode(precision="float32", cuda_graphs=False))
-    held = {}
+    results = {}
     for name, mode in suite.modes.items():
         other = trained(p, cell, name, mode)
-        held[name] = Held(outcome=other, verdict=modes.judge(reference, other, mode))
+        results[name] = ModeResult(outcome=other, verdict=modes.judge(reference, other, mode))
     source = p.datasets[cell.dataset].source["kind"]
-    return Measured(**cell.model_dump(), source=source, reference=reference, modes=held)
+    return Measured(**cell.model_dump(), source=source, reference=reference, modes=results)
 
 
 def code(p: params.Params, suite: modes.Suite) -> str:
@@ -105,10 +105,10 @@ def main() -> None:
             machine=measure.machine(device),
             versions=provenance.versions(),
             code=digest,
-            at_once=min(p.runtime.replicas, len(suite.seeds)),
+            at_once=train.at_once(p.runtime, len(suite.seeds)),
             seeds=suite.seeds,
             modes=suite.modes,
-            cells=[hold(p, cell, suite) for cell in suite.cells],
+            cells=[compare_modes(p, cell, suite) for cell in suite.cells],
         )
         files.write_json(OUT, record.model_dump())
         files.write_text(TEXT, modes.markdown(record))

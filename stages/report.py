@@ -4,18 +4,45 @@ import argparse
 import json
 from itertools import product
 from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
+from pydantic import AliasPath, ConfigDict, Field
 
 from stages import paths
 from tailcal import costs, figures, lock, page, params, tables
 from tailcal.errors import UserError, run
 from tailcal.files import read_json, write_json, write_text
+from tailcal.params import Strict
 from tailcal.tables import Cell
 
 BINS = ("seed", "bin_lower", "bin_upper", "confidence", "accuracy", "count")
 CLASSES = ("class", "name", "train_count", "test_count", "group", "accuracy", "accuracy_std")
 HISTORY = ("epoch", "seed", "loss", "train_accuracy")
+
+
+class Numbers(Strict):
+    """What was measured, by name: numbers, and null where there is none. `transductive` is said of a post-hoc rule."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]
+
+    transductive: bool = False
+
+
+class Metrics(Numbers):
+    """What a cell's metrics must have for the report: numbers as trained and after each post-hoc rule, and of the
+    provenance how the tail was cut, which captions tell."""
+
+    top1: float | None
+    few: float | None
+    ece: float | None
+    nll: float | None
+    seeds: Annotated[int, Field(ge=1)]
+    posthoc: dict[str, Numbers]
+    posthoc_absent: dict[str, str]  # why, by rule
+    provenance: dict[str, Any]
+    imbalance: params.Imbalance = Field(validation_alias=AliasPath("provenance", "params", "dataset", "imbalance"))
 
 
 OUTPUTS = (
@@ -72,7 +99,7 @@ def _write_numbers(cells: dict[str, list[Cell]], epochs: dict[str, list[int]]) -
     write_text(paths.TABLE, pd.DataFrame(tables.rows(every)).to_csv(index=False, lineterminator="\n"))
     write_text(paths.TABLE_TEXT, "\n".join(tables.markdown(group, epochs[dataset]) for dataset, group in cells.items()))
     write_json(paths.SUMMARY, {dataset: tables.summary(group) for dataset, group in cells.items()})
-    # JSON, since `dvc plots` takes the numbers of a CSV for texts; a line a record, so that git shows what moved.
+    # JSON, since `dvc plots` takes the numbers of a CSV for texts; one line per record, so that git shows what moved.
     records = [json.dumps(record) for cell in every for record in _records(cell)]
     write_text(paths.RELIABILITY, "[\n" + ",\n".join(records) + "\n]\n")
 
@@ -96,11 +123,11 @@ def _draw(cells: list[Cell], histories: dict[str, pd.DataFrame]) -> dict[str, Pa
     figures.reliability_overview(
         {key: cell.bins for key, cell in by_name.items()}, f"{dataset}: reliability of every cell", drawn["reliability"]
     )
-    plain = [row for row in tables.rows(cells) if row["posthoc"] == "none"]
+    plain = [row for row in tables.rows(cells) if row["posthoc"] == tables.AS_TRAINED]
     figures.accuracy_against_ece(
         pd.DataFrame(plain), f"{dataset}: accuracy against calibration error", drawn["accuracy_ece"]
     )
-    figures.class_counts(cells[0].classes, f"{dataset}: training images a class", drawn["class_counts"])
+    figures.class_counts(cells[0].classes, f"{dataset}: training images per class", drawn["class_counts"])
     figures.per_class_accuracy(
         {key: cell.classes for key, cell in by_name.items()}, f"{dataset}: accuracy of each class", drawn["per_class"]
     )
@@ -109,27 +136,20 @@ def _draw(cells: list[Cell], histories: dict[str, pd.DataFrame]) -> dict[str, Pa
 
 
 def _cell(dataset: str, representation: str, classifier: str) -> Cell:
-    where = paths.metrics(dataset, representation, classifier)
-    metrics = read_json(where)
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("posthoc", {}), dict):
-        raise UserError(f"{where} is damaged (it is not a cell's metrics): delete it and run `dvc repro`")
-    for name in (*tables.HEADLINE, "seeds", "provenance"):
-        if name not in metrics:
-            raise UserError(f"{where} is damaged (it has no {name}): delete it and run `dvc repro`")
-    _check_numbers(where, metrics)
+    metrics = _metrics(paths.metrics(dataset, representation, classifier))
     plots = paths.cell_plots(dataset, representation, classifier)
     bins, classes = _frame(plots / "reliability.csv", BINS), _frame(plots / "per_class.csv", CLASSES)
     return Cell(dataset, representation, classifier, metrics, bins, classes)
 
 
-def _check_numbers(where: Path, metrics: dict) -> None:
-    """Raise UserError unless each measure of the cell, as trained and after each rule, is a number or null."""
-    if not isinstance(metrics["seeds"], int):
-        raise UserError(f"{where} is damaged (seeds is no number): delete it and run `dvc repro`")
-    for group in (metrics, *metrics.get("posthoc", {}).values()):
-        for name in [part for number in tables.NUMBERS for part in (number, f"{number}_std")]:
-            if not isinstance(group, dict) or not isinstance(group.get(name), int | float | None):
-                raise UserError(f"{where} is damaged ({name} is no number): delete it and run `dvc repro`")
+def _metrics(path: Path) -> dict[str, Any]:
+    """A cell's metrics. Raises UserError naming the file and the key."""
+    content = read_json(path)
+    try:
+        params.validate(Metrics, content, "", path)
+    except UserError as error:
+        raise UserError(f"{error}; delete it and run `dvc repro`") from None
+    return content
 
 
 def _history(dataset: str, representation: str) -> pd.DataFrame:

@@ -140,7 +140,10 @@ def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generato
         "posthoc": {rule: numbers(generator, seeds) | {"transductive": rule in TRANSDUCTIVE} for rule in RULES},
         "posthoc_absent": {},
         "provenance": {
-            "params": {"dataset": {"imbalance": {"profile": "exponential", "factor": 20.0}}, "classifier": {}},
+            "params": {
+                "dataset": {"imbalance": {"seed": 0, "profile": "exponential", "factor": 20.0}},
+                "classifier": {},
+            },
             "data": "sha256:0123456789abcdef",
             "code": "aa4ca0a",
             "device": "cpu",

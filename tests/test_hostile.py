@@ -354,8 +354,12 @@ METRICS = {
     **dict.fromkeys(("top1", "few", "ece", "nll"), 0.5),
     **dict.fromkeys(("top1_std", "few_std", "ece_std", "nll_std"), 0.1),
     "seeds": 2,
-    "provenance": {"code": "0+0"},
+    "provenance": {
+        "code": "0+0",
+        "params": {"dataset": {"imbalance": {"profile": "step", "factor": 1.5, "seed": 0}}},
+    },
     "posthoc": {"temperature": {"top1": 0.5, "ece": 0.1, "transductive": False}},
+    "posthoc_absent": {"platt": "a reason"},
 }
 
 

@@ -75,20 +75,21 @@ def test_the_same_precision_must_give_the_same_bits():
 
 
 @pytest.mark.parametrize("seeds", [5, 10])
-def test_how_often_chance_refuses(seeds):
+@pytest.mark.parametrize("shift", [0, 0.5, 1, 2])
+def test_how_often_a_mode_passes(seeds, shift):
     samples = np.random.default_rng(0).normal(size=(2, 40_000, seeds))
-    off = np.abs(samples[0].mean(1) - samples[1].mean(1)) > samples[0].std(1, ddof=1)
-    assert modes.by_chance(seeds) == pytest.approx(off.mean(), abs=0.01)
+    off = np.abs(samples[0].mean(1) - shift - samples[1].mean(1)) > samples[0].std(1, ddof=1)
+    assert 1 - modes.passes(seeds, shift) == pytest.approx(off.mean(), abs=0.01)
 
 
 def test_a_table_says_what_a_mode_was_refused_for():
     reference = outcome()
-    held = {}
+    results = {}
     for name, mode, other in (
         ("bf16", BF16, outcome(top1=0.88, ece=0.0512, losses=(2.01, 1.0, 4.0, 2.0, 3.0))),
         ("graphs", GRAPHS, outcome()),
     ):
-        held[name] = modes.Held(outcome=other, verdict=modes.judge(reference, other, mode))
+        results[name] = modes.ModeResult(outcome=other, verdict=modes.judge(reference, other, mode))
     cell = {"dataset": "d", "representation": "r", "classifier": "c", "source": "folder"}
     record = Record(
         machine={"gpu": "A GPU", "torch": "2"},
@@ -97,11 +98,11 @@ def test_a_table_says_what_a_mode_was_refused_for():
         at_once=2,
         seeds=[0, 1, 2, 3, 4],
         modes={"bf16": BF16, "graphs": GRAPHS},
-        cells=[modes.Measured(**cell, reference=reference, modes=held)],
+        cells=[modes.Measured(**cell, reference=reference, modes=results)],
     )
     text = modes.markdown(record)
     assert "| d/r/c | float32 | 90.00 ± 1.00 | 5.00 ± 0.50 | — | — | — | 1.0 | — |" in text
-    assert "| d/r/c | bf16 | 88.00 ± 1.00 | 5.12 ± 0.50 | -2.00 | +0.12 | 0.50% (0.0100) | 1.0 | no: top-1 |" in text
+    assert "| d/r/c | bf16 | 88.00 ± 1.00 | 5.12 ± 0.50 | −2.00 | +0.12 | 0.50% (0.0100) | 1.0 | no: top-1 |" in text
     assert "| d/r/c | graphs | 90.00 ± 1.00 | 5.00 ± 0.50 | +0.00 | +0.00 | 0.00% (0.0000) | 1.0 | yes |" in text
     assert "bf16: accepted on 0 of 1 cells, refused on d/r/c." in text
     assert "graphs: accepted on 1 of 1 cells." in text
@@ -247,5 +248,5 @@ def test_the_committed_table_is_that_of_the_committed_numbers():
     record = Record.model_validate(json.loads((ROOT / stage.OUT).read_text()))
     assert (ROOT / stage.TEXT).read_text() == modes.markdown(record)
     for cell in record.cells:
-        for name, held in cell.modes.items():
-            assert held.verdict == modes.judge(cell.reference, held.outcome, record.modes[name])
+        for name, result in cell.modes.items():
+            assert result.verdict == modes.judge(cell.reference, result.outcome, record.modes[name])

@@ -50,7 +50,7 @@ footing:
 
 
 def encode(correct_SN):
-    """The predictions of each seed as the runner keeps them: one bit an image."""
+    """The predictions of each seed as the runner keeps them: one bit per image."""
     return {str(seed): base64.b64encode(np.packbits(right)).decode() for seed, right in enumerate(correct_SN)}
 
 
@@ -346,7 +346,7 @@ def test_a_footing_table():
     put(mislas, "footing_cpu", "mixup", "mislas")
     stage.main()
     text = section("Everything on one footing")
-    above, below = text.split("Top-1 of the row less that of the column")
+    above, below = text.split("Top-1 of the row minus that of the column")
     assert rows(above)[1:] == [
         ["1", "ce/joint", "41.00 ± 1.41", "70.00", "50.00", "—", "5.12 ± 0.31", "1.500", "2", "1,041"],
         ["2", "mixup/mislas", "62.00 ± 2.00", "70.00", "50.00", "—", "5.12 ± 0.31", "1.500", "3", "1,041"],
@@ -360,7 +360,7 @@ def test_a_footing_table():
     assert re.fullmatch(r"\*\*\+21\.0<br>\+1\d\.\d to \+2\d\.\d\*\*", matrix[0][2])
     assert matrix[0][3] == ""
     assert re.fullmatch(r"\+0\.3<br>−\d\.\d to \+\d\.\d", matrix[1][3])
-    assert "Not in the matrix, as only sums of their predictions were kept: ce/joint + pn_transductive." in below
+    assert "since their predictions were not kept image by image: ce/joint + pn_transductive." in below
 
     frame = pd.read_csv(stage.PAIRS)
     assert list(frame.columns) == published.PAIR_COLUMNS
@@ -445,6 +445,16 @@ def test_a_damaged_cell_is_named(change, message):
         stage.main()
     assert "\n" not in str(caught.value)
     assert not stage.TEXT.exists()
+
+
+def test_a_cell_that_is_cut_off_is_named_with_how_it_is_made():
+    path = put(measured(predictions(0.4, 0.42)))
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(UserError) as caught:
+        stage.main()
+    assert re.fullmatch(
+        rf"{path} is damaged \(.+\): delete it and run `python -m stages\.published --missing`", str(caught.value)
+    )
 
 
 def test_cells_of_other_test_images_are_not_paired():

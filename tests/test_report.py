@@ -18,6 +18,7 @@ from stages import paths, readme, report
 from tailcal import figures
 from tailcal.errors import UserError
 from tailcal.posthoc import RULES
+from tailcal.tables import signed
 from tests import report_inputs
 
 SMALL = {"representations": ("ce", "mixup"), "classifiers": ("joint", "mislas")}
@@ -145,7 +146,7 @@ def _page_tables():
     return tables
 
 
-def test_page_sets_the_rules_side_by_side_a_table_a_number():
+def test_page_sets_the_rules_side_by_side_one_table_per_number():
     report.main()
     tables = _page_tables()
     assert list(tables) == ["ECE, %", "NLL", "Top-1 accuracy, %", "Few-shot accuracy, %"]
@@ -273,6 +274,25 @@ def test_caption_is_counted_in_the_files():
         assert fact in caption
 
 
+def test_the_factor_of_a_natural_tail_is_counted():
+    for cell in product(("digits_lt",), *SMALL.values()):
+        report_inputs.change(paths.metrics(*cell), **_provenance(profile="natural", seed=0))
+        path, classes = _per_class(*cell[1:])
+        classes.assign(train_count=[120, *[60] * 8, 16]).to_csv(path, index=False)
+    report.main()
+    assert paths.TABLE_TEXT.read_text().startswith(
+        "digits_lt: natural profile, imbalance factor 7.5 (10 classes of 120 to"
+    )
+
+
+@pytest.mark.parametrize(
+    ("points", "digits", "text"),
+    [(1.005, 2, "+1.00"), (-0.25, 2, "−0.25"), (-0.004, 2, "+0.00"), (0.0, 1, "+0.0"), (-12.34, 1, "−12.3")],
+)
+def test_a_difference_has_a_sign_and_zero_no_minus(points, digits, text):
+    assert signed(points, digits) == text
+
+
 def test_only_the_cells_of_the_grid_are_read():
     stale = paths.metrics("digits_lt", "ce", "of_another_grid")
     stale.write_text("not JSON")
@@ -337,7 +357,8 @@ def test_page_is_self_contained():
 
 def test_page_escapes_what_it_is_given():
     where = paths.metrics("digits_lt", "ce", "joint")
-    report_inputs.change(where, provenance={"device": "<script>alert(1)</script>"})
+    provenance = json.loads(where.read_text())["provenance"]
+    report_inputs.change(where, provenance=provenance | {"device": "<script>alert(1)</script>"})
     report.main()
     assert "<script>" not in paths.REPORT.read_text()
 
@@ -368,11 +389,64 @@ def test_damaged_table_is_one_clear_line(content):
         report.main()
 
 
-def test_metrics_without_a_number_are_damaged():
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{}", "top1: this key is missing; few: this key is missing; ece: this key is missing (and 6 more)"),
+        ("[]", "input should be a valid dictionary or instance of Metrics"),
+    ],
+)
+def test_metrics_of_another_kind_are_one_clear_line(content, says):
     path = paths.metrics("digits_lt", "mixup", "joint")
-    path.write_text("{}")
-    with pytest.raises(UserError, match="it has no top1"):
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
         report.main()
+    assert str(caught.value) == f"{path}: {says}; delete it and run `dvc repro`"
+
+
+def _provenance(**imbalance):
+    return {"provenance": {"params": {"dataset": {"imbalance": imbalance}}}}
+
+
+IMBALANCE = "provenance.params.dataset.imbalance"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"top1": "0.9"}, "top1: input should be a valid number, got '0.9'"),
+        ({"many": True}, "many: input should be a valid number, got True"),
+        ({"few_std": [0.1]}, "few_std: input should be a valid number"),
+        ({"nll": float("nan")}, "nll: input should be a finite number, got nan"),
+        ({"seeds": 2.5}, "seeds: input should be a valid integer, got 2.5"),
+        ({"seeds": 0}, "seeds: input should be greater than or equal to 1, got 0"),
+        ({"posthoc": [1]}, "posthoc: input should be a valid dictionary"),
+        (
+            {"posthoc": {"platt": 0.1}},
+            "posthoc.platt: input should be a valid dictionary or instance of Numbers, got 0.1",
+        ),
+        ({"posthoc": {"platt": {"ece": "x"}}}, "posthoc.platt.ece: input should be a valid number, got 'x'"),
+        (
+            {"posthoc": {"platt": {"transductive": 1}}},
+            "posthoc.platt.transductive: input should be a valid boolean, got 1",
+        ),
+        ({"posthoc_absent": [1]}, "posthoc_absent: input should be a valid dictionary"),
+        ({"posthoc_absent": {"platt": 1}}, "posthoc_absent.platt: input should be a valid string, got 1"),
+        ({"provenance": {}}, f"{IMBALANCE}: this key is missing"),
+        ({"provenance": {"params": [1]}}, f"{IMBALANCE}: this key is missing"),
+        (_provenance(profile="step", seed=0), f"{IMBALANCE}.factor: this key is missing"),
+        (
+            _provenance(profile="step", seed=0, factor="20"),
+            f"{IMBALANCE}.factor: input should be a valid number, got '20'",
+        ),
+    ],
+)
+def test_a_damaged_value_of_the_metrics_is_one_clear_line(change, says):
+    path = paths.metrics("digits_lt", "mixup", "joint")
+    report_inputs.change(path, **change)
+    with pytest.raises(UserError) as caught:
+        report.main()
+    assert str(caught.value) == f"{path}: {says}; delete it and run `dvc repro`"
 
 
 def test_report_imports_no_torch():

@@ -13,9 +13,9 @@ CAPTIONS = {
     "reliability": "Accuracy against confidence, all seeds pooled: hatched in red where a cell is overconfident, "
     "in purple where it is underconfident.",
     "accuracy_ece": "Top-1 accuracy against ECE: the lower right is best; bars are one standard deviation over seeds.",
-    "class_counts": "Training images a class, coloured by shot group.",
-    "per_class": "Test accuracy from the most to the least frequent class, mean over seeds; one standard deviation "
-    "where classes are named.",
+    "class_counts": "Training images per class, coloured by shot group.",
+    "per_class": "Test accuracy from the most to the least frequent class, mean over seeds; bars of one standard "
+    "deviation where classes are named.",
     "training": "Stage 1: mean over seeds, and the range over seeds as a band. Losses of different representations "
     "are different functions, each with a scale of its own: compare shapes, not heights.",
 }
@@ -24,7 +24,7 @@ CAPTIONS = {
 def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diagrams: list[Path]) -> dict[str, Any]:
     """What the page says about one data set.
 
-    `figures` are the pictures by the names of CAPTIONS; `diagrams` the reliability diagrams, one a cell.
+    `figures` are the pictures by the names of CAPTIONS; `diagrams` the reliability diagrams, one per cell.
     """
     classes, number = tables.class_table(cells), len(cells[0].classes)
     worst = f"the {len(classes.rows)} classes of the lowest accuracy, averaged over the cells, among the {number:,}"
@@ -75,6 +75,7 @@ def _fill(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["bold"] = lambda text: isinstance(text, tables.Bold)
     return environment.get_template(template).render(**values) + "\n"
 
 

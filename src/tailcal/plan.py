@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tailcal import params
 from tailcal.errors import UserError
 from tailcal.params import Dataset, Grid, Params, Seeds, Strict, Word, Words
+from tailcal.tables import AS_TRAINED
 
 PLAN = Path("published/params.yaml")
-AS_TRAINED = "none"  # no post-hoc rule, as the project's own tables say it
-PLAIN = ("", AS_TRAINED)  # and as the references say it
+PLAIN = ("", AS_TRAINED)  # no post-hoc rule, as the references say it and as the project's own tables do
 
 
 def cell_name(representation: str, classifier: str, rule: str = AS_TRAINED) -> str:
@@ -107,7 +107,7 @@ class Plan(Strict):
         return self
 
     @model_validator(mode="after")
-    def _one_training_a_network(self) -> "Plan":
+    def _one_training_per_network(self) -> "Plan":
         seen: dict[tuple[str, str], tuple[str, int]] = {}
         for name, table in self.tables.items():
             for dataset, representation, _ in table.cells():

@@ -4,7 +4,6 @@ Fractions in the measurements, percent in the references and in whatever is read
 """
 
 import base64
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +14,16 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.stats import bootstrap
 
-from tailcal import params
+from tailcal import files, params
 from tailcal.errors import UserError
+from tailcal.metrics.cell import HEADLINE
 from tailcal.plan import PLAIN, PLAN, Footing, Plan
 from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
-from tailcal.tables import HEADLINE
 
 MISS = 1.0  # points beyond the spread of the seeds from which on a difference is marked
 RESAMPLES = 2000  # of the test images, by the bootstrap
 CONFIDENCE = 0.95
-AGAIN = "delete the cell's file and run `python -m stages.published --missing`"
+AGAIN = "run `python -m stages.published --missing`"  # how a cell's file is made
 ROUNDING = 1e-5  # by which a stored accuracy may differ from that of the predictions beside it
 
 
@@ -120,13 +119,12 @@ def read_measured(folder: Path) -> Cells:
 
 
 def read_cell(path: Path) -> Measured:
-    """One measured cell. Raises UserError naming the file when it is damaged."""
+    """One measured cell. Raises UserError naming the file when it is missing or damaged."""
+    content = files.read_json(path, AGAIN)
     try:
-        return Measured.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Measured.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path} is damaged ({params.describe(error, '')}): {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): {AGAIN}") from None
+        raise UserError(f"{path} is damaged ({params.describe(error, '')}): delete it and {AGAIN}") from None
 
 
 def _less(ours: float | None, published: float | None) -> float | None:
@@ -173,7 +171,7 @@ class Comparison:
 
 
 def compare(references: Iterable[Reference], cells: Cells) -> dict[str, list[Comparison]]:
-    """The rows of each paper's table beside our cells, a data set's rows together."""
+    """The rows of each paper's table beside our cells, the rows of one data set together."""
     tables: dict[str, dict[str, list[Comparison]]] = {}
     for row in references:
         ours = cells.get((row.dataset, row.representation, row.classifier))
@@ -197,7 +195,7 @@ def require_known(references: Iterable[Reference], plan: Plan, rules: Iterable[s
 
 
 def comparison_rows(tables: dict[str, list[Comparison]]) -> pd.DataFrame:
-    """One row a published row; accuracies and ECE in percent, nothing where there is no number."""
+    """One line per published row; accuracies and ECE in percent, nothing where there is no number."""
     return pd.DataFrame([_flat(row) for rows in tables.values() for row in rows], dtype=object)  # whole numbers stay so
 
 
@@ -234,7 +232,7 @@ def _flat(row: Comparison) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Method:
+class FootingRow:
     """A measured row of a footing table."""
 
     name: str
@@ -243,7 +241,7 @@ class Method:
     correct: np.ndarray | None  # [N], the share of seeds that were right; None where it was not kept
 
 
-def measured_methods(footing: Footing, cells: Cells) -> tuple[list[Method], list[str]]:
+def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], list[str]]:
     """The measured rows of a footing table, and the names of those that have not been run.
 
     Raises UserError naming the cell whose predictions are damaged, or of other test images or another precision than
@@ -268,7 +266,7 @@ def measured_methods(footing: Footing, cells: Cells) -> tuple[list[Method], list
                 f"{where}: was measured on another test split than {found[0].name}, other images or another order of "
                 "them: make one of the two again"
             )
-        found.append(Method(name, cell, numbers, _seed_mean(numbers, cell, where)))
+        found.append(FootingRow(name, cell, numbers, _seed_mean(numbers, cell, where)))
     return found, missing
 
 
@@ -278,11 +276,11 @@ def _seed_mean(numbers: Numbers, cell: Measured, where: str) -> np.ndarray | Non
     try:
         correct_SN = np.stack([unpack(text, cell.test_images) for text in numbers.correct.values()])
     except ValueError as error:
-        raise UserError(f"{where}: `correct` is damaged ({error}): {AGAIN}") from None
+        raise UserError(f"{where}: `correct` is damaged ({error}): delete the cell's file and {AGAIN}") from None
     if len(correct_SN) != cell.seeds or abs(correct_SN.mean() - numbers.top1) > ROUNDING:
         raise UserError(
             f"{where}: `correct` has {len(correct_SN)} seeds and an accuracy of {correct_SN.mean():.6f}, the numbers "
-            f"beside it {cell.seeds} and {numbers.top1:.6f}: {AGAIN}"
+            f"beside it {cell.seeds} and {numbers.top1:.6f}: delete the cell's file and {AGAIN}"
         )
     return correct_SN.mean(axis=0)
 
@@ -341,19 +339,20 @@ def paired(correct_MN: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class FootingTable:
-    """A footing table's methods, and the pairs of those of them whose predictions were kept image by image."""
+    """A footing table's measured rows, the names of the others, and the pairs of those measured rows whose predictions
+    were kept image by image."""
 
     name: str
     footing: Footing
-    methods: list[Method]
+    rows: list[FootingRow]
     missing: list[str]
-    pairs: list[Pair]  # by position in `methods`
+    pairs: list[Pair]  # by position in `rows`
 
 
 def footing_table(name: str, footing: Footing, cells: Cells) -> FootingTable:
-    """Raises UserError as `measured_methods` does."""
-    found, missing = measured_methods(footing, cells)
-    kept = [position for position, method in enumerate(found) if method.correct is not None]
+    """Raises UserError as `measured_rows` does."""
+    found, missing = measured_rows(footing, cells)
+    kept = [position for position, row in enumerate(found) if row.correct is not None]
     pairs = paired(np.stack([found[position].correct for position in kept])) if kept else []
     pairs = [replace(pair, row=kept[pair.row], column=kept[pair.column]) for pair in pairs]
     return FootingTable(name, footing, found, missing, pairs)
@@ -368,18 +367,18 @@ PAIR_COLUMNS = ["footing", "dataset", "first", "second", "difference", "low", "h
 
 
 def pair_rows(tables: list[FootingTable]) -> pd.DataFrame:
-    """One row a pair of methods: top-1 of the first less that of the second, in points, and its interval."""
+    """One line per pair of methods: top-1 of the first less that of the second, in points, and its interval."""
     rows = [
         {
             "footing": table.name,
             "dataset": table.footing.dataset,
-            "first": table.methods[pair.row].name,
-            "second": table.methods[pair.column].name,
+            "first": table.rows[pair.row].name,
+            "second": table.rows[pair.column].name,
             "difference": points(pair.difference, 4),
             "low": points(pair.low, 4),
             "high": points(pair.high, 4),
             "excludes_zero": pair.excludes_zero,
-            "test_images": table.methods[pair.row].cell.test_images,
+            "test_images": table.rows[pair.row].cell.test_images,
         }
         for table in tables
         for pair in table.pairs

@@ -3,24 +3,34 @@
 import re
 from collections.abc import Iterable
 
-from tailcal.published import CONFIDENCE, MISS, RESAMPLES, Comparison, FootingTable, Measured, Method, Numbers, points
+from tailcal.published import (
+    CONFIDENCE,
+    MISS,
+    RESAMPLES,
+    Comparison,
+    FootingRow,
+    FootingTable,
+    Measured,
+    Numbers,
+    points,
+)
 from tailcal.references import TITLES
-from tailcal.tables import DASH, MARK, Table
+from tailcal.tables import DASH, MARK, Table, bold_if, signed, span
 
 INTRODUCTION = f"""\
 # Published tables, and the same footing
 
 Made by `python -m stages.tables` from `references/published.csv` and the files below `metrics/published/cells`. Top-1
-is the accuracy and ECE the expected calibration error, both in %; a point is a percentage point; ± is the standard
-deviation over seeds, each seed a network trained anew. "s a network" is the time in seconds that training one network
-took, both stages together. {DASH} is a number that was not printed, or not measured.
+is the accuracy and ECE the expected calibration error, both in %. A point is a percentage point. ± is the standard
+deviation over seeds; with each seed a network is trained anew. "s per network" is how many seconds it took to train one
+network, both stages together. {DASH}: the number was not printed, or not measured.
 
-"Best on test" is the mean over seeds of the best of the last epochs, chosen on the test split, as the papers' released
-codes choose the epoch that they report. It is there so that published numbers can be compared like for like: a
-diagnostic, not a result. "ECE in those epochs" is the least and the most of any of them and of any seed: of mixup it
-changes much from epoch to epoch, so that a difference of ECE says little where the published epoch is another. All else
-of ours is of the last epoch; stage 2 too starts from the last epoch of stage 1, where those codes start from the one
-that was best on test.
+"Best on test" takes each seed's best epoch among the last ones, chosen on the test split, and is the mean over seeds.
+The papers' released codes choose the epoch that they report in that way, so published numbers can be compared with it
+like for like. It is a diagnostic, not a result. "ECE in those epochs" is the smallest and the largest ECE of any of
+these epochs and of any seed. With mixup the ECE changes much from epoch to epoch, so a difference of ECE says little
+where the published epoch is another. All other numbers of ours are of the last epoch. Our stage 2, too, starts from the
+last epoch of stage 1; the released codes start it from the epoch that was best on test.
 """
 
 
@@ -32,24 +42,23 @@ def paper(name: str, rows: list[Comparison], command: str) -> str:
     sources = list(dict.fromkeys((row.reference.source, row.reference.note) for row in rows))
     best = {row.cell.best_on_test.epochs for row in rows if row.best}
     header = ["data set", "method", "published top-1", "published ECE", "our top-1", "difference"]
-    header += [f"best on test, last {_span(best)} epochs" if best else "best on test", "our ECE"]
+    header += [f"best on test, last {span(best)} epochs" if best else "best on test", "our ECE"]
     header += ["ECE in those epochs", "ECE difference"]
-    table = Table([*header, "seeds", "s a network", "source"], [_texts(row, sources) for row in rows])
+    table = Table([*header, "seeds", "s per network", "source"], [_texts(row, sources) for row in rows])
     parts = [f"## {TITLES[name]}", _caption(rows), table.markdown().rstrip(), *_below(rows, command)]
     listed = [f"- [{i}] {'; '.join(filter(None, source))}" for i, source in enumerate(sources, start=1)]
     return "\n\n".join([*parts, "Sources:", "\n".join(listed)]) + "\n"
 
 
-def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[tuple[str, bool]]:
+def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[str]:
     published, ours = row.reference, row.numbers
-    before = [
+    return [
         published.dataset,
         _marked(published.method, ours),
         _printed(published.top1),
         _printed(published.ece),
         _spread(ours and ours.top1, ours and ours.top1_std),
-    ]
-    after = [
+        bold_if(_difference(row.difference), row.misses),
         _spread(row.best and row.best.top1, row.best and row.best.top1_std),
         _spread(ours and ours.ece, ours and ours.ece_std),
         _between(row.best and row.best.ece_least, row.best and row.best.ece_most),
@@ -58,11 +67,6 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[tuple[str, b
         f"{row.cell.cost.seconds:,.0f}" if ours else DASH,
         f"[{sources.index((published.source, published.note)) + 1}]",
     ]
-    return [
-        *((text, False) for text in before),
-        (_difference(row.difference), row.misses),
-        *((text, False) for text in after),
-    ]
 
 
 def _caption(rows: list[Comparison]) -> str:
@@ -70,26 +74,27 @@ def _caption(rows: list[Comparison]) -> str:
     if not measured:
         return "Nothing of this table has been run yet."
     return (
-        f"Ours: mean ± standard deviation over seeds, at the last epoch ({_span({cell.epochs for cell in measured})}). "
-        "Difference: ours less the published one, in points; of top-1 **bold** where it is more, up or down, than "
-        f"{MISS:g} point plus our standard deviation (of one seed: than {MISS:g} point). "
+        f"Ours: mean ± standard deviation over seeds, at the last epoch ({span({cell.epochs for cell in measured})}). "
+        "Difference: ours minus published, in points. A difference of top-1 is **bold** where it is larger, up or "
+        f"down, than {MISS:g} point plus our standard deviation (with one seed: than {MISS:g} point). "
         f"{_conditions((row.reference.dataset, row.cell) for row in rows if row.numbers)}"
     )
 
 
 def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
-    """Sentences: in which precision and on which machine (data set, cell)s were trained, and on which images."""
+    """Sentences: in which precision, on which machine and on which images these (data set, cell) were trained."""
     measured = list(measured)
     machines = {
         f"in {cell.precision}, {_networks(cell.cost.at_once)} at a time on {cell.cost.machine}": None
         for _, cell in measured
     }
     drawn = {f"{name} ({cell.data.train_images:,})": None for name, cell in measured if not cell.data.official}
-    sentences = [f"Trained {', or '.join(machines)}."]
+    sentences = [f"Trained {'; or '.join(machines)}."]
     if drawn:
         sentences.append(
             f"The training images of {', '.join(drawn)} were taken from a folder and not from the official archive, "
-            "whose order decides which are kept: as many a class, but a draw of their own, not the published list."
+            "whose order decides which images are kept. They are as many per class as in the published list, but "
+            "another draw."
         )
     return " ".join(sentences)
 
@@ -115,7 +120,7 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
     for row in rows:
         names.setdefault(row.reference.cell, []).append(row.reference.method)
     cells = [f"{', '.join(dict.fromkeys(methods))} = `{cell}`" for cell, methods in names.items()]
-    return [*paragraphs, f"The cells of ours: {'; '.join(cells)}."]
+    return [*paragraphs, f"Our cells: {'; '.join(cells)}."]
 
 
 def _otherwise(rows: list[Comparison]) -> list[str]:
@@ -132,7 +137,7 @@ _TRANSDUCTIVE = f"{MARK} transductive: the prediction for one test image depends
 
 
 def _missed(row: Comparison) -> str:
-    text = f"{_signed(row.difference, 2)} (ours {_spread(row.numbers.top1, row.numbers.top1_std)}, published "
+    text = f"{signed(row.difference)} (ours {_spread(row.numbers.top1, row.numbers.top1_std)}, published "
     text += _printed(row.reference.top1)
     if row.best:
         text += f"; best on test {points(row.best.top1):.2f}"
@@ -165,38 +170,36 @@ def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], 
     parts = [said]
     if measured:
         header = ["data set", "method", "published", "ours", "difference", "published ECE", "our ECE", "ECE difference"]
-        table = Table([*header, "seeds", "s a network"], [_short(row) for row in measured])
+        table = Table([*header, "seeds", "s per network"], [_short(row) for row in measured])
         parts += [table.markdown().rstrip(), f"{_caption(measured)} {_BEST_ON_TEST}", *_otherwise(measured)]
     for table in footings:
-        if table.methods:
-            parts += [f"**{table.footing.title}**", _footing_numbers(table.methods).markdown().rstrip()]
+        if table.rows:
+            parts += [f"**{table.footing.title}**", _footing_numbers(table.rows).markdown().rstrip()]
             parts.append(_footing_caption(table))
-    if any(row.numbers.transductive for row in measured) or any(
-        method.numbers.transductive for table in footings for method in table.methods
-    ):
+    if any(row.numbers.transductive for row in [*measured, *(row for table in footings for row in table.rows)]):
         parts.append(_TRANSDUCTIVE)
     return "\n\n".join(parts) + "\n"
 
 
 _BEST_ON_TEST = (
-    "The published numbers are of the epoch that was best on the test split, as the released codes have it; ours are "
-    "not, and metrics/published/tables.md has the best of our last epochs beside them."
+    "The published numbers are of the epoch that was best on the test split, as the released codes choose it. Ours are "
+    "not; metrics/published/tables.md shows the best of our last epochs beside them."
 )
 
 
-def _short(row: Comparison) -> list[tuple[str, bool]]:
+def _short(row: Comparison) -> list[str]:
     published, ours = row.reference, row.numbers
     return [
-        (published.dataset, False),
-        (_marked(published.method, ours), False),
-        (_printed(published.top1), False),
-        (_spread(ours.top1, ours.top1_std), False),
-        (_difference(row.difference), row.misses),
-        (_printed(published.ece), False),
-        (_spread(ours.ece, ours.ece_std), False),
-        (_difference(row.ece_difference), False),
-        (str(row.cell.seeds), False),
-        (f"{row.cell.cost.seconds:,.0f}", False),
+        published.dataset,
+        _marked(published.method, ours),
+        _printed(published.top1),
+        _spread(ours.top1, ours.top1_std),
+        bold_if(_difference(row.difference), row.misses),
+        _printed(published.ece),
+        _spread(ours.ece, ours.ece_std),
+        _difference(row.ece_difference),
+        str(row.cell.seeds),
+        f"{row.cell.cost.seconds:,.0f}",
     ]
 
 
@@ -205,66 +208,68 @@ def footing(table: FootingTable, command: str) -> str:
 
     command: what runs the cells that are missing.
     """
-    title, found = f"## {table.footing.title}", table.methods
+    title, found = f"## {table.footing.title}", table.rows
     if not found:
         return f"{title}\n\nNot run yet: `{command}` runs it.\n"
     parts = [title, _footing_caption(table), _footing_numbers(found).markdown().rstrip()]
     if table.missing:
         parts.append(f"Not run yet: {', '.join(table.missing)}. `{command}` runs what is missing.")
-    if any(method.numbers.transductive for method in found):
+    if any(row.numbers.transductive for row in found):
         parts.append(_TRANSDUCTIVE)
     if table.pairs:
         parts += [_PAIRS, _matrix(table).markdown().rstrip()]
-        if left := [method.name for method in found if method.correct is None]:
-            parts.append(f"Not in the matrix, as only sums of their predictions were kept: {', '.join(left)}.")
+        if left := [row.name for row in found if row.correct is None]:
+            parts.append(f"Not in the matrix, since their predictions were not kept image by image: {', '.join(left)}.")
     return "\n\n".join(parts) + "\n"
 
 
 _PAIRS = (
-    f"Top-1 of the row less that of the column, in points, mean over seeds; below it the {CONFIDENCE:.0%} percentile "
-    f"interval of a paired bootstrap ({RESAMPLES:,} resamples of the test images, the same for all pairs). **Bold**: "
-    "the interval, before rounding, excludes 0, for these very networks; each pair is taken for itself, with no "
-    "correction for their number. The interval covers the choice of test images, and not that of seeds: their standard "
-    "deviation stands in the table above, and where it is as large as a difference, other seeds may turn it round."
+    f"Top-1 of the row minus that of the column, in points, mean over seeds. Below it is the {CONFIDENCE:.0%} "
+    f"percentile interval of a paired bootstrap ({RESAMPLES:,} resamples of the test images, the same for all pairs). "
+    "**Bold**: the interval, before rounding, excludes 0. That holds for these very networks and for each pair by "
+    "itself; nothing corrects for the number of pairs. The interval covers the choice of test images, not that of "
+    "seeds: their standard deviation is in the table above. Where that is as large as a difference, other seeds may "
+    "reverse the difference."
 )
 
 
 def _footing_caption(table: FootingTable) -> str:
-    cells = [method.cell for method in table.methods]
+    cells = [row.cell for row in table.rows]
     backbones = ", ".join(dict.fromkeys(cell.backbone for cell in cells))
     return (
         f"{table.footing.dataset}, {cells[0].test_images:,} test images, {backbones}; mean ± standard deviation over "
-        f"seeds, at the last epoch ({_span({cell.epochs for cell in cells})}). All in %, but for the negative "
-        "log-likelihood (NLL), which has no unit. Many, medium and few: classes with more than 100, 20 to 100 and "
-        f"fewer than 20 training images; {DASH}: there is no such class, or no such number. "
+        f"seeds, at the last epoch ({span({cell.epochs for cell in cells})}). Accuracies and ECE are in "
+        "%; the negative log-likelihood (NLL) has no unit. Many, medium and few are classes with more than 100, 20 to "
+        f"100 and fewer than 20 training images. {DASH}: there is no such class, or no such number. "
         f"{_conditions((table.footing.dataset, cell) for cell in cells)}"
-        + (f" Not the same for all: {table.footing.apart}" if table.footing.apart else "")
+        + (f" Not the same for all rows: {table.footing.apart}" if table.footing.apart else "")
     )
 
 
-def _footing_numbers(found: list[Method]) -> Table:
-    header = ["no.", "method", "top-1", "many", "medium", "few", "ECE", "NLL", "seeds", "s a network"]
+def _footing_numbers(found: list[FootingRow]) -> Table:
+    header = ["no.", "method", "top-1", "many", "medium", "few", "ECE", "NLL", "seeds", "s per network"]
     rows = [
         [
             str(number),
-            _marked(method.name, method.numbers),
-            _spread(method.numbers.top1, method.numbers.top1_std),
-            *(_spread(getattr(method.numbers, group), None) for group in ("many", "medium", "few")),
-            _spread(method.numbers.ece, method.numbers.ece_std),
-            DASH if method.numbers.nll is None else f"{method.numbers.nll:.3f}",
-            str(method.cell.seeds),
-            f"{method.cell.cost.seconds:,.0f}",
+            _marked(row.name, row.numbers),
+            _spread(row.numbers.top1, row.numbers.top1_std),
+            *(_spread(getattr(row.numbers, group), None) for group in ("many", "medium", "few")),
+            _spread(row.numbers.ece, row.numbers.ece_std),
+            DASH if row.numbers.nll is None else f"{row.numbers.nll:.3f}",
+            str(row.cell.seeds),
+            f"{row.cell.cost.seconds:,.0f}",
         ]
-        for number, method in enumerate(found, start=1)
+        for number, row in enumerate(found, start=1)
     ]
-    return Table(header, [[(text, False) for text in row] for row in rows])
+    return Table(header, rows)
 
 
 def _matrix(table: FootingTable) -> Table:
-    """The pairs, a row and a column a method by its number; only one of each, as the other is the same negated."""
+    """The pairs: one row per method, one column per method's number. Each pair stands once; turned round, it is the
+    same negated."""
     texts = {
-        (pair.row, pair.column): (
-            f"{_signed(100 * pair.difference, 1)}<br>{_signed(100 * pair.low, 1)} to {_signed(100 * pair.high, 1)}",
+        (pair.row, pair.column): bold_if(
+            f"{signed(100 * pair.difference, 1)}<br>{signed(100 * pair.low, 1)} to {signed(100 * pair.high, 1)}",
             pair.excludes_zero,
         )
         for pair in table.pairs
@@ -275,9 +280,9 @@ def _matrix(table: FootingTable) -> Table:
         ["no.", "method", *(str(column + 1) for column in columns)],
         [
             [
-                (str(row + 1), False),
-                (_marked(table.methods[row].name, table.methods[row].numbers), False),
-                *(texts.get((row, column), ("", False)) for column in columns),
+                str(row + 1),
+                _marked(table.rows[row].name, table.rows[row].numbers),
+                *(texts.get((row, column), "") for column in columns),
             ]
             for row in rows
         ],
@@ -304,15 +309,7 @@ def _between(least: float | None, most: float | None) -> str:
 
 
 def _difference(points: float | None) -> str:
-    return DASH if points is None else _signed(points, 2)
-
-
-def _signed(points: float, digits: int) -> str:
-    return f"{round(points, digits) + 0.0:+.{digits}f}".replace("-", "−")
-
-
-def _span(values: set[int]) -> str:
-    return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"
+    return DASH if points is None else signed(points)
 
 
 def _networks(number: int) -> str:

@@ -7,8 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from tailcal.metrics.cell import HEADLINE
+
 DASH = "—"
 MARK = "†"  # behind the name of a transductive rule
+AS_TRAINED = "none"  # the plain predictions, as the tables name them among the post-hoc rules
 NUMBERS = (
     "top1",
     "top5",
@@ -25,7 +28,6 @@ NUMBERS = (
     "nll",
     "brier",
 )
-HEADLINE = ("top1", "few", "ece", "nll")
 LISTED_CLASSES = 100  # of more classes than this, the page lists only the WORST_CLASSES
 WORST_CLASSES = 50
 LARGE = 1000  # what is written in powers of ten, so that a network that diverged does not widen its column
@@ -49,9 +51,9 @@ class Cell:
         return f"{self.representation}/{self.classifier}"
 
     def variants(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The plain predictions, as "none", then each post-hoc rule that could be applied; each with its numbers."""
-        yield "none", self.metrics
-        yield from self.metrics.get("posthoc", {}).items()
+        """AS_TRAINED, then each post-hoc rule that could be applied; each with its numbers."""
+        yield AS_TRAINED, self.metrics
+        yield from self.metrics["posthoc"].items()
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Column:
 
     title: str
     number: str
-    posthoc: str = "none"
+    posthoc: str = AS_TRAINED
     best: Callable[[Iterable[float]], float] = max
     percent: bool = True
     spread: bool = True
@@ -86,17 +88,26 @@ class Column:
         return round(100 * value, 2) if self.percent else round(value, 3)
 
 
+class Bold(str):
+    """A text of a table that stands out: the best of its column or row, or a difference that counts."""
+
+
+def bold_if(text: str, stands_out: bool) -> str:
+    """The text, as Bold where it stands out."""
+    return Bold(text) if stands_out else text
+
+
 @dataclass(frozen=True)
 class Table:
-    """A table to read: titles, and rows of (text, is the best of its column)."""
+    """A table to read: titles, and rows of texts, of which some are Bold."""
 
     header: list[str]
-    rows: list[list[tuple[str, bool]]]
+    rows: list[list[str]]
 
     def markdown(self) -> str:
-        """The table in Markdown, the best in bold."""
+        """The table in Markdown."""
         rule = ["---", "---"] + ["--:"] * (len(self.header) - 2)
-        body = [[f"**{text}**" if best else text for text, best in row] for row in self.rows]
+        body = [[f"**{text}**" if isinstance(text, Bold) else text for text in row] for row in self.rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in [self.header, rule, *body])
 
 
@@ -109,7 +120,7 @@ MAIN = (
     Column("ECE after temperature", "ece", posthoc="temperature", best=min),
     Column("NLL", "nll", best=min, percent=False),
 )
-# What the page shows of every post-hoc rule, a table each; seven rules side by side leave no room for deviations.
+# What the page shows of every post-hoc rule, one table each; seven rules side by side leave no room for deviations.
 POSTHOC = (
     Column("ECE, %", "ece", best=min, spread=False),
     Column("NLL", "nll", best=min, percent=False, spread=False),
@@ -118,20 +129,20 @@ POSTHOC = (
 )
 
 
-def table(cells: list[Cell], columns: Iterable[Column] = MAIN) -> Table:
-    """A row a cell. The best of a column is marked when there are two to compare; equal as shown is equally good."""
-    marked = [[(cell.representation, False), (cell.classifier, False)] for cell in cells]
-    for column in columns:
+def table(cells: list[Cell]) -> Table:
+    """One row per cell. The best of a column is bold when there are two to compare; equal as shown is equally good."""
+    body = [[cell.representation, cell.classifier] for cell in cells]
+    for column in MAIN:
         means = [column.mean(cell) for cell in cells]
         present = [mean for mean in means if mean is not None]
         best = column.best(present) if len(present) > 1 else None
-        for row, cell, mean in zip(marked, cells, means, strict=True):
-            row.append((column.text(cell), mean is not None and mean == best))
-    return Table(["representation", "classifier", *(column.title for column in columns)], marked)
+        for row, cell, mean in zip(body, cells, means, strict=True):
+            row.append(bold_if(column.text(cell), mean is not None and mean == best))
+    return Table(["representation", "classifier", *(column.title for column in MAIN)], body)
 
 
 def rules(cells: list[Cell]) -> list[str]:
-    """ "none", and the post-hoc rules that could be applied to any of the cells."""
+    """AS_TRAINED, and the post-hoc rules that could be applied to any of the cells."""
     return list(dict.fromkeys(rule for cell in cells for rule, _ in cell.variants()))
 
 
@@ -141,9 +152,9 @@ def transductive(cells: list[Cell]) -> set[str]:
 
 
 def posthoc_tables(cells: list[Cell]) -> dict[str, Table]:
-    """One table a number, by its title: a row a cell, a column a post-hoc rule; no table when no rule was applied.
+    """One table per number, by its title: one row per cell, one column per post-hoc rule. {} when none was applied.
 
-    The best of a row is marked, among the rules that treat a sample at a time. A transductive one knows more: it
+    The best of a row is bold, among the rules that treat one sample at a time. A transductive one knows more: it
     carries MARK and does not compete.
     """
     applied = rules(cells)
@@ -154,26 +165,23 @@ def posthoc_tables(cells: list[Cell]) -> dict[str, Table]:
     return {
         number.title: Table(
             ["representation", "classifier", *titles],
-            [
-                [(cell.representation, False), (cell.classifier, False), *_by_rule(cell, number, applied, apart)]
-                for cell in cells
-            ],
+            [[cell.representation, cell.classifier, *_by_rule(cell, number, applied, apart)] for cell in cells],
         )
         for number in POSTHOC
     }
 
 
-def _by_rule(cell: Cell, number: Column, applied: list[str], apart: set[str]) -> list[tuple[str, bool]]:
+def _by_rule(cell: Cell, number: Column, applied: list[str], apart: set[str]) -> list[str]:
     """One row of a table of `posthoc_tables`, after the names."""
     columns = {rule: replace(number, posthoc=rule) for rule in applied}
     means = {rule: columns[rule].mean(cell) for rule in applied if rule not in apart}
     present = [mean for mean in means.values() if mean is not None]
     best = number.best(present) if len(present) > 1 else None
-    return [(columns[rule].text(cell), best is not None and means.get(rule) == best) for rule in applied]
+    return [bold_if(columns[rule].text(cell), best is not None and means.get(rule) == best) for rule in applied]
 
 
 def class_table(cells: list[Cell]) -> Table:
-    """A row a class, from the most to the least frequent, and a column a cell: test accuracy in %, nothing marked.
+    """One row per class, from the most to the least frequent, one column per cell: test accuracy in %, nothing bold.
 
     Of more than LISTED_CLASSES these are the WORST_CLASSES: those of the lowest accuracy, averaged over the cells.
     """
@@ -190,7 +198,7 @@ def class_table(cells: list[Cell]) -> Table:
     ]
     header = ["shot group", "class", "number", "training images", "test images"]
     header += [f"{cell.representation}\N{NO-BREAK SPACE}/ {cell.classifier}" for cell in cells]  # breaks behind the /
-    return Table(header, [[(text, False) for text in row] for row in body])
+    return Table(header, body)
 
 
 def _by_class(cell: Cell, spread: bool) -> dict[int, str]:
@@ -203,7 +211,7 @@ def _by_class(cell: Cell, spread: bool) -> dict[int, str]:
 
 
 def rows(cells: list[Cell]) -> list[dict[str, Any]]:
-    """metrics/table.csv: a row a cell and post-hoc rule, the plain predictions first."""
+    """metrics/table.csv: one row per cell and post-hoc rule, the plain predictions first."""
     return [
         {
             "dataset": cell.dataset,
@@ -211,7 +219,7 @@ def rows(cells: list[Cell]) -> list[dict[str, Any]]:
             "classifier": cell.classifier,
             "posthoc": rule,
             "transductive": numbers.get("transductive", False),
-            "seeds": cell.metrics.get("seeds"),
+            "seeds": cell.metrics["seeds"],
             **{key: numbers.get(key) for name in NUMBERS for key in (name, f"{name}_std")},
         }
         for cell in cells
@@ -231,32 +239,26 @@ def summary(cells: list[Cell]) -> dict[str, float | None]:
 def caption(cells: list[Cell], epochs: Iterable[int]) -> str:
     """What the table of one data set was measured on, counted in the files themselves.
 
-    `epochs` are the last epochs of stage 1, one a representation.
+    `epochs` are the last epochs of stage 1, one per representation.
     """
     counts, bins = cells[0].classes["train_count"], cells[0].bins
     tests = bins.loc[bins["seed"] == bins["seed"].iloc[0], "count"].sum()
-    facts = flat(cells[0].metrics["provenance"])
-    profile, factor = (
-        next((text for key, text in facts.items() if key.endswith(f"imbalance.{name}")), None)
-        for name in ("profile", "factor")
-    )
-    # A natural tail is not drawn to a factor; floors make a drawn one differ a little from what it was drawn to.
-    if profile in (None, "natural"):
-        factor = counts.max() / counts.min()
-    shape = f"{profile} profile, " if profile else ""
-    seeds = _span({cell.metrics["seeds"] for cell in cells})
+    imbalance = cells[0].metrics["provenance"]["params"]["dataset"]["imbalance"]
+    # A natural tail is not cut to a factor; floors make one that is cut differ a little from its factor.
+    factor = imbalance.get("factor") or counts.max() / counts.min()
+    seeds = span({cell.metrics["seeds"] for cell in cells})
     over = f"mean ± standard deviation over {seeds} seeds" if seeds != "1" else "one seed"
     return (
-        f"{cells[0].dataset}: {shape}imbalance factor {float(factor):.3g} "
+        f"{cells[0].dataset}: {imbalance['profile']} profile, imbalance factor {factor:.3g} "
         f"({len(counts)} classes of {counts.max()} to {counts.min()} training images, {counts.sum()} in all), "
-        f"{tests} test images; {over}, at the last epoch ({_span(set(epochs))}); "
+        f"{tests} test images; {over}, at the last epoch ({span(set(epochs))}); "
         f"accuracies and ECE ({bins['bin_lower'].nunique()} bins) in %."
     )
 
 
 def notes(cells: list[Cell]) -> list[str]:
     """Sentences that a table needs: for each reason why rules are absent, and for cells that are worse than a guess."""
-    reasons = {rule: reason for cell in cells for rule, reason in cell.metrics.get("posthoc_absent", {}).items()}
+    reasons = {rule: reason for cell in cells for rule, reason in cell.metrics["posthoc_absent"].items()}
     guess = math.log(len(cells[0].classes))
     worse = [cell.name for cell in cells if cell.metrics["nll"] is not None and cell.metrics["nll"] > guess]
     warnings = [
@@ -290,5 +292,11 @@ def spaced(rule: str) -> str:
     return rule.replace("_", " ")
 
 
-def _span(values: set[int]) -> str:
+def signed(points: float, digits: int = 2) -> str:
+    """A difference with its sign, rounded; it has a minus and no hyphen, and never that of a zero."""
+    return f"{round(points, digits) + 0.0:+.{digits}f}".replace("-", "−")
+
+
+def span(values: set[int]) -> str:
+    """The one value, or the least and the greatest of several: "200", "10 to 20"."""
     return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"

@@ -6,13 +6,14 @@ Fractions in the measurements, percent in what is read. Imports no torch.
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import AfterValidator, Field, model_validator
-from scipy.stats import t as student
+from scipy.stats import nct as noncentral_t
 
 from tailcal import params, plan
 from tailcal.errors import UserError
 from tailcal.params import Params, Positive, Precision, Seeds, Strict, Word
-from tailcal.tables import DASH, Table
+from tailcal.tables import DASH, Table, signed
 
 FILE = Path("benchmark/modes.yaml")
 REFERENCE = "float32"  # without CUDA graphs
@@ -63,7 +64,7 @@ class Cell(Strict):
 
 
 class Suite(Strict):
-    """What is trained on one kind of machine: every cell, in the reference and in every mode, once a seed."""
+    """What is trained on one kind of machine: every cell, in the reference and in every mode, once per seed."""
 
     seeds: Annotated[Seeds, AfterValidator(_enough)]
     modes: Annotated[dict[Word, Mode], Field(min_length=1)]
@@ -157,7 +158,7 @@ class Verdict(Strict):
     accepted: bool
 
 
-class Held(Strict):
+class ModeResult(Strict):
     """What a mode gave in one cell, and the verdict."""
 
     outcome: Outcome
@@ -169,7 +170,7 @@ class Measured(Cell):
 
     source: str
     reference: Outcome
-    modes: dict[str, Held]
+    modes: dict[str, ModeResult]
 
 
 class Record(Strict):
@@ -216,10 +217,14 @@ def judge(reference: Outcome, other: Outcome, mode: Mode) -> Verdict:
     )
 
 
-def by_chance(seeds: int) -> float:
-    """How often the means of two samples of so many seeds of one and the same normal distribution differ by more than
-    the first one's standard deviation: a probability."""
-    return float(2 * student.sf((seeds / 2) ** 0.5, seeds - 1))
+def passes(seeds: int, shift: float) -> float:
+    """How often `judge` accepts, by one number, a mode whose true mean is off by `shift` deviations: a probability.
+
+    Both modes have `seeds` networks of normally distributed numbers of one true deviation, so that the difference of
+    means over the reference's deviation, times sqrt(n / 2), follows a non-central t distribution.
+    """
+    border = (seeds / 2) ** 0.5
+    return float(np.diff(noncentral_t.cdf((-border, border), seeds - 1, shift * border))[0])
 
 
 HEADER = [
@@ -230,23 +235,23 @@ HEADER = [
     "top-1, difference",
     "ECE, difference",
     "first epoch's loss, off by",
-    "s a network",
+    "s per network",
     "accepted",
 ]
 
 
 def table(record: Record) -> Table:
-    """A row a cell and mode, the reference first; percent and points."""
+    """One row per cell and mode, the reference first; percent and points."""
     rows = []
     for cell in record.cells:
         rows.append([cell.name, REFERENCE, *_numbers(cell.reference), *[DASH] * 3, _seconds(cell.reference), DASH])
-        for name, held in cell.modes.items():
-            verdict = held.verdict
+        for name, result in cell.modes.items():
+            verdict = result.verdict
             loss = f"{100 * verdict.first_epoch_loss:.2f}% ({verdict.first_epoch_absolute:.4f})"
-            beside = [_signed(verdict.top1), _signed(verdict.ece), loss]
+            beside = [signed(100 * verdict.top1), signed(100 * verdict.ece), loss]
             accepted = "yes" if verdict.accepted else f"no: {', '.join(verdict.refused_for)}"
-            rows.append([cell.name, name, *_numbers(held.outcome), *beside, _seconds(held.outcome), accepted])
-    return Table(HEADER, [[(text, False) for text in row] for row in rows])
+            rows.append([cell.name, name, *_numbers(result.outcome), *beside, _seconds(result.outcome), accepted])
+    return Table(HEADER, rows)
 
 
 def markdown(record: Record) -> str:
@@ -260,10 +265,12 @@ def markdown(record: Record) -> str:
         rules.append(
             "A mode is accepted on a cell when the difference of means is, up or down, at most the reference's "
             "standard deviation over seeds, for top-1 and for ECE, and the mean loss of stage 1's first epoch is off "
-            f"by at most a tolerance, relative, at every seed: {', '.join(tolerances)}. By chance alone, networks of "
-            f"the reference with {seeds} other seeds would be refused for top-1 about {by_chance(seeds):.0%} of the "
-            "time, and for ECE as often. In brackets is the largest absolute difference of that loss: a loss that has "
-            "terms of both signs may lie near 0, where a small difference is a large share."
+            f"by at most a tolerance, relative, at every seed: {', '.join(tolerances)}. With {seeds} seeds, for each "
+            f"of the two numbers: a mode that changes nothing is refused {1 - passes(seeds, 0):.0%} of the time, and one "
+            f"that is off in truth by 0.5, 1 or 2 standard deviations is accepted {passes(seeds, 0.5):.0%}, "
+            f"{passes(seeds, 1):.0%} or {passes(seeds, 2):.0%} of the time. In brackets is the largest absolute "
+            "difference of that loss: a loss that has terms of both signs may lie near 0, where a small difference is "
+            "a large share."
         )
     if exact:
         rules.append(
@@ -274,8 +281,8 @@ def markdown(record: Record) -> str:
     if folders:
         rules.append(f"The images of {', '.join(folders)} came from a folder, not from the official archive.")
     caption = (
-        f"Trained on {where}, torch {record.machine['torch']}, {record.at_once} at a time. Mean ± standard deviation "
-        f"over {seeds} seeds at the last epoch, in %; differences are mode less reference, in points; the reference is "
+        f"Trained on {where}, torch {record.machine['torch']}, {record.at_once} at a time, by code {record.code}. Mean "
+        f"± standard deviation over {seeds} seeds at the last epoch, in %; differences are mode less reference, in points; the reference is "
         "float32 without CUDA graphs. Seconds are those of training one network, both stages, beside whatever else ran."
     )
     return "\n".join(
@@ -302,10 +309,6 @@ def _numbers(outcome: Outcome) -> list[str]:
         f"{100 * mean:.2f} ± {100 * deviation:.2f}"
         for mean, deviation in ((outcome.top1, outcome.top1_std), (outcome.ece, outcome.ece_std))
     ]
-
-
-def _signed(difference: float) -> str:
-    return f"{100 * difference:+.2f}"
 
 
 def _seconds(outcome: Outcome) -> str:
