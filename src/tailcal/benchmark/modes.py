@@ -266,8 +266,8 @@ def markdown(record: Record) -> str:
             "A mode is accepted on a cell when the difference of means is, up or down, at most the reference's "
             "standard deviation over seeds, for top-1 and for ECE, and the mean loss of stage 1's first epoch is off "
             f"by at most a tolerance, relative, at every seed: {', '.join(tolerances)}. With {seeds} seeds, for each "
-            f"of the two numbers: a mode that changes nothing is refused {1 - passes(seeds, 0):.0%} of the time, and one "
-            f"that is off in truth by 0.5, 1 or 2 standard deviations is accepted {passes(seeds, 0.5):.0%}, "
+            f"of the two numbers: a mode that changes nothing is refused {1 - passes(seeds, 0):.0%} of the time, and "
+            f"one that is off in truth by 0.5, 1 or 2 standard deviations is accepted {passes(seeds, 0.5):.0%}, "
             f"{passes(seeds, 1):.0%} or {passes(seeds, 2):.0%} of the time. In brackets is the largest absolute "
             "difference of that loss: a loss that has terms of both signs may lie near 0, where a small difference is "
             "a large share."
@@ -282,8 +282,9 @@ def markdown(record: Record) -> str:
         rules.append(f"The images of {', '.join(folders)} came from a folder, not from the official archive.")
     caption = (
         f"Trained on {where}, torch {record.machine['torch']}, {record.at_once} at a time, by code {record.code}. Mean "
-        f"± standard deviation over {seeds} seeds at the last epoch, in %; differences are mode less reference, in points; the reference is "
-        "float32 without CUDA graphs. Seconds are those of training one network, both stages, beside whatever else ran."
+        f"± standard deviation over {seeds} seeds at the last epoch, in %; differences are mode minus reference, in "
+        "points; the reference is float32 without CUDA graphs. Seconds are those of training one network, both stages, "
+        "beside whatever else ran."
     )
     return "\n".join(
         [
