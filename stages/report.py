@@ -21,6 +21,9 @@ CLASSES = ("class", "name", "train_count", "test_count", "group", "accuracy", "a
 HISTORY = ("epoch", "seed", "loss", "train_accuracy")
 
 
+DATASET = ("provenance", "params", "dataset")  # where a cell's metrics tell of the data set
+
+
 class Numbers(Strict):
     """What was measured, by name: numbers, and null where there is none. `transductive` is said of a post-hoc rule."""
 
@@ -32,7 +35,7 @@ class Numbers(Strict):
 
 class Metrics(Numbers):
     """What a cell's metrics must have for the report: numbers as trained and after each post-hoc rule, and of the
-    provenance how the tail was cut, which captions tell."""
+    provenance how the tail was cut and how many images are held out, which captions tell."""
 
     top1: float | None
     few: float | None
@@ -42,7 +45,8 @@ class Metrics(Numbers):
     posthoc: dict[str, Numbers]
     posthoc_absent: dict[str, str]  # why, by rule
     provenance: dict[str, Any]
-    imbalance: params.Imbalance = Field(validation_alias=AliasPath("provenance", "params", "dataset", "imbalance"))
+    imbalance: params.Imbalance = Field(validation_alias=AliasPath(*DATASET, "imbalance"))
+    holdout_per_class: int = Field(0, validation_alias=AliasPath(*DATASET, "holdout_per_class"))
 
 
 OUTPUTS = (

@@ -141,7 +141,10 @@ def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generato
         "posthoc_absent": {},
         "provenance": {
             "params": {
-                "dataset": {"imbalance": {"seed": 0, "profile": "exponential", "factor": 20.0}},
+                "dataset": {
+                    "imbalance": {"seed": 0, "profile": "exponential", "factor": 20.0},
+                    "holdout_per_class": 20,
+                },
                 "classifier": {},
             },
             "data": "sha256:0123456789abcdef",

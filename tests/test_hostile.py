@@ -356,7 +356,7 @@ METRICS = {
     "seeds": 2,
     "provenance": {
         "code": "0+0",
-        "params": {"dataset": {"imbalance": {"profile": "step", "factor": 1.5, "seed": 0}}},
+        "params": {"dataset": {"imbalance": {"profile": "step", "factor": 1.5, "seed": 0}, "holdout_per_class": 2}},
     },
     "posthoc": {"temperature": {"top1": 0.5, "ece": 0.1, "transductive": False}},
     "posthoc_absent": {"platt": "a reason"},

@@ -15,6 +15,7 @@ from stages import paths
 from stages import tables as stage
 from tailcal import params, plan, published, published_page, references
 from tailcal.errors import UserError
+from tailcal.tables import signed
 from tests.conftest import ROOT
 
 REFERENCES = ROOT / "references/published.csv"
@@ -255,15 +256,17 @@ def test_the_numbers_of_a_row():
     stage.main()
     text = section("MiSLAS")
     head, *body = rows(text)
-    assert head[6] == "best on test, last 20 epochs"
+    assert head[6:11] == ["our ECE", "ECE difference", "best on test, last 20 epochs", "ECE there", "ECE in all"]
     (row,) = [row for row in body if row[:2] == ["cifar100_lt_100", "MiSLAS"]]
-    assert row[2:8] == ["47.0", "4.83", "45.00 ± 1.00", "−2.00", "48.10 ± 0.40", "5.12 ± 0.31"]
-    assert row[8:12] == ["3.10 to 9.04", "+0.29", "3", "1,041"]
-    assert f"- {row[12]} repo README dvlab-research/MiSLAS@0fc381e; released checkpoint" in text
+    assert row[2:8] == ["47.0", "4.83", "45.00 ± 1.00", "−2.00", "5.12 ± 0.31", "+0.29"]
+    assert row[8:13] == ["48.10 ± 0.40", "5.00 ± 0.20", "3.10 to 9.04", "3", "1,041"]
+    assert f"- {row[13]} repo README dvlab-research/MiSLAS@0fc381e; released checkpoint" in text
     assert "at the last epoch (200)" in text
     assert "Trained in float32, 3 networks at a time on NVIDIA H200." in text
     assert "The training images of cifar100_lt_100 (10,847) were taken from a folder" in text
-    assert "standard deviation: none of 1." in text  # at the border: 2.00 is 1 point and one deviation, and not more
+    assert (
+        "standard deviation, in top-1 or ECE: none of 1." in text
+    )  # at the border: 2.00 is 1 point and one deviation, and not more
     assert "Not trained as published" not in text
     frame = pd.read_csv(stage.ROWS)
     assert "10847," in stage.ROWS.read_text()  # and not 10847.0
@@ -314,7 +317,7 @@ def test_a_cell_behind_two_published_rows_and_a_rule():
     ]
     text = section("BaGMar")
     ours = [row for row in rows(text)[1:] if row[4] != "—"]
-    assert [(row[0], row[1], row[4], row[6]) for row in ours] == [
+    assert [(row[0], row[1], row[4], row[8]) for row in ours] == [
         ("cifar100_lt_100", "GALA loss (BaGMar)", "50.50 ± 0.71", "48.10 ± 0.40"),
         ("cifar100_lt_100", "GALA loss + prediction re-balancing †", "51.50 ± 0.50", "53.00"),
         ("cifar100_lt_100", "BaGMar + PN (tau 1) †", "51.50 ± 0.50", "53.00"),
@@ -326,10 +329,88 @@ def test_a_cell_behind_two_published_rows_and_a_rule():
     assert "8 of 12 rows have not been measured" in text
 
 
+@pytest.mark.parametrize(
+    ("ece", "deviation", "misses"),
+    [(0.0583, None, False), (0.0584, None, True), (0.0683, 0.01, False), (0.0684, 0.01, True), (0.038, None, True)],
+)
+def test_the_border_of_a_miss_of_the_ece(ece, deviation, misses):
+    """Published is 4.83."""
+    put(measured(predictions(0.47, 0.47)) | {"top1_std": None, "ece": ece, "ece_std": deviation})
+    stage.main()
+    text = section("MiSLAS")
+    (row,) = [row for row in rows(text)[1:] if row[2:4] == ["47.0", "4.83"]]
+    assert row[5] == "+0.00"
+    assert row[7].startswith("**") is misses
+    line = f"- cifar100_lt_100, MiSLAS: ECE {signed(round(100 * ece - 4.83, 2))} (ours {100 * ece:.2f}"
+    assert (line in text) is misses
+    assert ("; at the epoch that is best on test 5.00)" in text) is misses
+
+
+def test_rows_that_share_a_network_are_told():
+    put(measured(predictions(0.47, 0.48)))
+    put(measured(predictions(0.4, 0.41)), classifier="joint")
+    stage.main()
+    assert "Behind these rows stand 2 networks of stage 1." in section("MiSLAS")
+    overview = paths.OVERVIEW.read_text()
+    assert "- mixup: baseline as listed by MiSLAS; CE and mixup there are the numbers" in overview
+
+
+def test_a_difference_that_the_seeds_do_not_share_is_not_bold():
+    put(measured(predictions(0.40, 0.60)), "footing_cpu", "ce", "joint")
+    put(measured(predictions(0.59, 0.61, seed=1)), "footing_cpu", "mixup", "mislas")
+    put(measured(predictions(0.62, 0.63, seed=2)), "footing_cpu", "fsgl", "joint")
+    stage.main()
+    frame = pd.read_csv(stage.PAIRS).set_index(["first", "second"])
+    assert frame.loc[("mixup/mislas", "ce/joint"), ["excludes_zero", "seeds_apart"]].tolist() == [True, False]
+    assert frame.loc[("fsgl/joint", "ce/joint"), ["excludes_zero", "seeds_apart"]].tolist() == [True, True]
+    below = section("Everything on one footing").partition("Top-1 of the row minus")[2]
+    cells = {row[1]: row[2] for row in rows(below)[1:]}
+    assert cells["mixup/mislas"].startswith("+10.0")
+    assert cells["fsgl/joint"].startswith("**+12.5")
+
+
+def test_a_second_stage_is_told_with_its_budget():
+    put(measured(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
+    recipe = {"params": {"classifier": {"recipe": {"epochs": 5, "iterations": None}}}}
+    put(measured(predictions(0.5, 0.52), provenance=recipe), "footing_cpu", "mixup", "mislas")
+    stage.main()
+    assert "at the last epoch (200; stage 2 takes 5 epochs more: mixup/mislas)." in section("Everything on one")
+
+
+def test_seconds_of_unlike_conditions_say_theirs():
+    put(measured(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
+    cost = {"machine": "NVIDIA H200", "seconds": 9, "at_once": 1}
+    put(measured(predictions(0.5, 0.52), cost=cost), "footing_cpu", "mixup", "mislas")
+    stage.main()
+    assert [row[9] for row in rows(section("Everything on one"))[1:3]] == ["1,041, 3 at a time", "9, 1 at a time"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"backbone": "resnet8"}, "its backbone is resnet8, that of ce/joint resnet32"),
+        ({"epochs": 10}, "its number of epochs of stage 1 is 10, that of ce/joint 200"),
+        ({"data": {"train_images": 9, "official": False, "test_split": {"test_images.npy": "a"}}}, "images is 9, that"),
+        (
+            {"provenance": {"data": {"train_images.npy": "b"}}},
+            "SHA-256 of its training images is b, that of ce/joint a",
+        ),
+    ],
+)
+def test_what_shares_no_footing_is_refused(change, says):
+    put(measured(predictions(0.4, 0.42), provenance={"data": {"train_images.npy": "a"}}), "footing_cpu", "ce", "joint")
+    put(measured(predictions(0.4, 0.42)) | change, "footing_cpu", "mixup", "mislas")
+    with pytest.raises(UserError, match=says):
+        stage.main()
+
+
 def test_a_footing_is_of_one_precision():
     for name, classifier, precision in (("ce", "joint", "float32"), ("mixup", "mislas", "bf16")):
         put(measured(predictions(0.4, 0.42), precision=precision), "footing_cpu", name, classifier)
-    with pytest.raises(UserError, match="mixup/mislas: was trained in bf16 and ce/joint in float32: that is no common"):
+    with pytest.raises(
+        UserError,
+        match=r"mixup/mislas: the precision of its training is bf16, that of ce/joint float32: that is no common",
+    ):
         stage.main()
     put(measured(predictions(0.4, 0.42), precision="bf16"), "footing_cpu", "ce", "joint")
     stage.main()

@@ -100,14 +100,17 @@ def test_numbers_are_those_of_the_cells():
 
 def test_table_in_percent_with_the_best_in_bold():
     for k, cell in enumerate(product(("digits_lt",), *SMALL.values())):
-        report_inputs.change(paths.metrics(*cell), top1=0.8 + k / 100, ece=0.02 + k / 100, many=0.5, top1_std=0.005)
+        numbers = {"top1": 0.8 + k / 100, "ece": 0.02 + k / 100, "ece_floor": 0.011, "many": 0.5, "few": 0.1 * (k < 2)}
+        report_inputs.change(paths.metrics(*cell), top1_std=0.005, **numbers)
     report.main()
     lines = _lines()
     assert lines["mixup", "mislas"]["top-1"] == "**83.00 ± 0.50**"
     assert lines["mixup", "joint"]["top-1"] == "82.00 ± 0.50"
     assert lines["ce", "joint"]["ECE"] == "**2.00 ± 1.23**"
     assert lines["mixup", "mislas"]["ECE"] == "5.00 ± 1.23"
-    assert all(line["many"] == "**50.00 ± 1.23**" for line in lines.values()), "equal is equally good"
+    assert [line["few"].startswith("**10.00") for line in lines.values()] == [True, True, False, False], "both are best"
+    assert {line["many"] for line in lines.values()} == {"50.00 ± 1.23"}, "what most have reached is no distinction"
+    assert {line["ECE floor"] for line in lines.values()} == {"1.10"}, "and there is no best of it"
 
 
 def test_empty_group_is_a_dash_and_never_the_best():
@@ -266,7 +269,8 @@ def test_caption_is_counted_in_the_files():
     for fact in (
         "digits_lt: exponential profile, imbalance factor 20 ",
         f"{classes.sum()} in all",
-        "500 test images",
+        "2 many, 5 medium, 3 few",
+        "200 held-out and 500 test images",
         "over 3 seeds",
         "last epoch (30)",
         "15 bins",

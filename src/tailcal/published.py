@@ -4,7 +4,7 @@ Fractions in the measurements, percent in the references and in whatever is read
 """
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +89,25 @@ class Best(BestNumbers):
     posthoc: dict[str, BestNumbers] = {}
 
 
+class Stage2(_Part):
+    """What stage 2 trained by: its `recipe` has `epochs` or `iterations`; a method that takes no step has none."""
+
+    recipe: dict[str, Any] = {}
+
+
+class Trainings(_Part):
+    """The parameters of a cell, as far as they are used here."""
+
+    classifier: Stage2 = Stage2()
+
+
+class Provenance(_Part):
+    """data: SHA-256 of the training split's files."""
+
+    params: Trainings = Trainings()
+    data: dict[str, str] = {}
+
+
 class Measured(Numbers):
     """A cell as it was measured: a file of metrics/published/cells."""
 
@@ -101,6 +120,13 @@ class Measured(Numbers):
     backbone: Line
     precision: Line = "float32"  # of training; files from before there was a choice do not say it
     test_images: Annotated[int, Field(ge=2)]
+    provenance: Provenance = Provenance()
+
+    @property
+    def stage2(self) -> str | None:
+        """How long its stage 2 trains, `5 epochs` say; None where it takes no step."""
+        recipe = self.provenance.params.classifier.recipe
+        return next((f"{recipe[unit]} {unit}" for unit in ("epochs", "iterations") if recipe.get(unit)), None)
 
     def after(self, rule: str) -> Numbers | None:
         """The numbers after a post-hoc rule, as trained for a rule of PLAIN, None where the rule was not applied."""
@@ -134,6 +160,11 @@ def _less(ours: float | None, published: float | None) -> float | None:
     return round(points(ours) - published, 2) + 0.0  # never -0.0
 
 
+def _far(difference: float | None, deviation: float | None) -> bool:
+    """Whether a difference, in points, is more than MISS beyond a deviation, a fraction."""
+    return difference is not None and round(abs(difference) - points(deviation or 0.0), 2) > MISS
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A published row and our cell, None where it has not been run."""
@@ -165,9 +196,12 @@ class Comparison:
     @property
     def misses(self) -> bool:
         """Whether ours is further from the published top-1, up or down, than MISS points and the seeds' spread."""
-        if self.difference is None:
-            return False
-        return round(abs(self.difference) - points(self.numbers.top1_std or 0.0), 2) > MISS
+        return _far(self.difference, self.numbers and self.numbers.top1_std)
+
+    @property
+    def ece_misses(self) -> bool:
+        """The same of the ECE."""
+        return _far(self.ece_difference, self.numbers and self.numbers.ece_std)
 
 
 def compare(references: Iterable[Reference], cells: Cells) -> dict[str, list[Comparison]]:
@@ -217,6 +251,8 @@ def _flat(row: Comparison) -> dict[str, Any]:
         "ece_std": ours and points(ours.ece_std, 4),
         "difference": row.difference,
         "misses": None if row.difference is None else row.misses,
+        "ece_difference": row.ece_difference,
+        "ece_misses": None if row.ece_difference is None else row.ece_misses,
         "seeds": cell and cell.seeds,
         "seconds": cell and cell.cost.seconds,
         "at_once": cell and cell.cost.at_once,
@@ -238,14 +274,19 @@ class FootingRow:
     name: str
     cell: Measured
     numbers: Numbers
-    correct: np.ndarray | None  # [N], the share of seeds that were right; None where it was not kept
+    correct: np.ndarray | None  # [S, N], which test images each seed got right; None where that was not kept
+
+    def overlaps(self, other: "FootingRow") -> bool:
+        """Whether some seed of the worse of two rows is at least as accurate as some seed of the better."""
+        own_S, other_S = self.correct.mean(axis=1), other.correct.mean(axis=1)
+        return bool(own_S.min() <= other_S.max() and other_S.min() <= own_S.max())
 
 
 def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], list[str]]:
     """The measured rows of a footing table, and the names of those that have not been run.
 
-    Raises UserError naming the cell whose predictions are damaged, or of other test images or another precision than
-    the first one's.
+    Raises UserError naming the cell whose predictions are damaged, or which was trained or tested on other images than
+    the first one, in another precision, on another backbone or for another number of epochs.
     """
     found, missing = [], []
     for row in footing.rows:
@@ -256,21 +297,33 @@ def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], lis
             missing.append(name)
             continue
         where = f"{footing.dataset}/{name}"
-        if found and cell.precision != found[0].cell.precision:
-            raise UserError(
-                f"{where}: was trained in {cell.precision} and {found[0].name} in {found[0].cell.precision}: "
-                "that is no common footing, make one of the two again"
-            )
+        for what, ours, first in _shared(cell, found[0].cell) if found else ():
+            if ours != first:
+                raise UserError(
+                    f"{where}: {what} {ours}, that of {found[0].name} {first}: that is no common footing, make one of "
+                    "the two again"
+                )
         if found and cell.data.test_split != found[0].cell.data.test_split:
             raise UserError(
                 f"{where}: was measured on another test split than {found[0].name}, other images or another order of "
                 "them: make one of the two again"
             )
-        found.append(FootingRow(name, cell, numbers, _seed_mean(numbers, cell, where)))
+        found.append(FootingRow(name, cell, numbers, _correct(numbers, cell, where)))
     return found, missing
 
 
-def _seed_mean(numbers: Numbers, cell: Measured, where: str) -> np.ndarray | None:
+def _shared(cell: Measured, first: Measured) -> Iterator[tuple[str, Any, Any]]:
+    """What two rows of a footing must share, in words: what it is, and what it is of the one and of the other."""
+    yield "the precision of its training is", cell.precision, first.precision
+    yield "its backbone is", cell.backbone, first.backbone
+    yield "its number of epochs of stage 1 is", cell.epochs, first.epochs
+    yield "its number of training images is", cell.data.train_images, first.data.train_images
+    digests = [each.provenance.data.get("train_images.npy") for each in (cell, first)]
+    if None not in digests:
+        yield "the SHA-256 of its training images is", *digests
+
+
+def _correct(numbers: Numbers, cell: Measured, where: str) -> np.ndarray | None:
     if numbers.correct is None:
         return None
     try:
@@ -282,7 +335,7 @@ def _seed_mean(numbers: Numbers, cell: Measured, where: str) -> np.ndarray | Non
             f"{where}: `correct` has {len(correct_SN)} seeds and an accuracy of {correct_SN.mean():.6f}, the numbers "
             f"beside it {cell.seeds} and {numbers.top1:.6f}: delete the cell's file and {AGAIN}"
         )
-    return correct_SN.mean(axis=0)
+    return correct_SN
 
 
 def unpack(text: str, N: int) -> np.ndarray:
@@ -298,13 +351,15 @@ def unpack(text: str, N: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pair:
-    """Accuracy of method `row` less that of method `column`, and an interval for it: fractions."""
+    """Accuracy of method `row` less that of method `column`, and an interval for it: fractions. `apart`: whether all
+    seeds of the one are more accurate than all of the other."""
 
     row: int
     column: int
     difference: float
     low: float
     high: float
+    apart: bool = False
 
     @property
     def excludes_zero(self) -> bool:
@@ -353,8 +408,9 @@ def footing_table(name: str, footing: Footing, cells: Cells) -> FootingTable:
     """Raises UserError as `measured_rows` does."""
     found, missing = measured_rows(footing, cells)
     kept = [position for position, row in enumerate(found) if row.correct is not None]
-    pairs = paired(np.stack([found[position].correct for position in kept])) if kept else []
+    pairs = paired(np.stack([found[position].correct.mean(axis=0) for position in kept])) if kept else []
     pairs = [replace(pair, row=kept[pair.row], column=kept[pair.column]) for pair in pairs]
+    pairs = [replace(pair, apart=not found[pair.row].overlaps(found[pair.column])) for pair in pairs]
     return FootingTable(name, footing, found, missing, pairs)
 
 
@@ -363,7 +419,8 @@ def summary(cells: Cells) -> dict[str, dict[str, float | None]]:
     return {"/".join(cell): {name: getattr(numbers, name) for name in HEADLINE} for cell, numbers in cells.items()}
 
 
-PAIR_COLUMNS = ["footing", "dataset", "first", "second", "difference", "low", "high", "excludes_zero", "test_images"]
+PAIR_COLUMNS = ["footing", "dataset", "first", "second", "difference", "low", "high", "excludes_zero", "seeds_apart"]
+PAIR_COLUMNS += ["test_images"]
 
 
 def pair_rows(tables: list[FootingTable]) -> pd.DataFrame:
@@ -378,6 +435,7 @@ def pair_rows(tables: list[FootingTable]) -> pd.DataFrame:
             "low": points(pair.low, 4),
             "high": points(pair.high, 4),
             "excludes_zero": pair.excludes_zero,
+            "seeds_apart": pair.apart,
             "test_images": table.rows[pair.row].cell.test_images,
         }
         for table in tables

@@ -27,10 +27,9 @@ network, both stages together. {DASH}: the number was not printed, or not measur
 
 "Best on test" takes each seed's best epoch among the last ones, chosen on the test split, and is the mean over seeds.
 The papers' released codes choose the epoch that they report in that way, so published numbers can be compared with it
-like for like. It is a diagnostic, not a result. "ECE in those epochs" is the smallest and the largest ECE of any of
-these epochs and of any seed. With mixup the ECE changes much from epoch to epoch, so a difference of ECE says little
-where the published epoch is another. All other numbers of ours are of the last epoch. Our stage 2, too, starts from the
-last epoch of stage 1; the released codes start it from the epoch that was best on test.
+like for like. It is a diagnostic, not a result. "ECE there" is the ECE of those epochs, and "ECE in all" the smallest
+and the largest ECE of any of the last epochs and of any seed. All other numbers of ours are of the last epoch. Our
+stage 2, too, starts from the last epoch of stage 1; the released codes start it from the epoch that was best on test.
 """
 
 
@@ -42,8 +41,8 @@ def paper(name: str, rows: list[Comparison], command: str) -> str:
     sources = list(dict.fromkeys((row.reference.source, row.reference.note) for row in rows))
     best = {row.cell.best_on_test.epochs for row in rows if row.best}
     header = ["data set", "method", "published top-1", "published ECE", "our top-1", "difference"]
-    header += [f"best on test, last {span(best)} epochs" if best else "best on test", "our ECE"]
-    header += ["ECE in those epochs", "ECE difference"]
+    header += ["our ECE", "ECE difference"]
+    header += [f"best on test, last {span(best)} epochs" if best else "best on test", "ECE there", "ECE in all"]
     table = Table([*header, "seeds", "s per network", "source"], [_texts(row, sources) for row in rows])
     parts = [f"## {TITLES[name]}", _caption(rows), table.markdown().rstrip(), *_below(rows, command)]
     listed = [f"- [{i}] {'; '.join(filter(None, source))}" for i, source in enumerate(sources, start=1)]
@@ -59,10 +58,11 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[str]:
         _printed(published.ece),
         _spread(ours and ours.top1, ours and ours.top1_std),
         bold_if(_difference(row.difference), row.misses),
-        _spread(row.best and row.best.top1, row.best and row.best.top1_std),
         _spread(ours and ours.ece, ours and ours.ece_std),
+        bold_if(_difference(row.ece_difference), row.ece_misses),
+        _spread(row.best and row.best.top1, row.best and row.best.top1_std),
+        _spread(row.best and row.best.ece, row.best and row.best.ece_std),
         _between(row.best and row.best.ece_least, row.best and row.best.ece_most),
-        _difference(row.ece_difference),
         str(row.cell.seeds) if ours else DASH,
         f"{row.cell.cost.seconds:,.0f}" if ours else DASH,
         f"[{sources.index((published.source, published.note)) + 1}]",
@@ -75,10 +75,21 @@ def _caption(rows: list[Comparison]) -> str:
         return "Nothing of this table has been run yet."
     return (
         f"Ours: mean ± standard deviation over seeds, at the last epoch ({span({cell.epochs for cell in measured})}). "
-        "Difference: ours minus published, in points. A difference of top-1 is **bold** where it is larger, up or "
-        f"down, than {MISS:g} point plus our standard deviation (with one seed: than {MISS:g} point). "
+        "Differences: ours minus published, in points; **bold** where larger, up or down, than "
+        f"{MISS:g} point plus our standard deviation (with one seed: than {MISS:g} point). "
+        f"{_networks_behind([row for row in rows if row.numbers])} "
         f"{_conditions((row.reference.dataset, row.cell) for row in rows if row.numbers)}"
     )
+
+
+def _networks_behind(measured: list[Comparison]) -> str:
+    """A sentence: how many networks of stage 1 there are, since rows that share one do not agree independently."""
+    seeds = {
+        (row.reference.dataset, row.reference.representation): row.cell.seeds
+        for row in measured  # all cells of a representation have its seeds
+    }
+    number = sum(seeds.values())
+    return f"Behind these rows stand{'' if number > 1 else 's'} {_networks(number)} of stage 1."
 
 
 def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
@@ -108,11 +119,11 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
         )
     compared = [row for row in rows if row.difference is not None]
     off = f"Rows off by more than {MISS:g} point plus our standard deviation"
-    if missed := [row for row in compared if row.misses]:
+    if missed := [row for row in compared if row.misses or row.ece_misses]:
         lines = [f"- {row.reference.dataset}, {row.reference.method}: {_missed(row)}" for row in missed]
-        paragraphs.append(f"{off}: {len(missed)} of {len(compared)}.\n\n" + "\n".join(lines))
+        paragraphs.append(f"{off}, in top-1 or ECE: {len(missed)} of {len(compared)}.\n\n" + "\n".join(lines))
     elif compared:
-        paragraphs.append(f"{off}: none of {len(compared)}.")
+        paragraphs.append(f"{off}, in top-1 or ECE: none of {len(compared)}.")
     paragraphs += _otherwise(rows)
     if any(row.numbers and row.numbers.transductive for row in rows):
         paragraphs.append(_TRANSDUCTIVE)
@@ -137,11 +148,17 @@ _TRANSDUCTIVE = f"{MARK} transductive: the prediction for one test image depends
 
 
 def _missed(row: Comparison) -> str:
-    text = f"{signed(row.difference)} (ours {_spread(row.numbers.top1, row.numbers.top1_std)}, published "
-    text += _printed(row.reference.top1)
-    if row.best:
-        text += f"; best on test {points(row.best.top1):.2f}"
-    return f"{text})"
+    """By how much, of what: top-1, ECE or both."""
+    ours, best, published, said = row.numbers, row.best, row.reference, []
+    for misses, name, difference, mean, deviation, printed, of_best in (
+        (row.misses, "top-1", row.difference, ours.top1, ours.top1_std, published.top1, best and best.top1),
+        (row.ece_misses, "ECE", row.ece_difference, ours.ece, ours.ece_std, published.ece, best and best.ece),
+    ):
+        if misses:
+            there = f"; at the epoch that is best on test {points(of_best):.2f}" if best else ""
+            told = f"(ours {_spread(mean, deviation)}, published {_printed(printed)}{there})"
+            said.append(f"{name} {signed(difference)} {told}")
+    return ", ".join(said)
 
 
 def _other(row: Comparison) -> str:
@@ -172,6 +189,7 @@ def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], 
         header = ["data set", "method", "published", "ours", "difference", "published ECE", "our ECE", "ECE difference"]
         table = Table([*header, "seeds", "s per network"], [_short(row) for row in measured])
         parts += [table.markdown().rstrip(), f"{_caption(measured)} {_BEST_ON_TEST}", *_otherwise(measured)]
+        parts += _noted(measured)
     for table in footings:
         if table.rows:
             parts += [f"**{table.footing.title}**", _footing_numbers(table.rows).markdown().rstrip()]
@@ -179,6 +197,16 @@ def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], 
     if any(row.numbers.transductive for row in [*measured, *(row for table in footings for row in table.rows)]):
         parts.append(_TRANSDUCTIVE)
     return "\n\n".join(parts) + "\n"
+
+
+def _noted(measured: list[Comparison]) -> list[str]:
+    """A paragraph of what the references note of these rows; none where they note nothing."""
+    notes: dict[str, list[str]] = {}
+    for row in measured:
+        if row.reference.note:
+            notes.setdefault(row.reference.note, []).append(row.reference.method)
+    lines = [f"- {', '.join(dict.fromkeys(methods))}: {note}" for note, methods in notes.items()]
+    return ["Of the published numbers:\n\n" + "\n".join(lines)] if lines else []
 
 
 _BEST_ON_TEST = (
@@ -197,7 +225,7 @@ def _short(row: Comparison) -> list[str]:
         bold_if(_difference(row.difference), row.misses),
         _printed(published.ece),
         _spread(ours.ece, ours.ece_std),
-        _difference(row.ece_difference),
+        bold_if(_difference(row.ece_difference), row.ece_misses),
         str(row.cell.seeds),
         f"{row.cell.cost.seconds:,.0f}",
     ]
@@ -226,10 +254,9 @@ def footing(table: FootingTable, command: str) -> str:
 _PAIRS = (
     f"Top-1 of the row minus that of the column, in points, mean over seeds. Below it is the {CONFIDENCE:.0%} "
     f"percentile interval of a paired bootstrap ({RESAMPLES:,} resamples of the test images, the same for all pairs). "
-    "**Bold**: the interval, before rounding, excludes 0. That holds for these very networks and for each pair by "
-    "itself; nothing corrects for the number of pairs. The interval covers the choice of test images, not that of "
-    "seeds: their standard deviation is in the table above. Where that is as large as a difference, other seeds may "
-    "reverse the difference."
+    "**Bold**: the interval, before rounding, excludes 0, and all seeds of the one are more accurate than all seeds of "
+    "the other. The interval covers the choice of test images, not that of seeds, and each pair is taken by itself: "
+    "nothing corrects for their number."
 )
 
 
@@ -238,7 +265,7 @@ def _footing_caption(table: FootingTable) -> str:
     backbones = ", ".join(dict.fromkeys(cell.backbone for cell in cells))
     return (
         f"{table.footing.dataset}, {cells[0].test_images:,} test images, {backbones}; mean ± standard deviation over "
-        f"seeds, at the last epoch ({span({cell.epochs for cell in cells})}). Accuracies and ECE are in "
+        f"seeds, at the last epoch ({cells[0].epochs}{_stage2(table.rows)}). Accuracies and ECE are in "
         "%; the negative log-likelihood (NLL) has no unit. Many, medium and few are classes with more than 100, 20 to "
         f"100 and fewer than 20 training images. {DASH}: there is no such class, or no such number. "
         f"{_conditions((table.footing.dataset, cell) for cell in cells)}"
@@ -246,7 +273,19 @@ def _footing_caption(table: FootingTable) -> str:
     )
 
 
+def _stage2(found: list[FootingRow]) -> str:
+    """What rows with a second stage train longer than the others; nothing where there are none."""
+    longer: dict[str, list[str]] = {}
+    for row in found:
+        if row.cell.stage2:
+            longer.setdefault(row.cell.stage2, []).append(row.name.partition(" + ")[0])
+    return "".join(
+        f"; stage 2 takes {budget} more: {', '.join(dict.fromkeys(names))}" for budget, names in longer.items()
+    )
+
+
 def _footing_numbers(found: list[FootingRow]) -> Table:
+    alike = len({row.cell.cost.at_once for row in found}) == 1  # networks side by side take longer each
     header = ["no.", "method", "top-1", "many", "medium", "few", "ECE", "NLL", "seeds", "s per network"]
     rows = [
         [
@@ -257,7 +296,7 @@ def _footing_numbers(found: list[FootingRow]) -> Table:
             _spread(row.numbers.ece, row.numbers.ece_std),
             DASH if row.numbers.nll is None else f"{row.numbers.nll:.3f}",
             str(row.cell.seeds),
-            f"{row.cell.cost.seconds:,.0f}",
+            f"{row.cell.cost.seconds:,.0f}" + ("" if alike else f", {row.cell.cost.at_once} at a time"),
         ]
         for number, row in enumerate(found, start=1)
     ]
@@ -270,7 +309,7 @@ def _matrix(table: FootingTable) -> Table:
     texts = {
         (pair.row, pair.column): bold_if(
             f"{signed(100 * pair.difference, 1)}<br>{signed(100 * pair.low, 1)} to {signed(100 * pair.high, 1)}",
-            pair.excludes_zero,
+            pair.excludes_zero and pair.apart,
         )
         for pair in table.pairs
     }

@@ -19,6 +19,7 @@ NUMBERS = (
     "medium",
     "few",
     "ece",
+    "ece_floor",
     "ece_many",
     "ece_medium",
     "ece_few",
@@ -58,12 +59,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table to read: where its number comes from, how it is written, and which value is the best."""
+    """A column of a table to read: where its number comes from, how it is written, and which value is the best (None:
+    there is no best)."""
 
     title: str
     number: str
     posthoc: str = AS_TRAINED
-    best: Callable[[Iterable[float]], float] = max
+    best: Callable[[Iterable[float]], float] | None = max
     percent: bool = True
     spread: bool = True
 
@@ -117,6 +119,7 @@ MAIN = (
     Column("medium", "medium"),
     Column("few", "few"),
     Column("ECE", "ece", best=min),
+    Column("ECE floor", "ece_floor", best=None, spread=False),
     Column("ECE after temperature", "ece", posthoc="temperature", best=min),
     Column("NLL", "nll", best=min, percent=False),
 )
@@ -135,9 +138,10 @@ def table(cells: list[Cell]) -> Table:
     for column in MAIN:
         means = [column.mean(cell) for cell in cells]
         present = [mean for mean in means if mean is not None]
-        best = column.best(present) if len(present) > 1 else None
+        best = column.best(present) if column.best and len(present) > 1 else None
+        many = 2 * means.count(best) > len(cells)  # what most have reached tells nobody apart
         for row, cell, mean in zip(body, cells, means, strict=True):
-            row.append(bold_if(column.text(cell), mean is not None and mean == best))
+            row.append(bold_if(column.text(cell), mean is not None and mean == best and not many))
     return Table(["representation", "classifier", *(column.title for column in MAIN)], body)
 
 
@@ -243,17 +247,26 @@ def caption(cells: list[Cell], epochs: Iterable[int]) -> str:
     """
     counts, bins = cells[0].classes["train_count"], cells[0].bins
     tests = bins.loc[bins["seed"] == bins["seed"].iloc[0], "count"].sum()
-    imbalance = cells[0].metrics["provenance"]["params"]["dataset"]["imbalance"]
+    dataset = cells[0].metrics["provenance"]["params"]["dataset"]
+    imbalance = dataset["imbalance"]
+    held_out = len(counts) * dataset.get("holdout_per_class", 0)
     # A natural tail is not cut to a factor; floors make one that is cut differ a little from its factor.
     factor = imbalance.get("factor") or counts.max() / counts.min()
     seeds = span({cell.metrics["seeds"] for cell in cells})
     over = f"mean ± standard deviation over {seeds} seeds" if seeds != "1" else "one seed"
     return (
         f"{cells[0].dataset}: {imbalance['profile']} profile, imbalance factor {factor:.3g} "
-        f"({len(counts)} classes of {counts.max()} to {counts.min()} training images, {counts.sum()} in all), "
-        f"{tests} test images; {over}, at the last epoch ({span(set(epochs))}); "
-        f"accuracies and ECE ({bins['bin_lower'].nunique()} bins) in %."
+        f"({len(counts)} classes of {counts.max()} to {counts.min()} training images, {counts.sum()} in all; "
+        f"{_groups(cells[0].classes)}), {f'{held_out} held-out and ' if held_out else ''}{tests} test images; {over}, "
+        f"at the last epoch ({span(set(epochs))}); accuracies and ECE ({bins['bin_lower'].nunique()} bins) in %. "
+        "ECE floor: what chance alone gives a perfectly calibrated classifier of these confidences on so few images."
     )
+
+
+def _groups(classes: pd.DataFrame) -> str:
+    """How many classes each shot group has."""
+    sizes = classes["group"].value_counts()
+    return ", ".join(f"{sizes[group]} {group}" for group in ("many", "medium", "few") if group in sizes)
 
 
 def notes(cells: list[Cell]) -> list[str]:
