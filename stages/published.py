@@ -96,17 +96,30 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     return {"epochs": len(late)} | numbers.pop(AS_TRAINED) | {"posthoc": numbers}
 
 
+def packed(hits: np.ndarray) -> str:
+    """bool [N] as base64 of its bits, which `tailcal.published.unpack` reads."""
+    return base64.b64encode(np.packbits(hits).tobytes()).decode()
+
+
 def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that is kept of a cell."""
     numbers = files.read_json(paths.metrics(**where))
     meta = splits.read_meta(paths.longtail(where["dataset"]))
     checksums = files.read_json(paths.predictions(**where) / "provenance.json")["checksums"]
-    correct = {}
+    counts = np.array(meta["train_counts"])
+    correct: dict[str, dict[str, str]] = {rule: {} for rule in (AS_TRAINED, *numbers["posthoc"])}
+    rules = posthoc.configure(p.evaluate.posthoc)
     for seed in p.seeds:
         name = f"seed{seed}.npz"
-        run = predictions.read(paths.predictions(**where) / name, checksums[name], len(meta["class_names"]))
-        hits = run.test_logits.argmax(axis=1) == run.test_labels
-        correct[str(seed)] = base64.b64encode(np.packbits(hits).tobytes()).decode()
+        run = predictions.read(paths.predictions(**where) / name, checksums[name], len(counts))
+        for rule, hits in correct.items():
+            logits = run.test_logits
+            if rule != AS_TRAINED:
+                fitted = posthoc.RULES[rule].fit(rules[rule], counts, run.holdout_logits, run.holdout_labels)
+                logits = fitted(logits)
+            hits[str(seed)] = packed(logits.argmax(axis=1) == run.test_labels)
+    for rule, after in numbers["posthoc"].items():
+        after["correct"] = correct[rule]
     history = pd.read_csv(paths.representation(where["dataset"], where["representation"]) / "history.csv")
     cost = files.read_json(paths.costs("represent", where["dataset"], where["representation"]))
     training = settings.training(p, where["dataset"], where["representation"], "representations")
@@ -126,7 +139,7 @@ def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None
         },
         "best_on_test": late,
         "test_images": sum(meta["test_counts"]),
-        "correct": correct,
+        "correct": correct[AS_TRAINED],
     }
 
 
