@@ -82,7 +82,7 @@ def reliability_table(cell: list[Predictions], seeds: list[int], bins: int) -> p
 
 
 def per_class_table(cell: list[Predictions], names: list[str], counts_K: np.ndarray) -> pd.DataFrame:
-    """One row a class: its accuracy over seeds, its shot group, and the images behind both."""
+    """One row per class: its accuracy over seeds, its shot group, and the images behind both."""
     accuracy_SK = np.stack([per_class_accuracy(run.test_logits, run.test_labels) for run in cell])
     groups = shot_groups(counts_K)
     return pd.DataFrame(

@@ -55,7 +55,7 @@ def classifier(dataset: str, representation: str, classifier: str) -> Path:
 
 
 def predictions(dataset: str, representation: str, classifier: str) -> Path:
-    """Logits of the held-out and the test split, a file a seed, and provenance.json."""
+    """Logits of the held-out and the test split, one file per seed, and provenance.json."""
     return Path("data/predictions") / dataset / representation / classifier
 
 

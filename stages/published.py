@@ -1,4 +1,4 @@
-"""Train and measure the cells of the published tables, and write metrics/published/cells, a file a cell.
+"""Train and measure the cells of the published tables, and write metrics/published/cells, one file per cell.
 
 What is trained, published/params.yaml says. The stages are those of the pipeline, run here one after the other in a
 folder of their own, data/published, so that the results of the grid are left alone. A run that is interrupted goes on

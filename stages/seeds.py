@@ -1,4 +1,4 @@
-"""A network a seed: how both stages train them, and what they write of them."""
+"""One network per seed: how both stages train them, and what they write of them."""
 
 from collections.abc import Callable
 from functools import partial

@@ -18,7 +18,7 @@ from stages.represent import represent
 from stages.subsample import subsample
 from tailcal import errors, files, lock, params, provenance, sources, splits
 
-OFFICIAL = {"cifar10": 5000, "cifar100": 500}  # training images a class in the official archives
+OFFICIAL = {"cifar10": 5000, "cifar100": 500}  # training images per class in the official archives
 
 
 @contextlib.contextmanager

@@ -168,21 +168,12 @@ def test_running_statistics_move_only_with_shifted_bn(name, settings, moves):
     descend(after, method)
     start = dict(before.backbone.named_buffers())
     changed = {key for key, value in after.backbone.named_buffers() if not torch.equal(value, start[key])}
-    assert changed == (set(start) if moves else set())
+    assert changed == ({key for key in start if "running" in key} if moves else set())
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_images_are_drawn_uniformly(name):
     assert pair(name)[2].samplers() == (instance,)
-
-
-def test_marc_without_a_classifier_is_one_clear_line():
-    network = build("resnet8", "linear", 1, 4)
-    network.head = nn.Identity()
-    with pytest.raises(UserError, match="classifier of stage 1") as error:
-        load("marc")(load("marc").Config(**MARC), COUNTS).setup(network)
-    assert "Identity" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -117,7 +117,7 @@ def reliability(bins: pd.DataFrame, title: str, path: Path) -> None:
 
 @rc_context(STYLE)
 def reliability_overview(cells: Mapping[Cell, pd.DataFrame], title: str, path: Path) -> None:
-    """The reliability diagrams of all cells of a data set: a row a representation, a column a classifier."""
+    """The reliability diagrams of all cells of a data set: one row per representation, one column per classifier."""
     rows, columns = _axes_of(cells)
     figure = Figure(figsize=(max(1.2 + 1.9 * len(columns), 6.5), 1.4 + 2.1 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
@@ -149,7 +149,7 @@ def reliability_overview(cells: Mapping[Cell, pd.DataFrame], title: str, path: P
 
 @rc_context(STYLE)
 def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
-    """Top-1 accuracy against ECE, a point a cell, bars of one standard deviation over seeds.
+    """Top-1 accuracy against ECE, one point per cell, bars of one standard deviation over seeds.
 
     `cells` has the columns representation, classifier, top1, top1_std, ece and ece_std (fractions; no std: no bar).
     """
@@ -200,7 +200,7 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
 
 @rc_context(STYLE)
 def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
-    """Training images a class, the most frequent first, coloured by shot group; names where they fit."""
+    """Training images per class, the most frequent first, coloured by shot group; names where they fit."""
     ranked = _ranked(classes)
     colours = ranked["group"].map(GROUP_COLOURS)
     named = len(ranked) <= NAMED_CLASSES
@@ -228,7 +228,7 @@ def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
 
 @rc_context(STYLE)
 def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Path) -> None:
-    """Test accuracy a class against its frequency rank: a panel a representation, a line a classifier.
+    """Test accuracy per class against its frequency rank: one panel per representation, one line per classifier.
 
     Up to NAMED_CLASSES classes are named below the lowest panels, and have bars of one standard deviation over seeds,
     those of classifiers side by side; more are averaged over groups of ranks.
@@ -289,7 +289,7 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
 
 @rc_context(STYLE)
 def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Path) -> None:
-    """Stage 1 over the epochs, a line a representation: the mean over seeds, and from the least to the largest.
+    """Stage 1 over the epochs, one line per representation: the mean over seeds, and a band from minimum to maximum.
 
     Accuracies share a panel. Losses do not, since those of two methods have no scale in common.
     """
@@ -311,7 +311,7 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Pat
         loss.tick_params(labelsize=9)
         loss.xaxis.set_major_locator(MaxNLocator(3, integer=True, steps=ROUND))
         loss.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
-    accuracy.set_title("training accuracy; of a mixed label, the share that was hit")
+    accuracy.set_title("training accuracy (mixed labels: the predicted class's share of the label)")
     accuracy.set_ylim(0, 1)
     accuracy.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
     _percent(accuracy.yaxis)
@@ -321,7 +321,7 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Pat
     for loss in losses[::across]:
         loss.set_ylabel("loss")
     handles, _ = accuracy.get_legend_handles_labels()
-    band = Patch(color=INK, alpha=0.2, linewidth=0, label="band: from the least seed to the largest")
+    band = Patch(color=INK, alpha=0.2, linewidth=0, label="band: minimum to maximum over seeds")
     figure.legend(handles=[*handles, band], loc="outside lower center", ncols=min(len(histories) + 1, 4))
     _save(figure, path)
 

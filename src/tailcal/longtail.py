@@ -21,7 +21,7 @@ def class_title(k: int, class_names: Sequence[str] | None = None) -> str:
 def class_counts(
     n_max: int, num_classes: int, factor: float, profile: str, class_names: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Training images a class, int64 [K], from the largest class (label 0) to the smallest.
+    """Training images per class, int64 [K], from the largest class (label 0) to the smallest.
 
     exponential: floor(n_max * factor^(-k / (K-1))); step: n_max for the first K // 2 classes, floor(n_max / factor) for
     the others. `n_max` counts images, `factor` is n_max / n_min. The profile "natural" keeps what there is and needs no
@@ -61,7 +61,7 @@ def subset_indices(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the training and of the held-out images in `labels` (int [N], values 0..K-1).
 
-    `counts` (int [K]) are the training images a class. One legacy generator is seeded once; for each class in ascending
+    `counts` (int [K]) are training images per class. One legacy generator is seeded once; for each class in ascending
     label order its positions, in the data's order, are shuffled in place: the first counts[k] train, the last
     `holdout_per_class` are held out. The shuffles do not depend on the counts, so a smaller count is a prefix of a
     larger one and the hold-out is the same for every factor.

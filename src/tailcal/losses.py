@@ -18,7 +18,7 @@ def require_counts(counts: Tensor) -> None:
     Raises ValueError when a class has no image (naming the first such class), or when there are fewer than two classes.
     """
     if counts.ndim != 1 or len(counts) < 2:
-        raise ValueError(f"counts must be one number a class, of two classes or more; got shape {tuple(counts.shape)}")
+        raise ValueError(f"counts must be one number per class, of two classes or more, got {tuple(counts.shape)}")
     if (counts < 1).any():
         empty = int((counts < 1).int().argmax())
         raise ValueError(f"class {empty} has {counts[empty]:g} training images: every class must have 1 or more")

@@ -86,7 +86,7 @@ def fit_vector_scaling(
     The NLL is convex in (w, b); the search starts at temperature scaling, so on the hold-out it can only be better. It
     goes by the logits of each class brought to mean 0 and deviation 1 there, which takes a fraction of the steps, and
     in these units w_k and b_k stay within REACH of the start: where every label can be told by some scaling (with few
-    images a class that is common) the NLL falls for ever as they grow. Then the bound decides, and the hold-out is too
+    images per class that is common) the NLL falls for ever as they grow. Then the bound decides: the hold-out is too
     small for 2K parameters. A hold-out without a mistake gets temperature scaling. Errors: as `fit_temperature`.
     """
     holdout_logits_NK = _checked(counts_K, holdout_logits_NK, holdout_labels_N)

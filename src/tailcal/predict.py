@@ -2,7 +2,7 @@
 
     python -m tailcal.predict --model model/ --out predictions.csv photographs/ another.jpg
 
-Folders are searched to any depth. The CSV has a row an image: file, class, confidence, then the next classes and
+Folders are searched to any depth. The CSV has one row per image: file, class, confidence, then the next classes and
 theirs, as far as --top asks. A file that is no readable image is named on stderr, all others are still predicted, and
 the exit code is then 1. Nothing in a model folder is executed: it holds numbers and names.
 """
@@ -59,7 +59,7 @@ class Card(Strict):
     """model.json: what an exported model is, and all that is needed, beside its weights, to build it again.
 
     `tailcal.images.read_image` makes squares of `image_size` pixels' side; `augmentation` says how the network takes
-    them: cropped or not, and normalised. `train_counts` are training images a class. `weights` and `onnx` are SHA-256
+    them: cropped or not, and normalised. `train_counts` are training images per class. `weights` and `onnx` are SHA-256
     of the files beside it.
     """
 
@@ -131,7 +131,7 @@ def build(
     """A network as stage 2 leaves it, but for its weights.
 
     network: the arguments of `models.build`; classifier, settings: stage 2's method and its block; counts: training
-    images a class. Raises UserError naming `source`, the file that these come from, when there is no such network.
+    images per class. Raises UserError naming `source`, the file that these come from, when there is no such network.
     """
     if classifier not in method.names("classifiers"):
         raise UserError(f"{source}: this version of tailcal has no classifier {classifier!r}")

@@ -13,7 +13,7 @@ DIGITS = 6  # of a number behind the point
 
 
 def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, bins: int = 15) -> Numbers:
-    """Every metric of one seed's test logits; `counts_K` are training images a class, which decide the shot groups.
+    """Every metric of one seed's test logits; `counts_K` are training images per class, which decide the shot groups.
 
     top5 only where K > 5. A number of a shot group without test samples is None. Raises ValueError as
     `tailcal.metrics.scores.check` does.

@@ -1,4 +1,4 @@
-"""Images in folders, a folder a class: `path/train/<class>/...` and `path/test/<class>/...`, or `path/<class>/...`.
+"""Images in folders, one per class: `path/train/<class>/...` and `path/test/<class>/...`, or `path/<class>/...`.
 
 Class names are the folders' names, sorted; images are found at any depth inside a class, by the endings of
 `tailcal.images.EXTENSIONS`. A class folder and an image may be symbolic links; a linked folder deeper inside is not
