@@ -8,7 +8,6 @@ import signal
 import sys
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 
 if sys.platform != "linux":  # its locks, signals and counts of cores are used all over
     sys.exit(f"error: the stages run on Linux only, and this is {sys.platform}; tailcal.predict may run here")
@@ -16,6 +15,7 @@ if sys.platform != "linux":  # its locks, signals and counts of cores are used a
 # The library of this very tree, not of an installed copy: `dvc exp run --temp` and `--queue` run in a copy of the
 # project, and must import that copy's code.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+import tailcal  # noqa: F401  (before the libraries: it sees to interrupts while they are imported)
 
 # Instructions that x86-64 processors have had for ten years, also where there are wider ones: sums in wider registers
 # round otherwise, and training makes another network of that. They must be set before torch looks. Whoever has set them
@@ -33,17 +33,6 @@ def _has_avx2() -> bool:
 if _has_avx2():
     for _name, _value in PORTABLE.items():
         os.environ.setdefault(_name, _value)
-
-
-def _without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An interrupt while a stage still imports its libraries, before `errors.run` could catch it, is one line too."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("error: interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _without_traceback
 
 
 def _begin_under_dvc() -> None:

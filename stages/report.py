@@ -19,6 +19,7 @@ from tailcal.tables import Cell
 BINS = ("seed", "bin_lower", "bin_upper", "confidence", "accuracy", "count")
 CLASSES = ("class", "name", "train_count", "test_count", "group", "accuracy", "accuracy_std")
 HISTORY = ("epoch", "seed", "loss", "train_accuracy")
+TEXTS = {"name", "group"}  # of these columns; all others are numbers
 
 
 DATASET = ("provenance", "params", "dataset")  # where a cell's metrics tell of the data set
@@ -37,10 +38,10 @@ class Metrics(Numbers):
     """What a cell's metrics must have for the report: numbers as trained and after each post-hoc rule, and of the
     provenance how the tail was cut and how many images are held out, which captions tell."""
 
-    top1: float | None
-    few: float | None
-    ece: float | None
-    nll: float | None
+    top1: params.Fraction
+    few: params.Fraction | None
+    ece: params.Fraction
+    nll: Annotated[float, Field(ge=0)] | None
     seeds: Annotated[int, Field(ge=1)]
     posthoc: dict[str, Numbers]
     posthoc_absent: dict[str, str]  # why, by rule
@@ -82,6 +83,8 @@ def report() -> None:
     epochs = {
         dataset: [int(history["epoch"].max()) for history in group.values()] for dataset, group in histories.items()
     }
+    for group in cells.values():
+        _require_same_classes(group)
     _write_numbers(cells, epochs)
     sections = [
         page.section(
@@ -146,6 +149,15 @@ def _cell(dataset: str, representation: str, classifier: str) -> Cell:
     return Cell(dataset, representation, classifier, metrics, bins, classes)
 
 
+def _require_same_classes(cells: list[Cell]) -> None:
+    """Raise UserError naming a cell's file that lists fewer classes than another cell's, as one cut short does."""
+    most = max(len(cell.classes) for cell in cells)
+    for cell in cells:
+        if len(cell.classes) < most:
+            path = paths.cell_plots(cell.dataset, cell.representation, cell.classifier) / "per_class.csv"
+            raise UserError(f"{path} is damaged ({len(cell.classes)} of {most} classes): delete it and run `dvc repro`")
+
+
 def _metrics(path: Path) -> dict[str, Any]:
     """A cell's metrics. Raises UserError naming the file and the key."""
     content = read_json(path)
@@ -164,6 +176,8 @@ def _diagram(cell: Cell) -> Path:
     path = paths.cell_plots(cell.dataset, cell.representation, cell.classifier) / "reliability.png"
     if not path.is_file():
         raise UserError(f"{path} is missing: run `dvc repro` to make it")
+    if not path.read_bytes().startswith(b"\x89PNG"):
+        raise UserError(f"{path} is damaged (it is no PNG): delete it and run `dvc repro`")
     return path
 
 
@@ -180,6 +194,9 @@ def _frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
             f"{path} is damaged (it must have rows, and the columns {', '.join(columns)}): "
             "delete it and run `dvc repro`"
         )
+    for column in set(columns) - TEXTS:
+        if not pd.api.types.is_numeric_dtype(frame[column]):
+            raise UserError(f"{path} is damaged ({column} has what is no number): delete it and run `dvc repro`")
     return frame
 
 

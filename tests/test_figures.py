@@ -165,6 +165,12 @@ def test_named_classes_have_bars_of_the_deviation_over_seeds_that_end_at_100_per
     assert drawn[0].legends[0].get_texts()[-1].get_text() == "one standard deviation over seeds"
 
 
+def test_no_bar_leaves_what_an_accuracy_can_be(drawn, tmp_path):
+    classes = report_inputs.classes(_generator()).assign(accuracy=0.1, accuracy_std=0.4)
+    figures.per_class_accuracy({("ce", "joint"): classes}, "bars", tmp_path / "unused.png")
+    assert {end for bar in drawn[0].axes[0].collections[0].get_segments() for end in bar[:, 1].tolist()} == {0, 0.5}
+
+
 def test_one_seed_has_no_bars_and_no_word_of_them(drawn, tmp_path):
     classes = report_inputs.classes(_generator()).assign(accuracy_std=np.nan)
     figures.per_class_accuracy({("ce", "joint"): classes}, "one seed", tmp_path / "unused.png")

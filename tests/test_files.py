@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from tailcal import errors, files, weights
 from tailcal.errors import UserError
+from tests.conftest import ROOT
 
 
 def full_disk(_descriptor: int) -> None:
@@ -77,3 +81,30 @@ def test_weights_round_trip_and_refuse_other_bytes_and_other_networks(tmp_path):
         weights.load_weights(torch.nn.Linear(4, 2), path, files.sha256(path))
     with pytest.raises(UserError, match="is missing"):
         weights.load_weights(other, tmp_path / "none", "")
+
+
+@pytest.mark.parametrize("module", ["stages.represent", "tailcal.predict", "tailcal.export"])
+def test_an_interrupt_while_a_command_imports_its_libraries_has_no_traceback(module, tmp_path):
+    """At the first library that it imports; a program that imports us keeps its own way with interrupts."""
+    (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    package = module.partition(".")[0]
+    heeding = "import signal, sys, runpy; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = (
+        f"{heeding}; sys.argv = ['-m']; import {package}; runpy.run_module({module!r}, alter_sys=True)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'src'}"}
+    ended = subprocess.run([sys.executable, "-c", run], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{heeding}; import {module}"], env=environment, capture_output=True, text=True
+    )
+    assert "KeyboardInterrupt" in ended.stderr
+
+
+def test_a_command_that_has_begun_says_that_it_was_interrupted():
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit, match="error: interrupted"):
+            errors.run(lambda: os.kill(os.getpid(), signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)

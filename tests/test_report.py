@@ -491,3 +491,31 @@ def test_readme_without_markers(text):
     with pytest.raises(UserError, match=r"README\.md"):
         readme.main()
     assert text is None or readme.README.read_text() == text
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_a_list_of_classes_that_is_cut_short_is_named(rows):
+    path, classes = _per_class("mixup", "joint")
+    classes[:rows].to_csv(path, index=False)
+    with pytest.raises(UserError, match=rf"mixup/joint/per_class.csv is damaged \({rows} of 10 classes\): delete it"):
+        report.main()
+
+
+def test_a_text_where_numbers_belong_is_named():
+    path = paths.representation("digits_lt", "ce") / "history.csv"
+    path.write_text(path.read_text().replace("\n1,", "\nx,", 1))
+    with pytest.raises(UserError, match=r"history.csv is damaged \(epoch has what is no number\): delete it"):
+        report.main()
+
+
+def test_a_picture_that_is_none_is_named():
+    (paths.cell_plots("digits_lt", "ce", "joint") / "reliability.png").write_bytes(b"GIF89a")
+    with pytest.raises(UserError, match=r"ce/joint/reliability.png is damaged \(it is no PNG\): delete it"):
+        report.main()
+
+
+@pytest.mark.parametrize(("name", "value"), [("top1", 7), ("ece", None), ("few", -0.1), ("nll", -1)])
+def test_a_number_that_cannot_be_is_named(name, value):
+    report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), **{name: value})
+    with pytest.raises(UserError, match=rf"ce/joint.json: {name}: .*; delete it and run `dvc repro`"):
+        report.main()

@@ -1,5 +1,6 @@
 """The one kind of error a user sees: a line that says what is wrong, where, and what would be right."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ def run(main: Callable[[], None], goes_on: bool = False) -> None:
     goes_on: whether it keeps checkpoints, and begins with the last one when it is run again.
     Anything else is a bug of ours and keeps its traceback.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `tailcal` has set it while libraries are imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:

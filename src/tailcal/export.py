@@ -259,7 +259,8 @@ def main() -> None:
     with alone(*(args.out / name for name in (CARD, WEIGHTS, ONNX))):  # no others: the folder may be somebody else's
         card = export(cell, args.out, args.rule, args.root)
     if card.rule == "temperature":
-        said = f"calibrated with temperature {card.temperature:.4g}, fitted on the held-out images"
+        held_out = len(files.read_array(args.root / f"data/lt/{args.dataset}/holdout_labels.npy", mmap=True))
+        said = f"calibrated with temperature {card.temperature:.4g}, fitted on {held_out} held-out images"
     elif args.rule is None:
         said = f"not calibrated: {args.dataset} holds no images out to fit a temperature on (rule none)"
     else:

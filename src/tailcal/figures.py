@@ -251,7 +251,7 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
             rank, accuracy = _by_rank(cells[row, column])
             if named:
                 std = _ranked(cells[row, column])["accuracy_std"].to_numpy(dtype=float)
-                bars = (accuracy - std, np.minimum(accuracy + std, 1))
+                bars = (np.maximum(accuracy - std, 0), np.minimum(accuracy + std, 1))
                 axes.vlines(rank + shift, *bars, color=colours[column], linewidth=1, alpha=0.6)
             axes.plot(
                 rank + shift,
