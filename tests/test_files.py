@@ -89,9 +89,7 @@ def test_an_interrupt_while_a_command_imports_its_libraries_has_no_traceback(mod
     (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     package = module.partition(".")[0]
     heeding = "import signal, sys, runpy; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    run = (
-        f"{heeding}; sys.argv = ['-m']; import {package}; runpy.run_module({module!r}, alter_sys=True)"
-    )
+    run = f"{heeding}; sys.argv = ['-m']; import {package}; runpy.run_module({module!r}, alter_sys=True)"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'src'}"}
     ended = subprocess.run([sys.executable, "-c", run], env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
