@@ -375,7 +375,7 @@ def save_plots() -> None:
     """The tables of the cell d/r/c."""
     plots = paths.cell_plots("d", "r", "c")
     files.write_text(plots / "reliability.csv", f"{','.join(report.BINS)}\n0,0.0,1.0,0.5,0.5,2\n")
-    files.write_text(plots / "per_class.csv", f"{','.join(report.CLASSES)}\n0,ant,3,few,0.5\n1,bee,2,few,0.5\n")
+    files.write_text(plots / "per_class.csv", f"{','.join(report.CLASSES)}\n0,ant,3,9,few,0.5,\n1,bee,2,9,few,0.5,\n")
 
 
 def read_cell(path: Path) -> None:
