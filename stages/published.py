@@ -6,7 +6,7 @@ where it was. It stands outside the pipeline: see published/dvc.yaml.
 """
 
 import argparse
-import base64
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -68,11 +68,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     data = store.Images(
         images, labels, dataset.augmentation, train.prepare(p.runtime, p.precision), p.runtime.placement
     )
-    rules = {AS_TRAINED: lambda logits: logits} | {
-        name: posthoc.RULES[name].fit(config, counts, np.empty((0, len(counts))), np.empty(0, dtype=np.int64))
-        for name, config in posthoc.configure(p.evaluate.posthoc).items()
-        if not posthoc.RULES[name].needs_holdout(config)
-    }
+    rules = fitted(p, counts, np.empty((0, len(counts))), np.empty(0, dtype=np.int64))
     best: dict[str, list[Numbers]] = {rule: [] for rule in rules}
     every_ece: dict[str, list[float]] = {rule: [] for rule in rules}
     for seed in p.seeds:
@@ -96,9 +92,18 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     return {"epochs": len(late)} | numbers.pop(AS_TRAINED) | {"posthoc": numbers}
 
 
-def packed(hits: np.ndarray) -> str:
-    """bool [N] as base64 of its bits, which `tailcal.published.unpack` reads."""
-    return base64.b64encode(np.packbits(hits).tobytes()).decode()
+def fitted(
+    p: params.Params, counts: np.ndarray, holdout_logits: np.ndarray, holdout_labels: np.ndarray
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """What makes test logits those after each post-hoc rule, by its name, and AS_TRAINED, which leaves them alone.
+
+    The hold-out may be empty: rules that need one are left out then.
+    """
+    return {AS_TRAINED: lambda logits: logits} | {
+        name: posthoc.RULES[name].fit(config, counts, holdout_logits, holdout_labels)
+        for name, config in posthoc.configure(p.evaluate.posthoc).items()
+        if len(holdout_labels) or not posthoc.RULES[name].needs_holdout(config)
+    }
 
 
 def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None) -> dict[str, Any]:
@@ -107,17 +112,13 @@ def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None
     meta = splits.read_meta(paths.longtail(where["dataset"]))
     checksums = files.read_json(paths.predictions(**where) / "provenance.json")["checksums"]
     counts = np.array(meta["train_counts"])
-    correct: dict[str, dict[str, str]] = {rule: {} for rule in (AS_TRAINED, *numbers["posthoc"])}
-    rules = posthoc.configure(p.evaluate.posthoc)
+    correct: dict[str, dict[str, str]] = {}
     for seed in p.seeds:
         name = f"seed{seed}.npz"
         run = predictions.read(paths.predictions(**where) / name, checksums[name], len(counts))
-        for rule, hits in correct.items():
-            logits = run.test_logits
-            if rule != AS_TRAINED:
-                fitted = posthoc.RULES[rule].fit(rules[rule], counts, run.holdout_logits, run.holdout_labels)
-                logits = fitted(logits)
-            hits[str(seed)] = packed(logits.argmax(axis=1) == run.test_labels)
+        for rule, apply in fitted(p, counts, run.holdout_logits, run.holdout_labels).items():
+            hits = apply(run.test_logits).argmax(axis=1) == run.test_labels
+            correct.setdefault(rule, {})[str(seed)] = published.pack(hits)
     for rule, after in numbers["posthoc"].items():
         after["correct"] = correct[rule]
     history = pd.read_csv(paths.representation(where["dataset"], where["representation"]) / "history.csv")

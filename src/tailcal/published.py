@@ -17,7 +17,7 @@ from scipy.stats import bootstrap
 from tailcal import files, params
 from tailcal.errors import UserError
 from tailcal.metrics.cell import HEADLINE
-from tailcal.plan import PLAIN, PLAN, Footing, Plan
+from tailcal.plan import PLAIN, PLAN, Footing, Plan, cell_name
 from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
 
 MISS = 1.0  # points beyond the spread of the seeds from which on a difference is marked
@@ -269,17 +269,18 @@ def _flat(row: Comparison) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FootingRow:
-    """A measured row of a footing table."""
+    """A measured row of a footing table. `trained` is the name of its cell, and `name` that with the row's rule."""
 
     name: str
+    trained: str
     cell: Measured
     numbers: Numbers
     correct: np.ndarray | None  # [S, N], which test images each seed got right; None where that was not kept
 
-    def overlaps(self, other: "FootingRow") -> bool:
-        """Whether some seed of the worse of two rows is at least as accurate as some seed of the better."""
+    def apart(self, other: "FootingRow") -> bool:
+        """Whether all seeds of the one are more accurate than all seeds of the other."""
         own_S, other_S = self.correct.mean(axis=1), other.correct.mean(axis=1)
-        return bool(own_S.min() <= other_S.max() and other_S.min() <= own_S.max())
+        return bool(own_S.min() > other_S.max() or other_S.min() > own_S.max())
 
 
 def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], list[str]]:
@@ -297,19 +298,26 @@ def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], lis
             missing.append(name)
             continue
         where = f"{footing.dataset}/{name}"
-        for what, ours, first in _shared(cell, found[0].cell) if found else ():
-            if ours != first:
-                raise UserError(
-                    f"{where}: {what} {ours}, that of {found[0].name} {first}: that is no common footing, make one of "
-                    "the two again"
-                )
-        if found and cell.data.test_split != found[0].cell.data.test_split:
-            raise UserError(
-                f"{where}: was measured on another test split than {found[0].name}, other images or another order of "
-                "them: make one of the two again"
-            )
-        found.append(FootingRow(name, cell, numbers, _correct(numbers, cell, where)))
+        if found:
+            _require_common(where, cell, found[0])
+        trained = cell_name(row.representation, row.classifier)
+        found.append(FootingRow(name, trained, cell, numbers, _correct(numbers, cell, where)))
     return found, missing
+
+
+def _require_common(where: str, cell: Measured, first: FootingRow) -> None:
+    """Raise UserError when a cell cannot stand in one table with the first row's."""
+    for what, ours, theirs in _shared(cell, first.cell):
+        if ours != theirs:
+            raise UserError(
+                f"{where}: {what} {ours}, that of {first.name} {theirs}: that is no common footing, make one of "
+                "the two again"
+            )
+    if cell.data.test_split != first.cell.data.test_split:
+        raise UserError(
+            f"{where}: was measured on another test split than {first.name}, other images or another order of "
+            "them: make one of the two again"
+        )
 
 
 def _shared(cell: Measured, first: Measured) -> Iterator[tuple[str, Any, Any]]:
@@ -336,6 +344,11 @@ def _correct(numbers: Numbers, cell: Measured, where: str) -> np.ndarray | None:
             f"beside it {cell.seeds} and {numbers.top1:.6f}: delete the cell's file and {AGAIN}"
         )
     return correct_SN
+
+
+def pack(hits: np.ndarray) -> str:
+    """bool [N] as base64 of numpy.packbits, which `unpack` reads."""
+    return base64.b64encode(np.packbits(hits).tobytes()).decode()
 
 
 def unpack(text: str, N: int) -> np.ndarray:
@@ -410,7 +423,7 @@ def footing_table(name: str, footing: Footing, cells: Cells) -> FootingTable:
     kept = [position for position, row in enumerate(found) if row.correct is not None]
     pairs = paired(np.stack([found[position].correct.mean(axis=0) for position in kept])) if kept else []
     pairs = [replace(pair, row=kept[pair.row], column=kept[pair.column]) for pair in pairs]
-    pairs = [replace(pair, apart=not found[pair.row].overlaps(found[pair.column])) for pair in pairs]
+    pairs = [replace(pair, apart=found[pair.row].apart(found[pair.column])) for pair in pairs]
     return FootingTable(name, footing, found, missing, pairs)
 
 

@@ -262,10 +262,9 @@ _PAIRS = (
 
 def _footing_caption(table: FootingTable) -> str:
     cells = [row.cell for row in table.rows]
-    backbones = ", ".join(dict.fromkeys(cell.backbone for cell in cells))
     return (
-        f"{table.footing.dataset}, {cells[0].test_images:,} test images, {backbones}; mean ± standard deviation over "
-        f"seeds, at the last epoch ({cells[0].epochs}{_stage2(table.rows)}). Accuracies and ECE are in "
+        f"{table.footing.dataset}, {cells[0].test_images:,} test images, {cells[0].backbone}; mean ± standard "
+        f"deviation over seeds, at the last epoch ({cells[0].epochs}{_stage2(table.rows)}). Accuracies and ECE are in "
         "%; the negative log-likelihood (NLL) has no unit. Many, medium and few are classes with more than 100, 20 to "
         f"100 and fewer than 20 training images. {DASH}: there is no such class, or no such number. "
         f"{_conditions((table.footing.dataset, cell) for cell in cells)}"
@@ -278,7 +277,7 @@ def _stage2(found: list[FootingRow]) -> str:
     longer: dict[str, list[str]] = {}
     for row in found:
         if row.cell.stage2:
-            longer.setdefault(row.cell.stage2, []).append(row.name.partition(" + ")[0])
+            longer.setdefault(row.cell.stage2, []).append(row.trained)
     return "".join(
         f"; stage 2 takes {budget} more: {', '.join(dict.fromkeys(names))}" for budget, names in longer.items()
     )
