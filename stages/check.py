@@ -64,7 +64,7 @@ def main() -> None:
             "imbalance": dataset.imbalance.record(),
             "holdout_per_class": dataset.holdout_per_class,
             "channels": len(dataset.augmentation.mean),
-            "augmentation": dataset.augmentation.model_dump(include={"kind", "pad", "size"}),
+            "augmentation": dataset.augmentation.model_dump(include={"kind", "pad", "cutout", "size"}),
             **code("subsample"),
         }
         for representation in p.representations:

@@ -146,7 +146,9 @@ def evaluate(p: params.Params, where: dict[str, str]) -> None:
     write_table(plots / "per_class.csv", per_class_table(cell, names, counts_K))
     write_table(plots / "confusion.csv", confusion_table(cell, names))
     numbers = metrics(cell, counts_K, rules, p.evaluate.bins)
-    files.write_json(paths.metrics(**where), numbers | {"provenance": provenance})
+    meta = splits.read_meta(paths.longtail(where["dataset"]))
+    about = {"images": {key: meta[key] for key in ("skipped", "duplicates")}, "provenance": provenance}
+    files.write_json(paths.metrics(**where), numbers | about)
     files.write_json(paths.headline(**where), {name: numbers[name] for name in HEADLINE})
 
     from tailcal import figures  # matplotlib: a bad input is reported before it is loaded

@@ -10,7 +10,7 @@ import pandas as pd
 from pydantic import AliasPath, ConfigDict, Field
 
 from stages import paths
-from tailcal import costs, figures, lock, page, params, tables
+from tailcal import costs, figures, lock, page, params, splits, tables
 from tailcal.errors import UserError, run
 from tailcal.files import read_json, write_json, write_text
 from tailcal.params import Strict
@@ -34,9 +34,17 @@ class Numbers(Strict):
     transductive: bool = False
 
 
+class Images(Strict):
+    """What meta.json of the data set counts: see `splits.Meta`."""
+
+    skipped: splits.Counts
+    duplicates: splits.Counts
+
+
 class Metrics(Numbers):
-    """What a cell's metrics must have for the report: numbers as trained and after each post-hoc rule, and of the
-    provenance how the tail was cut and how many images are held out, which captions tell."""
+    """What a cell's metrics must have for the report: numbers as trained and after each post-hoc rule, what is to be
+    said of the images, and of the provenance how the tail was cut and how many images are held out, which captions
+    tell."""
 
     top1: params.Fraction
     few: params.Fraction | None
@@ -45,6 +53,7 @@ class Metrics(Numbers):
     seeds: Annotated[int, Field(ge=1)]
     posthoc: dict[str, Numbers]
     posthoc_absent: dict[str, str]  # why, by rule
+    images: Images
     provenance: dict[str, Any]
     imbalance: params.Imbalance = Field(validation_alias=AliasPath(*DATASET, "imbalance"))
     holdout_per_class: int = Field(0, validation_alias=AliasPath(*DATASET, "holdout_per_class"))

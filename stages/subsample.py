@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from stages import paths
-from tailcal import errors, files, lock, longtail, params, rows, splits
+from tailcal import duplicates, errors, files, lock, longtail, params, rows, splits
 from tailcal.errors import UserError
 
 
@@ -21,6 +21,7 @@ class RawMeta(params.Strict):
     class_names: Annotated[list[str], Field(min_length=2)]
     source: dict[str, Any]
     checksums: dict[str, str]
+    skipped: splits.Counts = Field({})  # a source of arrays does not say it
 
 
 def read_raw(folder: Path) -> tuple[RawMeta, dict[str, np.ndarray]]:
@@ -99,6 +100,11 @@ def check_augmentation(dataset: params.Dataset, height: int, width: int, channel
             f"{dataset.key('augmentation.pad')} is {augmentation.pad}: the images have {height}x{width} pixels, "
             f"so must be at most {min(height, width) - 1}"
         )
+    if augmentation.kind == "pad_crop" and augmentation.cutout > min(height, width):
+        raise UserError(
+            f"{dataset.key('augmentation.cutout')} is {augmentation.cutout}: the images have {height}x{width} pixels, "
+            f"so must be at most {min(height, width)}"
+        )
     # Of test images the centre is cut out, and a box of a training image is not brought to less than a 15th.
     least, most = -(-max(height, width) // 15), min(height, width)
     if augmentation.kind == "resized_crop" and not least <= augmentation.size <= most:
@@ -118,6 +124,18 @@ def warn_of_holdout(dataset: params.Dataset, available: np.ndarray, class_names:
             "train on; fewer, or 0, would leave more",
             file=sys.stderr,
         )
+
+
+def warn_of_duplicates(name: str, found: dict[str, int], sizes: dict[str, int]) -> None:
+    """A line on stderr for each split that has images to warn of, `found` by `duplicates.count` among `sizes`."""
+    says = {
+        "train": "training images have the pixels of one of another class",
+        "holdout": "held-out images have the pixels of a training image: what is fitted on them will be too sure",
+        "test": "test images have the pixels of a training or held-out image: the accuracy will be too high",
+    }
+    for split, what in says.items():
+        if found[split]:
+            print(f"warning: {name}: {found[split]:,} of {sizes[split]:,} {what}", file=sys.stderr)
 
 
 def main() -> None:
@@ -154,6 +172,11 @@ def subsample(name: str, dataset: params.Dataset) -> None:
         files.write_array(folder / f"{split}_labels.npy", labels[split])
         for path in (folder / f"{split}_images.npy", folder / f"{split}_labels.npy"):
             checksums[path.name] = files.sha256(path)
+    digests = {
+        split: duplicates.digests(files.read_array(folder / f"{split}_images.npy", mmap=True)) for split in chosen
+    }
+    twice = duplicates.count(train_labels=labels["train"], **digests)
+    warn_of_duplicates(name, twice, {split: len(labels[split]) for split in chosen})
     files.write_json(
         folder / "meta.json",
         {
@@ -161,6 +184,8 @@ def subsample(name: str, dataset: params.Dataset) -> None:
             "train_counts": counts.tolist(),
             "holdout_counts": np.bincount(labels["holdout"], minlength=len(class_names)).tolist(),
             "test_counts": np.bincount(labels["test"], minlength=len(class_names)).tolist(),
+            "skipped": meta.skipped,
+            "duplicates": twice,
             "n_max": int(counts.max()),
             "imbalance": {**dataset.imbalance.record(), "measured_factor": float(counts.max() / counts.min())},
             "source": meta.source,

@@ -139,6 +139,7 @@ def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generato
         "seeds": seeds,
         "posthoc": {rule: numbers(generator, seeds) | {"transductive": rule in TRANSDUCTIVE} for rule in RULES},
         "posthoc_absent": {},
+        "images": {"skipped": {}, "duplicates": {"train": 0, "holdout": 0, "test": 0}},
         "provenance": {
             "params": {
                 "dataset": {

@@ -50,6 +50,13 @@ for module in ["", *modules]:
 """
 
 
+def test_what_is_changed_in_a_preset_is_told():
+    """`dvc exp show` and the diffs list the files that dvc.yaml names as parameters. Presets of a user may be missing."""
+    told = yaml.safe_load((ROOT / "dvc.yaml").read_text())["params"]
+    assert {"presets/own_images.yaml", "presets/imagenet_lt.yaml", "presets/cifar10_lt_200.yaml"} <= set(told)
+    assert all((ROOT / path).is_file() for path in told)
+
+
 def loaded(stage: str, modules: list[str]) -> list[list[Path]]:
     """The sources that a fresh interpreter loads: for the stage, and for the stage with each of these modules."""
     command = [sys.executable, "-c", LOADED, stage, *modules]

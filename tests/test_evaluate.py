@@ -24,6 +24,7 @@ CELL = {"dataset": "digits_lt", "representation": "ce", "classifier": "joint"}
 ARGUMENTS = [part for axis, name in CELL.items() for part in (f"--{axis}", name)]
 NAMES = ["zero", "one, a comma", "two", "three", "four", "five", "six"]
 COUNTS = [400, 150, 100, 60, 20, 19, 3]
+IMAGES = {"skipped": {"train": 1, "test": 0}, "duplicates": {"train": 0, "holdout": 2, "test": 3}}
 K = len(NAMES)
 RULES = {
     "temperature": {},
@@ -78,7 +79,7 @@ def _project(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     posthoc(RULES)
     paths.longtail("digits_lt").mkdir(parents=True)
-    meta = {"class_names": NAMES, "train_counts": COUNTS, "source": {"kind": "made up"}, "checksums": {}}
+    meta = {"class_names": NAMES, "train_counts": COUNTS, "source": {"kind": "made up"}, "checksums": {}, **IMAGES}
     (paths.longtail("digits_lt") / "meta.json").write_text(json.dumps(meta))
     paths.predictions(**CELL).mkdir(parents=True)
     for seed in (0, 1, 2):
@@ -127,7 +128,8 @@ def test_metrics_json():
     for group in ("many", "medium", "few"):
         metrics += [group, f"ece_{group}", f"nll_{group}", f"brier_{group}"]
     expected = {key for name in metrics for key in (name, f"{name}_std")}
-    assert set(numbers) == expected | {"seeds", "posthoc", "posthoc_absent", "provenance"}
+    assert set(numbers) == expected | {"seeds", "posthoc", "posthoc_absent", "images", "provenance"}
+    assert numbers["images"] == IMAGES
     assert set(numbers["posthoc"]) == set(FITTED)
     for rule, names in FITTED.items():
         fitted = {key for name in names for key in (name, f"{name}_std")}
@@ -241,7 +243,9 @@ def test_a_rule_is_fitted_without_the_test_labels():
 
 def test_an_empty_group_is_null():
     meta = paths.longtail("digits_lt") / "meta.json"
-    meta.write_text(json.dumps({"class_names": NAMES, "train_counts": [500] * K, "source": {}, "checksums": {}}))
+    meta.write_text(
+        json.dumps({"class_names": NAMES, "train_counts": [500] * K, "source": {}, "checksums": {}, **IMAGES})
+    )
     numbers = measured()
     assert numbers["many"] is not None
     for name in ("few", "few_std", "ece_few", "nll_few", "brier_few", "medium"):
@@ -310,7 +314,7 @@ def nan_logits() -> np.ndarray:
         ),
         (
             lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
-                json.dumps({"class_names": NAMES, "train_counts": COUNTS[1:], "source": {}, "checksums": {}})
+                json.dumps({"class_names": NAMES, "train_counts": COUNTS[1:], "source": {}, "checksums": {}, **IMAGES})
             ),
             "meta.json: 7 class_names, but 6 train_counts",
         ),

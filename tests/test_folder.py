@@ -116,7 +116,19 @@ def test_linked_classes_and_images_are_taken(tmp_path):
         (["train/a/1.png", "test/a/1.png"], {}, "{root}/train: has 1 class folders: must have at least 2"),
         (["a.png", "b.png"], {"test_per_class": 1}, "{root}: has 0 class folders: must have at least 2"),
         (["a/1.png", "b/"], {"test_per_class": 1}, "{root}/b: has no images"),
-        (SPLIT, {"test_per_class": 1}, "{root}: is split into train and test already: source.test_per_class must"),
+        (SPLIT, {"test_per_class": 1}, "{root}: is split into test and train already: source.test_per_class must"),
+        (
+            ["train/a/1.png", "Val/b/2.png", "train/b/3.png", "Val/a/4.png"],
+            {"test_per_class": 1},
+            "{root}: is split into Val and train already: source.test_per_class must be 0, and the splits must be "
+            "called train and test",
+        ),
+        (
+            ["train/a/1.png", "train/b/1.png", "val/a/2.png"],
+            {},
+            "{root}: has no folder test (rename val to it): must hold train/",
+        ),
+        (["Test/a/1.png", "training/a/2.png"], {}, "{root}: has no folder train (rename Test or training to it): must"),
         ([*SPLIT, "train/n\nn/1.png"], {}, "{root}/train: the class folder 'n\\nn' must have a printable name"),
     ],
 )
@@ -127,6 +139,11 @@ def test_faults(tmp_path, paths, keys, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    make(tmp_path, "train/1.png", "train/2.png", "bus/1.png", "bus/2.png")
+    assert load(tmp_path, test_per_class=1).class_names == ["bus", "train"]
+
+
 @pytest.mark.parametrize("keys", [{}, {"test_per_class": 1}])
 def test_no_such_folder(tmp_path, keys):
     with pytest.raises(UserError, match=rf"^{KEY}: {tmp_path}/none: there is no such folder$"):
@@ -134,6 +151,18 @@ def test_no_such_folder(tmp_path, keys):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=rf"^{KEY}: {tmp_path}/file: is not a folder$"):
         load(tmp_path / "file", **keys)
+
+
+def test_in_the_copy_of_an_experiment_a_path_must_be_whole(tmp_path, monkeypatch):
+    copy = tmp_path / ".dvc/tmp/exps/tmpabc"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(
+        UserError, match=rf"^{KEY}: data/images: there is no such folder in this copy .* give its whole"
+    ):
+        load("data/images")
+    with pytest.raises(UserError, match=rf"^{KEY}: {tmp_path}/none: there is no such folder$"):
+        load(tmp_path / "none")
 
 
 def test_two_folders_that_read_the_same(tmp_path):

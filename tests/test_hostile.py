@@ -321,6 +321,8 @@ META = {
     "holdout_counts": [0, 0, 0],
     "source": {"kind": "digits"},
     "checksums": {"train_images.npy": "0" * 64, "train_labels.npy": "1" * 64},
+    "skipped": {"train": 0, "test": 0},
+    "duplicates": {"train": 0, "holdout": 0, "test": 0},
 }
 CARD = {
     "format": 1,

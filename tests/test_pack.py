@@ -318,6 +318,26 @@ def test_not_strict_leaves_out_and_says_so(work, capsys):
     assert not Path("out/skipped.txt").exists()
 
 
+def test_images_that_are_there_twice_are_listed(work, capsys):
+    made = listing(work, strict=False)
+    Path("train/001.png").write_bytes(b"x")
+    for copy, original in (("train/004", "train/002"), ("test/003", "train/002"), ("test/005", "test/000")):
+        Path(f"{copy}.png").write_bytes(Path(f"{original}.png").read_bytes())
+    write(made)
+    assert Path("out/duplicates.txt").read_text().splitlines() == [
+        "train/004.png\ttrain/002.png",
+        "test/003.png\ttrain/002.png",
+        "test/005.png\ttest/000.png",
+    ]
+    said = "warning: 3 images have the pixels of an earlier one, listed in out/duplicates.txt\n"
+    assert capsys.readouterr().err.endswith(said)
+    # The next time there are none, and no list says otherwise.
+    for seed, name in enumerate(("train/004.png", "test/003.png", "test/005.png")):
+        draw(work / name, 100 + seed)
+    write(made)
+    assert not Path("out/duplicates.txt").exists()
+
+
 def test_missing_files_are_counted_before_anything_is_decoded(work, decoded):
     made = listing(work)
     for i in (3, 5, 6, 7):

@@ -139,6 +139,20 @@ def test_rules_absent_for_one_reason_share_a_sentence():
     assert paths.TABLE_TEXT.read_text().endswith(end)
 
 
+def test_what_is_to_be_said_of_the_images_is_said_below_the_table():
+    images = {"skipped": {"train": 0, "test": 1200}, "duplicates": {"train": 2, "holdout": 0, "test": 7}}
+    for cell in product(("digits_lt",), *SMALL.values()):
+        report_inputs.change(paths.metrics(*cell), images=images)
+    report.main()
+    for sentence in (
+        "Among the images are 7 test images with the pixels of a training or held-out image, which makes the accuracy "
+        "too high; 2 training images with the pixels of one of another class.",
+        "Images that could not be read are left out: 1,200 of the test split.",
+    ):
+        assert f"\n\n{sentence}\n" in paths.TABLE_TEXT.read_text()
+        assert sentence in _html()
+
+
 def _page_tables():
     """The page's tables of rules: {title: {column: texts}}, the best as the page marks it."""
     tables = {}
@@ -396,7 +410,7 @@ def test_damaged_table_is_one_clear_line(content):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{}", "top1: this key is missing; few: this key is missing; ece: this key is missing (and 6 more)"),
+        ("{}", "top1: this key is missing; few: this key is missing; ece: this key is missing (and 7 more)"),
         ("[]", "input should be a valid dictionary or instance of Metrics"),
     ],
 )

@@ -54,7 +54,7 @@ class Project:
         """Lay down a raw data set of 3 classes, 30 training and 4 test images each, with arrays replaced."""
         train, test = np.arange(90) % 3, np.arange(12) % 3
         made = {
-            "train_images": np.arange(90 * 4, dtype=np.int64).astype(np.uint8).reshape(90, 2, 2, 1),
+            "train_images": np.repeat(np.arange(1, 91, dtype=np.uint8), 4).reshape(90, 2, 2, 1),  # no two the same
             "train_labels": train,
             "test_images": np.zeros((12, 2, 2, 1), np.uint8),
             "test_labels": test,
@@ -382,6 +382,10 @@ def test_what_cuts_a_tail_is_refused_where_none_is_cut(project, key):
             r"datasets\.digits_lt\.augmentation\.pad is 2: the images have 2x2 pixels, so must be at most 1$",
         ),
         (
+            {"augmentation__cutout": 3},
+            r"datasets\.digits_lt\.augmentation\.cutout is 3: the images have 2x2 pixels, so must be at most 2$",
+        ),
+        (
             {"augmentation": RESIZED | {"size": 8, "mean": [0.5], "std": [0.5]}},
             r"datasets\.digits_lt\.augmentation\.size is 8: the images have 2x2 pixels, so must lie in 1\.\.2$",
         ),
@@ -406,6 +410,34 @@ def test_a_holdout_of_half_a_rare_class_is_warned_of(project, capsys):
         "warning: params.yaml: datasets.digits_lt.holdout_per_class is 5: it takes 5 of the 10 images of class 2 "
         "(cat), the rarest, and leaves 5 to train on; fewer, or 0, would leave more\n"
     )
+
+
+def test_images_that_are_there_twice_are_counted_and_told(project, capsys):
+    raw = project.put_raw()
+    train, test = raw["train_images"].copy(), raw["test_images"].copy()
+    train[1] = train[0]  # of the classes 0 and 1
+    train[5] = train[2]  # of class 2 both
+    test[3:5] = train[7]
+    project.put_raw(train_images=train, test_images=test)
+    meta, _ = project.cut(holdout_per_class=0, imbalance=NATURAL)
+    assert meta["duplicates"] == {"train": 2, "holdout": 0, "test": 2}
+    assert capsys.readouterr().err == (
+        "warning: digits_lt: 2 of 90 training images have the pixels of one of another class\n"
+        "warning: digits_lt: 2 of 12 test images have the pixels of a training or held-out image: the accuracy will be "
+        "too high\n"
+    )
+    train[:] = train[0]
+    project.put_raw(train_images=train)
+    meta, _ = project.cut(holdout_per_class=4)
+    assert meta["duplicates"] == {"train": 78, "holdout": 12, "test": 0}
+    assert "12 of 12 held-out images have the pixels of a training image: what is" in capsys.readouterr().err
+
+
+def test_images_that_could_not_be_read_stay_counted(project):
+    project.put_raw()
+    described = paths.raw(NAME) / "meta.json"
+    files.write_json(described, files.read_json(described) | {"skipped": {"train": 2, "test": 1}})
+    assert project.cut(holdout_per_class=0, imbalance=NATURAL)[0]["skipped"] == {"train": 2, "test": 1}
 
 
 @pytest.mark.parametrize("stage", [download, subsample])

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tailcal import files, images, longtail, provenance, rows
+from tailcal import duplicates, files, images, longtail, provenance, rows
 from tailcal.errors import UserError
 from tailcal.progress import Progress
 from tailcal.sources import Listing
@@ -44,6 +44,7 @@ FLUSH_SECONDS = 3.0
 TASK = 8  # images handed to a process at a time: few, so that large ones too come back within seconds
 NAMED = 3  # bad files that an error line names
 SKIPPED = "skipped.txt"
+DUPLICATES = "duplicates.txt"
 
 Bad = dict[int, str]  # row: what is wrong with its file
 Sums = dict[int, int]  # row: the CRC-32 of its pixels
@@ -74,7 +75,8 @@ def write(listing: Listing, folder: Path, scratch: Path) -> dict[str, Any]:
 
     The work goes on in `scratch`, and stays there until the caller, who now has everything, calls `clean`. Returns
     {"skipped": {"train": n, "test": n}}: how many images could not be read. With `listing.strict` there are none;
-    otherwise they are left out of images and labels, and `skipped.txt` in `folder` says which and why.
+    otherwise they are left out of images and labels, and `skipped.txt` in `folder` says which and why. Images that have
+    the pixels of an earlier one are kept, and listed in `duplicates.txt`.
 
     Raises UserError (one line with the count, the first files and the name of a complete list) when images are bad
     and `strict`, before anything is decoded when files are missing; when a class loses all its images; when the disk
@@ -108,6 +110,7 @@ def write(listing: Listing, folder: Path, scratch: Path) -> dict[str, Any]:
     if any(bad.values()):
         _write_list(folder / SKIPPED, listing, bad)
         print(f"warning: {_count(bad)} images left out, listed in {folder / SKIPPED}", file=sys.stderr)
+    _list_duplicates(listing, folder, kept)
     return {"skipped": {split: len(bad[split]) for split in SPLITS}}
 
 
@@ -356,6 +359,21 @@ def _named(listing: Listing, bad: dict[str, Bad]) -> Iterator[tuple[str, str]]:
 
 def _write_list(path: Path, listing: Listing, bad: dict[str, Bad]) -> None:
     files.write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in _named(listing, bad)))
+
+
+def _list_duplicates(listing: Listing, folder: Path, kept: dict[str, np.ndarray]) -> None:
+    """Write, and say, which of the images in `folder` have the pixels of an earlier one, and of which."""
+    names = [images.shown(getattr(listing, f"{split}_files")[row]) for split in SPLITS for row in kept[split]]
+    packed = (files.read_array(folder / f"{split}_images.npy", mmap=True) for split in SPLITS)
+    first = duplicates.first_of_each(np.concatenate([duplicates.digests(each) for each in packed]))
+    again = np.flatnonzero(first != np.arange(len(first)))
+    (folder / DUPLICATES).unlink(missing_ok=True)
+    if len(again):
+        files.write_text(folder / DUPLICATES, "".join(f"{names[row]}\t{names[first[row]]}\n" for row in again))
+        print(
+            f"warning: {len(again):,} images have the pixels of an earlier one, listed in {folder / DUPLICATES}",
+            file=sys.stderr,
+        )
 
 
 def _report(listing: Listing, bad: dict[str, Bad], scratch: Path) -> None:

@@ -14,9 +14,15 @@ from tailcal.errors import UserError
 from tailcal.files import read_array, read_json, verify
 from tailcal.params import Strict, validate
 
+Counts = dict[str, Annotated[int, Field(ge=0)]]
+
 
 class Meta(Strict):
-    """What meta.json must have for a training; it says more for readers."""
+    """What meta.json must have; it says more for readers.
+
+    skipped: images that could not be read, by split of the source ({} for a source of arrays); duplicates: those of
+    `tailcal.duplicates.count`.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -24,6 +30,8 @@ class Meta(Strict):
     train_counts: list[Annotated[int, Field(ge=1, lt=2**31)]]
     source: dict[str, Any]
     checksums: dict[str, str]
+    skipped: Counts
+    duplicates: Counts
 
     @model_validator(mode="after")
     def _a_count_a_class(self) -> "Meta":

@@ -270,7 +270,8 @@ def _groups(classes: pd.DataFrame) -> str:
 
 
 def notes(cells: list[Cell]) -> list[str]:
-    """Sentences that a table needs: for each reason why rules are absent, and for cells that are worse than a guess."""
+    """Sentences that a table needs: for cells that are worse than a guess, for images that are left out or say less
+    than they seem to, and for each reason why rules are absent."""
     reasons = {rule: reason for cell in cells for rule, reason in cell.metrics["posthoc_absent"].items()}
     guess = math.log(len(cells[0].classes))
     worse = [cell.name for cell in cells if cell.metrics["nll"] is not None and cell.metrics["nll"] > guess]
@@ -278,9 +279,25 @@ def notes(cells: list[Cell]) -> list[str]:
         f"Worse than a guess: the NLL of {', '.join(worse)} is above ln K = {guess:.3f}, that of equal probabilities. "
         "Look at the training's loss: a lower learning rate of that stage usually mends it."
     ]
-    return (warnings if worse else []) + [
+    absent = [
         f"No {', '.join(spaced(rule) for rule in reasons if reasons[rule] == reason)}: {reason.rstrip('.')}."
         for reason in dict.fromkeys(reasons.values())
+    ]
+    return [*(warnings if worse else []), *_image_notes(**cells[0].metrics["images"]), *absent]
+
+
+def _image_notes(skipped: dict[str, int], duplicates: dict[str, int]) -> list[str]:
+    """What to say of a data set's images, counted as `splits.Meta` has them."""
+    twice = {
+        "test": "test images with the pixels of a training or held-out image, which makes the accuracy too high",
+        "holdout": "held-out images with the pixels of a training image, which makes what is fitted on them too sure",
+        "train": "training images with the pixels of one of another class",
+    }
+    found = [f"{duplicates[split]:,} {what}" for split, what in twice.items() if duplicates.get(split)]
+    lost = [f"{number:,} of the {split} split" for split, number in skipped.items() if number]
+    return [
+        *([f"Among the images are {'; '.join(found)}."] if found else []),
+        *([f"Images that could not be read are left out: {', '.join(lost)}."] if lost else []),
     ]
 
 

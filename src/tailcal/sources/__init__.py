@@ -88,8 +88,12 @@ class Source(Strict):
         """The folder that the key `name` holds. Raises UserError when there is none."""
         folder = self.place(name)
         with self.naming(name):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder}: is not a folder")
             if not folder.is_dir():
-                raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}")
+                copied = ".dvc" in Path.cwd().parts and not folder.is_absolute()
+                hint = " in this copy of the project, which an experiment with --temp or --queue works in"
+                raise UserError(f"{folder}: there is no such folder{f'{hint}: give its whole path' if copied else ''}")
         return folder
 
 

@@ -19,6 +19,9 @@ from tailcal.errors import UserError
 from tailcal.images import EXTENSIONS, shown
 from tailcal.sources import ImageFiles, Listing, same_name
 
+SPLITS = ("train", "test")
+OTHER_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})  # in lower case
+
 
 class Config(ImageFiles):
     """With `test_per_class` 0 the folder is split already; above, so many of each class are set aside by `seed`."""
@@ -67,8 +70,11 @@ Split = tuple[list[str], np.ndarray]
 
 def _one_split(root: Path, config: Config, ignored: list[str]) -> tuple[list[str], list[Split]]:
     names = _classes(root, "", ignored)
-    if set(names) == {"train", "test"}:
-        raise UserError(f"{root}: is split into train and test already: source.test_per_class must be 0")
+    if all(name in SPLITS or _is_split(name) for name in names):
+        raise UserError(
+            f"{root}: is split into {' and '.join(names)} already: source.test_per_class must be 0, and the splits "
+            "must be called train and test"
+        )
     files, labels = _images(root, "", names, ignored)
     available = np.bincount(labels, minlength=len(names))
     if config.test_per_class >= available.min():
@@ -83,10 +89,12 @@ def _one_split(root: Path, config: Config, ignored: list[str]) -> tuple[list[str
 
 def _two_splits(root: Path, ignored: list[str]) -> tuple[list[str], list[Split]]:
     of_split = {}
-    for split in ("train", "test"):
+    for split in SPLITS:
         if not (root / split).is_dir():
+            others = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and _is_split(entry.name))
+            hint = f" (rename {' or '.join(others)} to it)" if others else ""
             raise UserError(
-                f"{root}: has no folder {split}: must hold train/<class>/ and test/<class>/, or <class>/ with a "
+                f"{root}: has no folder {split}{hint}: must hold train/<class>/ and test/<class>/, or <class>/ with a "
                 "source.test_per_class above 0"
             )
         of_split[split] = _classes(root, f"{split}/", ignored)
@@ -99,6 +107,11 @@ def _two_splits(root: Path, ignored: list[str]) -> tuple[list[str], list[Split]]
     ignored.extend(entry.name for entry in os.scandir(root) if entry.name not in of_split)
     names = of_split["train"]
     return names, [_images(root, f"{split}/", names, ignored) for split in of_split]
+
+
+def _is_split(name: str) -> bool:
+    """Whether a folder is called like a split, but as none of SPLITS. Alone or beside these it is meant as no class."""
+    return name not in SPLITS and name.lower() in OTHER_NAMES
 
 
 def _classes(root: Path, below: str, ignored: list[str]) -> list[str]:
