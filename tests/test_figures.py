@@ -10,6 +10,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager, get_data_path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 from tailcal import figures
@@ -122,6 +123,33 @@ def test_reliability_diagram_says_its_ece_and_accuracy(drawn, tmp_path):
     figures.reliability(bins, "one cell", tmp_path / "unused.png")
     accuracy = (bins["accuracy"] * bins["count"]).sum() / bins["count"].sum()
     assert drawn[0].axes[0].get_title() == f"accuracy {accuracy:.1%}    ECE {figures.calibration_error(bins):.2%}"
+
+
+def _texts(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text().strip()]
+
+
+@pytest.mark.parametrize(
+    "draw", [figures.reliability, lambda bins, *rest: figures.reliability_overview({GRID[0]: bins}, *rest)]
+)
+def test_bars_are_said_to_be_pooled_and_the_ece_to_be_a_mean_where_there_is_more_than_one_seed(drawn, tmp_path, draw):
+    for seeds in (3, 1):
+        draw(report_inputs.bins(_generator(), seeds), "one cell", tmp_path / "unused.png")
+    several, one = map(_texts, drawn)
+    assert "bars: predictions of 3 seeds pooled; ECE: mean of the seeds' own" in several
+    assert not any("seed" in text or "pooled" in text for text in one)
+
+
+def test_overview_names_a_row_beside_the_label_of_its_axis(drawn, tmp_path):
+    figures.reliability_overview(
+        {cell: report_inputs.bins(_generator()) for cell in GRID}, "every cell", tmp_path / "unused.png"
+    )
+    FigureCanvasAgg(drawn[0]).draw()
+    for axes, name in zip(drawn[0].axes[:: len(report_inputs.CLASSIFIERS)], report_inputs.REPRESENTATIONS, strict=True):
+        assert axes.get_ylabel() == "accuracy"
+        (beside,) = [text for text in axes.texts if text.get_text() == name]
+        assert beside.get_fontweight() == "bold"
+        assert beside.get_window_extent().x1 < axes.yaxis.label.get_window_extent().x0
 
 
 def test_overview_has_a_panel_a_cell_in_the_order_of_the_grid(drawn, tmp_path):
@@ -308,3 +336,89 @@ def test_no_accuracy_of_a_class_lies_outside_its_panel(drawn, tmp_path):
         low, high = axes.get_ylim()
         assert high == 1
         assert low <= axes.lines[0].get_ydata().min()
+
+
+LONG = ("a_long_name_of_a_method_of_which_nothing_is_cut", "short", "another_name_that_needs_two_lines")
+LONG_DRAWINGS = {
+    "reliability": lambda _, path: figures.reliability(report_inputs.bins(_generator()), " / ".join(LONG), path),
+    "overview": lambda cells, path: figures.reliability_overview(
+        {cell: report_inputs.bins(_generator()) for cell in cells}, f"{LONG[0]}: reliability", path
+    ),
+    "scatter": lambda cells, path: figures.accuracy_against_ece(
+        pd.DataFrame([{"representation": r, "classifier": c} | report_inputs.numbers(_generator()) for r, c in cells]),
+        f"{LONG[0]}: accuracy against calibration error",
+        path,
+    ),
+    "counts": lambda _, path: figures.class_counts(
+        _named(["a class with a long name indeed, cut"] * 20), f"{LONG[0]}: training images per class", path
+    ),
+    "accuracy": lambda cells, path: figures.per_class_accuracy(
+        {cell: report_inputs.classes(_generator()) for cell in cells}, f"{LONG[0]}: accuracy of each class", path
+    ),
+    "training": lambda cells, path: figures.training_curves(
+        {name: report_inputs.history(_generator()) for name, _ in cells}, f"{LONG[0]}: training", path
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("draw", LONG_DRAWINGS.values(), ids=LONG_DRAWINGS.keys())
+def test_nothing_long_is_cut_by_the_edge(drawn, tmp_path, draw, rows):
+    draw(list(product(LONG[:rows], LONG)), tmp_path / "unused.png")
+    canvas = FigureCanvasAgg(drawn[0])
+    canvas.draw()
+    inches = drawn[0].get_tightbbox(canvas.get_renderer())
+    width, height = drawn[0].get_size_inches()
+    assert inches.x0 >= 0
+    assert inches.y0 >= 0
+    assert inches.x1 <= width
+    assert inches.y1 <= height
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ([50, 50], "50 test images per class"),
+        ([50, 3], "3 to 50 test images per class"),
+        ([1, 1], "1 test image per class"),
+    ],
+)
+@pytest.mark.parametrize("number", [10, 100])
+def test_accuracy_of_classes_says_how_many_images_it_is_measured_on(drawn, tmp_path, number, counts, says):
+    classes = report_inputs.classes(_generator(), number).assign(test_count=np.resize(counts, number))
+    figures.per_class_accuracy({("ce", "joint"): classes}, "measured", tmp_path / "unused.png")
+    assert says in _texts(drawn[0])
+
+
+@pytest.mark.parametrize("number", [10, 100])
+@pytest.mark.parametrize(("factor", "scale"), [(20, "linear"), (1000, "log")])
+def test_no_class_has_too_few_images_to_be_seen(drawn, tmp_path, number, factor, scale):
+    classes = report_inputs.classes(_generator(), number, 5000, factor)
+    figures.class_counts(classes, "a long tail", tmp_path / "unused.png")
+    FigureCanvasAgg(drawn[0]).draw()
+    axes = drawn[0].axes[0]
+    counts = axes.xaxis if number == 10 else axes.yaxis
+    assert counts.get_scale() == scale
+    assert counts.get_label_text() == "training images" + (", logarithmic" if scale == "log" else "")
+    ends = [bar.get_window_extent().corners()[-1] - axes.bbox.p0 for bar in axes.patches]
+    assert min(end[0 if number == 10 else 1] for end in ends) > 10
+
+
+def test_a_class_without_images_keeps_the_axis_linear(drawn, tmp_path):
+    classes = report_inputs.classes(_generator()).assign(train_count=[*range(200, 1100, 100), 0])
+    figures.class_counts(classes, "none of one", tmp_path / "unused.png")
+    FigureCanvasAgg(drawn[0]).draw()
+    assert drawn[0].axes[0].get_xscale() == "linear"
+
+
+def test_one_seed_has_no_spread_and_no_word_of_it(drawn, tmp_path):
+    points = _points().assign(top1_std=None, ece_std=None)
+    figures.accuracy_against_ece(points, "one seed", tmp_path / "unused.png")
+    figures.training_curves({"ce": report_inputs.history(_generator(), seeds=1)}, "stage 1", tmp_path / "unused.png")
+    assert not any("over seeds" in text for figure in drawn for text in _texts(figure))
+
+
+def test_several_seeds_have_a_spread_that_is_explained(drawn, tmp_path):
+    figures.accuracy_against_ece(_points(), "seeds", tmp_path / "unused.png")
+    figures.training_curves({"ce": report_inputs.history(_generator())}, "stage 1", tmp_path / "unused.png")
+    assert all(any("over seeds" in text for text in _texts(figure)) for figure in drawn)

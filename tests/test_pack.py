@@ -318,6 +318,21 @@ def test_not_strict_leaves_out_and_says_so(work, capsys):
     assert not Path("out/skipped.txt").exists()
 
 
+def test_an_interrupt_is_held_back_while_processes_start_and_never_reaches_them():
+    ask = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+
+    def held():
+        return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout
+
+    reached = False
+    with pytest.raises(KeyboardInterrupt), pack._interrupts_held():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+        assert held() == "True\n"
+    assert reached
+    assert held() == "False\n"
+
+
 def test_images_that_are_there_twice_are_listed(work, capsys):
     made = listing(work, strict=False)
     Path("train/001.png").write_bytes(b"x")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from itertools import cycle, product
 from math import ceil
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image, ImageOps
 
@@ -50,6 +52,8 @@ LEVEL_CHARACTERS = 40  # names that need more than this beside each other are wr
 FEW_PREDICTIONS, FAINT = 10, 0.3  # of a bin, over all seeds: what so few say is drawn with this opacity
 LOSSES_ACROSS = 5  # panels in a row
 WIDE_RANGE = 8  # largest over smallest ECE, from which on their axis is logarithmic
+LONG_TAIL = 50  # the same of training images, whose shortest bars could not be seen otherwise
+TITLE_CHARACTERS = 50  # of a line of a title, as many as the narrowest picture has room for
 
 ROUND = (1, 2, 5, 10)  # what ticks are multiples of
 MARGIN = 10  # pixels around a picture
@@ -102,8 +106,10 @@ def reliability(bins: pd.DataFrame, title: str, path: Path) -> None:
     accuracy = np.average(pooled["accuracy"], weights=pooled["count"])
     figure = Figure(figsize=(5.6, 7.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    figure.suptitle(title, fontsize=12, fontweight="bold")
-    upper.set_title(f"accuracy {accuracy:.1%}    ECE {calibration_error(bins):.2%}")
+    figure.suptitle(_fold(title, TITLE_CHARACTERS), fontsize=12, fontweight="bold")
+    note = _pooling(bins)
+    upper.set_title(f"accuracy {accuracy:.1%}    ECE {calibration_error(bins):.2%}", pad=22 if note else None)
+    upper.annotate(note, (0.5, 1), (0, 8), "axes fraction", "offset points", ha="center", fontsize=9)
     _reliability_panel(upper, pooled)
     upper.set_ylabel("accuracy")
     share = pooled["count"] / pooled["count"].sum()
@@ -119,9 +125,10 @@ def reliability(bins: pd.DataFrame, title: str, path: Path) -> None:
 def reliability_overview(cells: Mapping[Cell, pd.DataFrame], title: str, path: Path) -> None:
     """The reliability diagrams of all cells of a data set: one row per representation, one column per classifier."""
     rows, columns = _axes_of(cells)
-    figure = Figure(figsize=(max(1.2 + 1.9 * len(columns), 6.5), 1.4 + 2.1 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(1.2 + 2 * len(columns), 6.5), 1.6 + 2.1 * len(rows)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)  # 100% of a panel and 0% of the next are two numbers
     panels = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
-    figure.suptitle(title, fontweight="bold")
+    _head(figure, title, _pooling(next(iter(cells.values()))))
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             axes = panels[i, j]
@@ -129,7 +136,20 @@ def reliability_overview(cells: Mapping[Cell, pd.DataFrame], title: str, path: P
             axes.set_title(f"ECE {calibration_error(cells[row, column]):.1%}", fontsize=10)
             axes.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
             axes.tick_params(labelsize=9)
-        panels[i, 0].set_ylabel(f"{_fold(row)}\naccuracy", fontsize=10)
+        label = panels[i, 0].set_ylabel("accuracy", fontsize=10)
+        panels[i, 0].annotate(
+            _fold(row),
+            (0, 0.5),
+            (-4, 0),
+            label,
+            "offset points",
+            ha="right",
+            va="center",
+            multialignment="center",
+            rotation=90,
+            fontsize=10,
+            fontweight="bold",
+        )
     for axes, column in zip(panels[0], columns, strict=True):
         axes.annotate(
             _fold(column),
@@ -156,10 +176,9 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
     looks, markers = _looks(cells["representation"].unique()), _markers(cells["classifier"].unique())
     figure = Figure(figsize=(8.4, 5.6), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontweight="bold", pad=24)
-    axes.annotate(
-        "bars: one standard deviation over seeds", (0.5, 1), (0, 8), "axes fraction", "offset points", ha="center"
-    )
+    note = "bars: one standard deviation over seeds" if cells[["top1_std", "ece_std"]].notna().any(axis=None) else ""
+    axes.set_title(_fold(title, TITLE_CHARACTERS), fontweight="bold", pad=24 if note else None)
+    axes.annotate(note, (0.5, 1), (0, 8), "axes fraction", "offset points", ha="center")
     axes.grid(True)
     for cell in cells.astype({"top1_std": float, "ece_std": float}).fillna({"top1_std": 0, "ece_std": 0}).itertuples():
         look = looks[cell.representation]
@@ -176,12 +195,11 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
             alpha=0.85,
         )
     axes.set(xlabel="top-1 accuracy (right is better)", ylabel="ECE (down is better)")
-    lowest, highest = cells["ece"].min(), cells["ece"].max()
-    if lowest > 0 and highest / lowest > WIDE_RANGE:  # one overconfident cell would press all others to the floor
+    if _wide(cells["ece"], WIDE_RANGE):  # one overconfident cell would press all others to the floor
         axes.set(yscale="log", ylabel="ECE, logarithmic (down is better)")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylim(lowest / 1.5, highest * 1.5)
+        axes.set_ylim(cells["ece"].min() / 1.5, cells["ece"].max() * 1.5)
     else:
         axes.set_ylim(bottom=0)
     _percent(axes.xaxis, axes.yaxis)
@@ -190,7 +208,7 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
     blank = Line2D([], [], linestyle="")
     legend = figure.legend(
         [blank, *points, blank, blank, *shapes],
-        ["representation", *looks, "", "classifier", *markers],
+        ["representation", *map(_fold, looks), "", "classifier", *map(_fold, markers)],
         loc="outside right upper",
     )
     for heading in (0, len(points) + 2):
@@ -203,20 +221,23 @@ def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
     """Training images per class, the most frequent first, coloured by shot group; names where they fit."""
     ranked = _ranked(classes)
     colours = ranked["group"].map(GROUP_COLOURS)
-    named = len(ranked) <= NAMED_CLASSES
+    named, wide = len(ranked) <= NAMED_CLASSES, _wide(ranked["train_count"], LONG_TAIL)
+    label, lowest = ("training images, logarithmic", 0.5) if wide else ("training images", 0)
     figure = Figure(figsize=(8, 1.6 + 0.3 * len(ranked)) if named else (9, 4.8), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontweight="bold")
+    _head(figure, title)
     if named:
-        bars = axes.barh(ranked.index, ranked["train_count"], color=colours)
+        bars = axes.barh(ranked.index, ranked["train_count"], color=colours, log=wide)
         axes.bar_label(bars, padding=4)
         names, families = _drawable(ranked, 36)
         axes.set_yticks(ranked.index, names, fontfamily=families)
-        axes.set(ylim=(len(ranked) - 0.4, -0.6), xlabel="training images", ylabel="class")
         axes.margins(x=0.08)
+        axes.set(xlim=(lowest, None), ylim=(len(ranked) - 0.4, -0.6), xlabel=label, ylabel="class")
     else:
-        axes.bar(ranked.index + 1, ranked["train_count"], width=1, color=colours)
-        axes.set(xlim=(0.5, len(ranked) + 0.5), xlabel="class, by frequency", ylabel="training images")
+        axes.bar(ranked.index + 1, ranked["train_count"], width=1, color=colours, log=wide)
+        axes.set(xlim=(0.5, len(ranked) + 0.5), ylim=(lowest, None), xlabel="class, by frequency", ylabel=label)
+    if wide:
+        (axes.xaxis if named else axes.yaxis).set_major_formatter("{x:.0f}")
     present = [group for group in GROUP_COLOURS if (ranked["group"] == group).any()]
     figure.legend(
         handles=[Patch(color=GROUP_COLOURS[group], label=GROUP_TITLES[group]) for group in present],
@@ -245,7 +266,7 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
     panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel())
     beside = np.linspace(-0.2, 0.2, len(columns)) if named and len(columns) > 1 else np.zeros(len(columns))
     spare = panels.pop(1) if len(panels) > len(rows) else None  # at the top, so that the lowest row is full
-    figure.suptitle(title, fontweight="bold")
+    _head(figure, title, _test_images(cells[rows[0], columns[0]]))
     for axes, row in zip(panels, rows, strict=True):
         for column, shift in zip(columns, beside, strict=True):
             rank, accuracy = _by_rank(cells[row, column])
@@ -261,10 +282,10 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
                 markersize=6,
                 linewidth=1.2,
                 alpha=0.85,
-                label=column,
+                label=_fold(column),
                 clip_on=False,
             )
-        axes.set_title(row, pad=10)
+        axes.set_title(_fold(row, TITLE_CHARACTERS), pad=10)
         axes.grid(True)
         if named:
             axes.set_xticks(rank, names, fontfamily=families, fontsize=9, rotation=90 if upright else 0)
@@ -283,7 +304,7 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
         spare.set_axis_off()
         spare.legend(handles=handles, loc="center", ncols=ceil(len(handles) / 10))
     else:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * across))
     _save(figure, path)
 
 
@@ -299,12 +320,12 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Pat
     grid = figure.add_gridspec(1 + down, across, height_ratios=(1.6, *[1] * down))
     accuracy = figure.add_subplot(grid[0, :])
     losses = [figure.add_subplot(grid[1 + k // across, k % across]) for k in range(len(histories))]
-    figure.suptitle(title, fontweight="bold")
+    _head(figure, title)
     for loss, (name, look) in zip(losses, _looks(histories).items(), strict=True):
         for axes, column in ((accuracy, "train_accuracy"), (loss, "loss")):
             curve = histories[name].groupby("epoch")[column].agg(["mean", "min", "max"])
             axes.fill_between(curve.index, curve["min"], curve["max"], color=look["color"], alpha=0.2, linewidth=0)
-            axes.plot(curve.index, curve["mean"], marker="o" if len(curve) < 4 else None, label=name, **look)
+            axes.plot(curve.index, curve["mean"], marker="o" if len(curve) < 4 else None, label=_fold(name), **look)
         loss.set_title(_fold(name), fontsize=10)
         if histories[name]["loss"].min() >= 0:  # a consistency term may be negative
             loss.set_ylim(bottom=0)
@@ -312,7 +333,7 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Pat
         loss.xaxis.set_major_locator(MaxNLocator(3, integer=True, steps=ROUND))
         loss.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
     accuracy.set_title("training accuracy (mixed labels: the predicted class's share of the label)")
-    accuracy.set_ylim(0, 1)
+    accuracy.set_ylim(0, 1.02)  # a line at 100% is seen whole
     accuracy.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
     _percent(accuracy.yaxis)
     for axes in (accuracy, *losses):
@@ -321,9 +342,29 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Pat
     for loss in losses[::across]:
         loss.set_ylabel("loss")
     handles, _ = accuracy.get_legend_handles_labels()
-    band = Patch(color=INK, alpha=0.2, linewidth=0, label="band: minimum to maximum over seeds")
-    figure.legend(handles=[*handles, band], loc="outside lower center", ncols=min(len(histories) + 1, 4))
+    if any(history["seed"].nunique() > 1 for history in histories.values()):
+        handles.append(Patch(color=INK, alpha=0.2, linewidth=0, label="band: minimum to maximum over seeds"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
     _save(figure, path)
+
+
+def _head(figure: Figure, title: str, note: str = "") -> None:
+    """A title and, where there is one, a note in plain letters below it, in the room of an empty last line."""
+    above = figure.suptitle(_fold(title, TITLE_CHARACTERS) + ("\n" if note else ""), fontweight="bold")
+    figure.add_artist(Annotation(note, (0.5, 0), (0, 5), above, "offset points", ha="center", fontsize=10))
+
+
+def _pooling(bins: pd.DataFrame) -> str:
+    """Where there are several seeds, how their bars and their ECE come about: not the one from the other."""
+    seeds = bins["seed"].nunique()
+    return f"bars: predictions of {seeds} seeds pooled; ECE: mean of the seeds' own" if seeds > 1 else ""
+
+
+def _test_images(classes: pd.DataFrame) -> str:
+    """How many images an accuracy of a class is measured on."""
+    fewest, most = classes["test_count"].min(), classes["test_count"].max()
+    images = f"{fewest:,} to {most:,}" if fewest < most else f"{most:,}"
+    return f"{images} test image{'' if most == 1 else 's'} per class"
 
 
 def _reliability_panel(axes: Axes, pooled: pd.DataFrame) -> None:
@@ -451,9 +492,14 @@ def _cut(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def _fold(name: str, length: int = 20) -> str:
-    """A long name on several lines."""
-    return "\n".join(name[start : start + length] for start in range(0, len(name), length))
+def _wide(values: pd.Series, ratio: float) -> bool:
+    """Whether a linear axis would press the least of the values to the floor; no logarithmic one shows a zero."""
+    return values.min() > 0 and values.max() / values.min() > ratio
+
+
+def _fold(text: str, length: int = 20) -> str:
+    """A long text on several lines, between words where it has any."""
+    return fill(text, length)
 
 
 def _save(figure: Figure, path: Path) -> None:

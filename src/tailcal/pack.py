@@ -310,8 +310,9 @@ def _run(tasks: Iterator[Task], workers: int) -> Iterator[Done]:
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
     waiting = {}
     try:
-        for task in itertools.islice(tasks, 2 * workers):
-            waiting[pool.submit(_decode, task)] = task
+        with _interrupts_held():  # the processes start here, and keep it so
+            for task in itertools.islice(tasks, 2 * workers):
+                waiting[pool.submit(_decode, task)] = task
         while waiting:
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 yield future.result()
@@ -332,6 +333,17 @@ def _exhausted(tasks: list[Task], workers: int) -> UserError:
         f"{images.shown(tasks[0].files[0][1])} or one of the next {TASK * len(tasks)} images; {less}, and run again to "
         "go on"
     )
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold an interrupt back until the block ends; in processes that start in it for good, so also while they import
+    their libraries, where it would be a traceback of each."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin() -> None:

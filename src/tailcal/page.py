@@ -10,8 +10,8 @@ from tailcal import posthoc, tables
 from tailcal.tables import Cell
 
 CAPTIONS = {
-    "reliability": "Accuracy against confidence, all seeds pooled: hatched in red where a cell is overconfident, "
-    "in purple where it is underconfident.",
+    "reliability": "Accuracy against confidence: hatched in red where a cell is overconfident, in purple where it is "
+    "underconfident. Bars pool the predictions of all seeds; an ECE is the mean of the seeds' own.",
     "accuracy_ece": "Top-1 accuracy against ECE: the lower right is best; bars are one standard deviation over seeds.",
     "class_counts": "Training images per class, coloured by shot group.",
     "per_class": "Test accuracy from the most to the least frequent class, mean over seeds; bars of one standard "
