@@ -1,14 +1,20 @@
 """From a finished cell to predictions: the exported folder, its ONNX file, the CSV, and what is said of wrong files."""
 
 import csv
+import errno
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -18,13 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch.onnx.errors import OnnxExporterError
 
 from stages import paths
+from tailcal import errors, files, predict
 from tailcal import export as exporting
-from tailcal import files, predict
 from tailcal.augment import normalise, plain
 from tailcal.errors import UserError
 from tailcal.export import export
 from tailcal.method import Batch, configure, load, resolve
-from tailcal.metrics.calibration import nll
+from tailcal.metrics.accuracy import top1
+from tailcal.metrics.calibration import ece, ece_floor, nll
 from tailcal.metrics.scores import softmax
 from tailcal.models import build
 from tailcal.params import Strict, validate
@@ -66,7 +73,14 @@ def make_cell(
         arrays[f"{split}_labels"] = np.arange(n) % 4
     for name, array in arrays.items():
         files.write_array(root / paths.longtail("made_up") / f"{name}.npy", array)
-    meta = {"class_names": NAMES, "train_counts": COUNTS, "source": {}, "checksums": {}}
+    meta = {
+        "class_names": NAMES,
+        "train_counts": COUNTS,
+        "source": {},
+        "checksums": {},
+        "skipped": {},
+        "duplicates": {},
+    }
     files.write_json(root / paths.longtail("made_up") / "meta.json", meta)
 
     torch.manual_seed(0)
@@ -264,6 +278,96 @@ def test_a_network_that_cannot_be_translated_is_one_line(tmp_path, monkeypatch, 
     assert said.count("\n") == 1
 
 
+@pytest.fixture
+def interrupts():
+    """Interrupts come as in a command, however the tests were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
+@pytest.mark.parametrize("refuses", [True, False])
+def test_an_interrupt_that_torch_makes_something_else_of_ends_the_export(refuses, tmp_path, monkeypatch):
+    def swallow(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if refuses:
+                raise OnnxExporterError("Failed.") from AttributeError("module 'torch._dynamo' has no attribute 'exc'")
+        return SimpleNamespace(model_proto=onnx.ModelProto())
+
+    make_cell(tmp_path)
+    monkeypatch.setattr(torch.onnx, "export", swallow)
+    with pytest.raises(SystemExit, match=r"^error: interrupted$"):
+        errors.run(lambda: run_export(monkeypatch, tmp_path, "--out", tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_interrupts_that_are_ignored_or_come_to_another_thread_change_nothing():
+    def block() -> int:
+        with exporting.interruptible():
+            return 1
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(block).result() == 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with exporting.interruptible():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("no_onnx")
+@pytest.mark.parametrize("rule", ["temperature", "none"])
+def test_the_card_says_what_the_model_does_on_the_test_split(rule, tmp_path):
+    cell = make_cell(tmp_path)
+    card = export(cell, tmp_path / "model", rule, tmp_path)
+    arrays = saved(tmp_path, cell)
+    logits, labels = arrays["test_logits"], arrays["test_labels"]
+    exported = softmax(logits / card.temperature)
+    assert card.measured == predict.Measured(
+        holdout_images=40,
+        test_images=30,
+        top1=top1(logits, labels),
+        ece_as_trained=ece(softmax(logits), labels, bins=15),
+        ece=ece(exported, labels, bins=15),
+        ece_floor=ece_floor(exported, bins=15),
+    )
+    assert (card.measured.ece == card.measured.ece_as_trained) == (rule == "none")
+    pixels = torch.from_numpy(np.load(tmp_path / paths.longtail("made_up") / "test_images.npy"))
+    loaded, rebuilt = predict.load(tmp_path / "model")
+    assert loaded == card
+    with torch.no_grad():  # the numbers are those of the folder
+        assert ece(rebuilt(pixels).numpy(), labels) == pytest.approx(card.measured.ece, abs=1e-6)
+
+
+def test_a_model_of_an_earlier_version_says_nothing_of_the_test_split_and_is_read(model):
+    path = model / "model.json"
+    card = json.loads(path.read_text())
+    del card["measured"]
+    path.write_text(json.dumps(card))
+    assert predict.load(model)[0].measured is None
+
+
+def test_doubts_about_a_calibration(model):
+    card = predict.load(model)[0]
+
+    def doubts(**changed) -> list[str]:
+        fine = {"holdout_images": 50, "ece": 0.02, "ece_as_trained": 0.03, "ece_floor": 0.01}
+        return exporting.doubts(card.model_copy(update={"measured": card.measured.model_copy(update=fine | changed)}))
+
+    assert doubts() == []
+    assert doubts(holdout_images=49) == ["49 held-out images are too few to calibrate well: raise holdout_per_class"]
+    assert doubts(ece=0.0456) == [
+        "on the test split the calibration made the ECE worse, 4.6 % instead of 3.0 %: the held-out images are too "
+        "few, or unlike those of the test split"
+    ]
+    assert doubts(ece=0.0456, ece_floor=0.05) == []
+    assert doubts(ece=0.03001) == []
+
+
 SEALED = ("other weights as sealed", "wider weights")  # whose checksums are taken down after the change
 
 
@@ -345,6 +449,11 @@ def test_a_cell_that_is_not_there_is_told_those_that_are(tmp_path):
     other = Cell(dataset="made_up", representation="ce", classifier="crt", seed=0)
     with pytest.raises(UserError, match=r"^made_up/ce/crt is not finished here: .*; finished are: made_up/ce/joint$"):
         export(other, tmp_path / "model", root=tmp_path)
+    (tmp_path / "new/data/predictions").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^made_up/ce/crt is not finished here: .*; finished are: none$"):
+        export(other, tmp_path / "model", root=tmp_path / "new")
+    with pytest.raises(UserError, match=r"other is not a project in which `dvc repro` has run .* or give --root$"):
+        export(other, tmp_path / "model", root=tmp_path / "other")
 
 
 def test_a_seed_that_was_not_trained_is_told_those_that_were(tmp_path):
@@ -478,6 +587,22 @@ def test_predictions_take_the_place_of_no_image_and_of_nothing_strange(tmp_path,
     assert image.read_bytes() == content
 
 
+def test_predictions_take_the_place_of_no_file_of_the_model(tmp_path, model, pictures, monkeypatch):
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    (tmp_path / "link.csv").symlink_to(model / "model.json")
+    (tmp_path / "hard.csv").hardlink_to(model / "model.safetensors")
+    (tmp_path / "again").symlink_to(model)
+    for out in ("model/model.json", "model/model.safetensors", "model/model.onnx", "again/model.onnx"):
+        with pytest.raises(UserError, match=rf"^--out {tmp_path}/{out}: is a file of the model: must be another file$"):
+            run(monkeypatch, "--model", model, "--out", tmp_path / out, pictures)
+    for out in ("link.csv", "hard.csv"):
+        with pytest.raises(UserError, match="is a file of the model"):
+            run(monkeypatch, "--model", tmp_path / "again", "--out", tmp_path / out, pictures)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    run(monkeypatch, "--model", model, "--out", model / "predictions.csv", pictures)
+    run(monkeypatch, "--model", model, "--out", tmp_path / "elsewhere/model.onnx", pictures)
+
+
 def test_images_that_are_not_square_are_refused():
     path = Path("holdout_images.npy")
     with pytest.raises(UserError, match="only square ones"):
@@ -536,6 +661,90 @@ def test_bad_images_are_named_and_the_others_are_predicted(tmp_path, pictures):
     assert lines[2:] == ["error: 2 of 32 files could not be read as images; they are named above"]
     assert ran.stdout == "predictions.csv: 30 images\n"
     assert len(table(tmp_path / "elsewhere/predictions.csv")) == 30
+
+
+@pytest.fixture
+def locked(pictures, monkeypatch) -> Path:
+    """A folder of images that cannot be listed; permissions do not bind root, who may run the tests."""
+    scandir, folder = os.scandir, pictures / "1"
+
+    def refuse(path="."):
+        if Path(os.fsdecode(path)) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return folder
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_predicted(
+    tmp_path, model, pictures, locked, monkeypatch, capsys
+):
+    out = tmp_path / "out.csv"
+    with pytest.raises(UserError, match=r"^1 of the folders could not be read; they are named above$"):
+        run(monkeypatch, "--model", model, "--out", out, pictures, locked, pictures)
+    said = capsys.readouterr()
+    assert said.err == f"error: {locked}: cannot be read (Permission denied)\n"
+    assert said.out == f"{out}: 20 images\n"
+    assert {Path(row["file"]).parent.name for row in table(out)} == {"0", "2"}
+    with pytest.raises(UserError, match=r"^1 of 21 files could not be read as images and 1 of the folders could not"):
+        run(monkeypatch, "--model", model, "--out", out, pictures, "none.jpg")
+    assert len(table(out)) == 20
+
+
+def test_when_no_folder_can_be_read_nothing_is_written(tmp_path, model, locked, monkeypatch, capsys):
+    with pytest.raises(UserError, match=r"^no images in the folders that could be read: .*out\.csv is not written$"):
+        run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", locked)
+    assert capsys.readouterr().err == f"error: {locked}: cannot be read (Permission denied)\n"
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_files_in_a_folder_that_can_be_listed_but_not_entered_are_named(tmp_path, model, pictures, monkeypatch, capsys):
+    stat, folder = Path.stat, pictures / "1"
+
+    def refuse(path, **more):
+        if path.parent == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    for _ in range(2):  # the second time there is a file of that name, to compare with the images
+        with pytest.raises(UserError, match=r"^11 of 31 files could not be read as images"):
+            run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", pictures, folder / "none.jpg")
+        assert capsys.readouterr().err.count(": cannot be read (Permission denied)\n") == 11
+        assert len(table(tmp_path / "out.csv")) == 20
+
+
+def test_what_is_found_in_folders(tmp_path, monkeypatch):
+    for name in ("b/2.png", "b/a/1.JPG", "b/.thumbs/3.gif", "b/.4.png", "b/notes.txt", "b.png", "b/x.png/5.tif"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "in/folder").symlink_to(tmp_path / "in/b")
+    (tmp_path / "in/file.png").symlink_to(tmp_path / "in/b/2.png")
+    (tmp_path / "in/nothing.png").symlink_to(tmp_path / "none")
+    os.mkfifo(tmp_path / "in/pipe.png")
+    monkeypatch.chdir(tmp_path / "in")
+    found = ["b/.thumbs/3.gif", "b/2.png", "b/a/1.JPG", "b/x.png/5.tif", "b.png", "file.png"]
+    assert predict.find([Path(), Path("b")]) == ([Path(name) for name in found], [])
+    assert predict.find([Path("b/a"), Path("folder"), Path("folder/2.png")])[0] == [
+        Path(name)
+        for name in ("b/a/1.JPG", "folder/.thumbs/3.gif", "folder/2.png", "folder/a/1.JPG", "folder/x.png/5.tif")
+    ]
+
+
+@pytest.mark.parametrize("option", ["--top", "--batch-size"])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", ""])
+def test_a_number_that_must_be_positive_is_told_so(option, value, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "--model", "model", option, value, "a.png")
+    assert ended.value.code == 2
+    said = f"argument {option}: must be a whole number of 1 or more, got {value!r}\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_batch_is_never_larger_than_what_there_is(tmp_path, model, pictures, monkeypatch):
+    run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", "--batch-size", 10**30, pictures)
+    assert len(table(tmp_path / "out.csv")) == 30
 
 
 def test_too_little_memory_is_one_line_and_writes_nothing(tmp_path, model, pictures, monkeypatch):
@@ -637,8 +846,8 @@ def test_a_mistake_at_the_command_line_is_one_line(tmp_path):
     ran = call(*cell, "--out", "model", cwd=tmp_path, module="export")
     assert ran.returncode == 1
     assert ran.stderr == (
-        "error: made_up/ce/joint is not finished here: put it on the grid of params.yaml and run `dvc repro`; "
-        "finished are: none\n"
+        f"error: {tmp_path} is not a project in which `dvc repro` has run (no data/predictions there): run this from "
+        "the project's root, or give --root\n"
     )
     assert not (tmp_path / "model").exists()
 
@@ -652,15 +861,31 @@ def test_a_device_that_is_not_there_is_one_line():
 
 @pytest.mark.usefixtures("no_onnx")
 def test_the_export_command_says_what_it_made(tmp_path, monkeypatch, capsys):
-    def said(*more: str) -> str:
+    def said(*more: str) -> list[str]:
         run_export(monkeypatch, tmp_path, "--out", tmp_path / "model", *more)
-        return capsys.readouterr().out
+        told = capsys.readouterr()
+        warned[:] = [line for line in told.err.splitlines() if line.startswith("warning: ")]
+        return told.out.splitlines()
 
+    warned: list[str] = []
+    make_cell(tmp_path, holdout=60)
+    made, measured = said()
+    assert "made_up/ce/joint seed 0, calibrated with temperature" in made
+    assert made.endswith(", fitted on 60 held-out images")
+    number = r"\d+\.\d %"
+    chance = rf"\(30 images; chance alone would give an ECE of {number}\)"
+    assert re.fullmatch(rf"test: top-1 {number}, ECE {number} as trained, {number} as exported {chance}", measured)
+    assert not [line for line in warned if "too few to calibrate" in line]
+    made, measured = said("--rule", "none")
+    assert made.endswith("seed 0, not calibrated (rule none)")
+    assert re.fullmatch(rf"test: top-1 {number}, ECE {number} {chance}", measured)
+    assert not warned
     make_cell(tmp_path)
-    assert "made_up/ce/joint seed 0, calibrated with temperature" in said()
-    assert said("--rule", "none").endswith("seed 0, not calibrated (rule none)\n")
+    said()
+    assert "warning: 40 held-out images are too few to calibrate well: raise holdout_per_class" in warned
     make_cell(tmp_path, holdout=0)
-    assert "not calibrated: made_up holds no images out" in said()
+    assert "not calibrated: made_up holds no images out" in said()[0]
+    assert not warned
 
 
 @pytest.mark.usefixtures("no_onnx")

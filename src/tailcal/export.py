@@ -5,7 +5,8 @@
 model.safetensors  the weights, for `python -m tailcal.predict`
 model.onnx         for anything else: `images` uint8 [N, H, W, C] in, `probabilities` float32 [N, K] out, with
                    normalisation and calibration inside; N is free. Needs the packages onnx and onnxscript here.
-model.json         classes and their training counts, image size, network, calibration, versions, provenance
+model.json         classes and their training counts, image size, network, calibration, accuracy and ECE on the test
+                   split, versions, provenance
 
 With --rule temperature (the default where the data set holds images out) the logits are divided by the temperature that
 suits the held-out logits of that seed, so that the confidence is a calibrated one. Only rules that act on one image at
@@ -13,10 +14,15 @@ a time can be exported: pn_transductive, say, needs all test images together.
 """
 
 import argparse
+import contextlib
 import math
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -26,12 +32,16 @@ from pydantic import ConfigDict
 import tailcal
 from tailcal import errors, files, posthoc, predictions, provenance, splits
 from tailcal.errors import UserError
+from tailcal.metrics.accuracy import top1
+from tailcal.metrics.calibration import ece, ece_floor
+from tailcal.metrics.scores import softmax
 from tailcal.params import PARAMS, Augmentation, Strict, validate
-from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Predictor, alone, build
+from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Measured, Predictor, alone, build
 from tailcal.weights import load_weights, save_weights
 
 CHECKED = 16  # images whose logits must be those that were saved when the cell was made
 TOLERANCE = 0.01  # of the largest of these logits; GPUs and CPUs differ by far less, another network by far more
+FEW = 50  # held-out images; a temperature fitted on fewer is a matter of chance
 
 
 class ClassifierRecord(Strict):
@@ -63,8 +73,14 @@ def read_trained(path: Path) -> ClassifierRecord:
         raise UserError(f"{error}; run `dvc repro` to make it with this version of tailcal") from None
 
 
-def require_finished(made: Path, folder: Path) -> None:
-    """Raise UserError naming the cells in `folder` that are finished, when the one whose record is `made` is not."""
+def require_finished(made: Path, root: Path) -> None:
+    """Raise UserError naming the cells below `root` that are finished, when the one whose record is `made` is not."""
+    folder = root / "data/predictions"
+    if not folder.is_dir():
+        raise UserError(
+            f"{root.absolute()} is not a project in which `dvc repro` has run (no data/predictions there): run this "
+            "from the project's root, or give --root"
+        )
     if not made.is_file():
         finished = ", ".join(str(path.parent.relative_to(folder)) for path in sorted(folder.glob("*/*/*/" + made.name)))
         raise UserError(
@@ -120,6 +136,47 @@ def fit_temperature(counts: list[int], logits: np.ndarray, labels: np.ndarray, p
         ) from None
 
 
+def measure(saved: predictions.Predictions, temperature: float) -> Measured:
+    """What the saved predictions say of the test split, as they are and with the logits divided by `temperature`."""
+    logits, labels = saved.test_logits, saved.test_labels
+    probabilities = softmax(logits / temperature)
+    return Measured(
+        holdout_images=len(saved.holdout_labels),
+        test_images=len(labels),
+        top1=top1(logits, labels),
+        ece_as_trained=ece(softmax(logits), labels),
+        ece=ece(probabilities, labels),
+        ece_floor=ece_floor(probabilities),
+    )
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """End the block with the KeyboardInterrupt that came while it ran, whatever the block has made of that.
+
+    torch's exporter looks up `torch._dynamo.exc.UserError` in an `except` clause: while that module is being imported,
+    an interrupt becomes an AttributeError there, and then an error of the exporter. In a callback of Python's import
+    locks it is lost altogether.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # interrupts are ignored, end the process at once, or come to another thread
+        return
+    came = []
+
+    def take_down(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        handler(number, frame)
+
+    signal.signal(signal.SIGINT, take_down)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            raise KeyboardInterrupt
+
+
 def to_onnx(model: Predictor, size: int, channels: int) -> bytes:
     """The whole of it, from pixels to probabilities, as an ONNX file for batches of any size.
 
@@ -169,7 +226,7 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
     predicted = root / f"data/predictions/{where}/{cell.classifier}"
 
     made = predicted / "provenance.json"
-    require_finished(made, root / "data/predictions")
+    require_finished(made, root)
     check_out(out, cell)
     meta = splits.read_meta(longtail)
     names, counts = meta["class_names"], meta["train_counts"]
@@ -219,8 +276,10 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
         temperature = fit_temperature(counts, saved.holdout_logits, saved.holdout_labels, logits)
         card = card.model_copy(update={"rule": "temperature", "fitted": {"temperature": temperature}})
     model = Predictor(network, trained.augmentation, card.temperature)
+    card = card.model_copy(update={"measured": measure(saved, card.temperature)})
     try:
-        onnx = to_onnx(model, size, channels)
+        with interruptible():
+            onnx = to_onnx(model, size, channels)
     except UserError as error:
         onnx = None
         print(f"{out / ONNX} is left out: {error}", file=sys.stderr)
@@ -234,6 +293,46 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
     card = card.model_copy(update=written)
     files.write_json(out / CARD, card.model_dump())
     return card
+
+
+def percent(fraction: float) -> str:
+    """As a number of per cent with one digit behind the point."""
+    return f"{100 * fraction:.1f} %"
+
+
+def result(measured: Measured, rule: str) -> str:
+    """What the model does on the test split, in a line."""
+    calibration = f"ECE {percent(measured.ece)}"
+    if rule != "none":
+        calibration = f"ECE {percent(measured.ece_as_trained)} as trained, {percent(measured.ece)} as exported"
+    return (
+        f"test: top-1 {percent(measured.top1)}, {calibration} ({measured.test_images:,} images; chance alone would "
+        f"give an ECE of {percent(measured.ece_floor)})"
+    )
+
+
+def doubts(card: Card) -> list[str]:
+    """Reasons not to trust the calibration of a model that has just been exported, each a line."""
+    measured = card.measured
+    if card.rule == "none":
+        return []
+    found = []
+    if any(math.isclose(card.temperature, bound, rel_tol=1e-3) for bound in posthoc.TEMPERATURES):
+        found.append(
+            f"the temperature ended at its bound, {card.temperature:.4g}: none calibrates these logits; look at the "
+            "cell's accuracy and NLL"
+        )
+    if measured.holdout_images < FEW:
+        found.append(
+            f"{measured.holdout_images} held-out images are too few to calibrate well: raise holdout_per_class"
+        )
+    # In the digits that are shown: a temperature of almost 1 changes next to nothing.
+    if round(measured.ece, 3) > round(measured.ece_as_trained, 3) and measured.ece > measured.ece_floor:
+        found.append(
+            f"on the test split the calibration made the ECE worse, {percent(measured.ece)} instead of "
+            f"{percent(measured.ece_as_trained)}: the held-out images are too few, or unlike those of the test split"
+        )
+    return found
 
 
 def main() -> None:
@@ -259,19 +358,16 @@ def main() -> None:
     with alone(*(args.out / name for name in (CARD, WEIGHTS, ONNX))):  # no others: the folder may be somebody else's
         card = export(cell, args.out, args.rule, args.root)
     if card.rule == "temperature":
-        held_out = len(files.read_array(args.root / f"data/lt/{args.dataset}/holdout_labels.npy", mmap=True))
+        held_out = card.measured.holdout_images
         said = f"calibrated with temperature {card.temperature:.4g}, fitted on {held_out} held-out images"
     elif args.rule is None:
         said = f"not calibrated: {args.dataset} holds no images out to fit a temperature on (rule none)"
     else:
         said = "not calibrated (rule none)"
-    if any(math.isclose(card.temperature, bound, rel_tol=1e-3) for bound in posthoc.TEMPERATURES):
-        print(
-            f"warning: the temperature ended at its bound, {card.temperature:.4g}: none calibrates these logits; "
-            "look at the cell's accuracy and NLL",
-            file=sys.stderr,
-        )
+    for doubt in doubts(card):
+        print(f"warning: {doubt}", file=sys.stderr)
     print(f"{args.out}: {'/'.join([args.dataset, args.representation, args.classifier])} seed {args.seed}, {said}")
+    print(result(card.measured, card.rule))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m tailcal.predict --model model/ --out predictions.csv photographs/ another.jpg
 
 Folders are searched to any depth. The CSV has one row per image: file, class, confidence, then the next classes and
-theirs, as far as --top asks. A file that is no readable image is named on stderr, all others are still predicted, and
-the exit code is then 1. Nothing in a model folder is executed: it holds numbers and names.
+theirs, as far as --top asks. A file that is no readable image, or a folder that cannot be read, is named on stderr, all
+others are still predicted, and the exit code is then 1. Nothing in a model folder is executed: it holds numbers and
+names.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -55,12 +56,28 @@ class Cell(Strict):
     seed: int
 
 
+class Measured(Strict):
+    """What an exported model does on the test split, by which nothing was chosen: fractions in [0, 1].
+
+    The ECE has 15 bins; `ece_as_trained` is that of the network's own probabilities, `ece` that of the exported ones,
+    and `ece_floor` what chance alone would give the latter on so few images. `holdout_images` is how many images there
+    were to fit a rule on.
+    """
+
+    holdout_images: int
+    test_images: int
+    top1: float
+    ece_as_trained: float
+    ece: float
+    ece_floor: float
+
+
 class Card(Strict):
     """model.json: what an exported model is, and all that is needed, beside its weights, to build it again.
 
     `tailcal.images.read_image` makes squares of `image_size` pixels' side; `augmentation` says how the network takes
     them: cropped or not, and normalised. `train_counts` are training images per class. `weights` and `onnx` are SHA-256
-    of the files beside it.
+    of the files beside it. `measured` is None in what earlier versions of tailcal have exported.
     """
 
     format: Literal[1]
@@ -74,6 +91,7 @@ class Card(Strict):
     settings: dict[str, Any]
     rule: Literal["temperature", "none"]
     fitted: dict[str, Positive]
+    measured: Measured | None = None
     cell: Cell
     weights: str
     onnx: str | None
@@ -163,27 +181,45 @@ def load(folder: Path) -> tuple[Card, Predictor]:
     return card, Predictor(network, card.augmentation, card.temperature)
 
 
-def find(arguments: Iterable[Path]) -> list[Path]:
+def may_be(kind: Callable[[], bool], otherwise: bool) -> bool:
+    """What `Path.is_file` or `is_dir` says, or `otherwise` where that cannot be seen, in a folder without permission.
+
+    Such a path is then taken for a file: reading it tells the user.
+    """
+    try:
+        return kind()
+    except OSError:
+        return otherwise
+
+
+def find(arguments: Iterable[Path]) -> tuple[list[Path], list[UserError]]:
     """The files to predict, each once: those named, and in folders, to any depth and in order, what looks like images.
 
-    Hidden files in folders are left out. Raises UserError for a folder without any image.
+    Hidden files in folders are left out, and links to folders in them are not followed. Also returns what is wrong with
+    the folders that cannot be read. Raises UserError for a folder without any image.
     """
     found: dict[Path, None] = {}
+    closed: dict[str, UserError] = {}
     for argument in arguments:
-        if not argument.is_dir():
+        if not may_be(argument.is_dir, otherwise=False):
             found[argument] = None
             continue
+        unread: list[OSError] = []
         inside = sorted(
             path
-            for path in argument.rglob("*")
-            if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+            for folder, _, names in os.walk(argument, onerror=unread.append)
+            for path in (Path(folder, name) for name in names if not name.startswith("."))
+            if path.suffix.lower() in EXTENSIONS and may_be(path.is_file, otherwise=True)
         )
-        if not inside:
+        if not inside and not unread:
             raise UserError(
                 f"{shown(argument)}: no images in this folder: {' '.join(sorted(EXTENSIONS))} are looked for"
             )
         found |= dict.fromkeys(inside)
-    return list(found)
+        closed |= {
+            error.filename: UserError(f"{shown(error.filename)}: cannot be read ({error.strerror})") for error in unread
+        }
+    return list(found), list(closed.values())
 
 
 def read(paths: list[Path], card: Card, batch_size: int) -> Iterator[list[tuple[Path, np.ndarray | UserError]]]:
@@ -202,7 +238,7 @@ def read(paths: list[Path], card: Card, batch_size: int) -> Iterator[list[tuple[
         todo = iter(paths)
 
         def start() -> list:
-            return [readers.submit(one, path) for path in islice(todo, batch_size)]
+            return [readers.submit(one, path) for path in islice(todo, min(batch_size, len(paths)))]
 
         current = start()
         while current:
@@ -286,12 +322,26 @@ def alone(*outputs: Path) -> Iterator[None]:
         yield
 
 
-def check_out(out: Path, images: list[Path]) -> None:
-    """Raise UserError when the CSV would take the place of an image, of a folder or of something that is no file."""
+def same(one: Path, other: Path) -> bool:
+    """Whether both paths lead to one file, as far as can be seen."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is missing, or in a folder without permission
+        return False
+
+
+def check_out(out: Path, images: list[Path], model: Path) -> None:
+    """Raise UserError when the CSV would take the place of an image, of a file of the model, or of no regular file.
+
+    model: the exported folder, in which the names of its files are not free even where there is no such file.
+    """
     if out.exists() and not out.is_file():
         raise UserError(f"--out {out}: is {'a folder' if out.is_dir() else 'no regular file'}: must be a file to write")
-    if out.exists() and any(image.exists() and out.samefile(image) for image in images):
+    if out.exists() and any(same(out, image) for image in images):
         raise UserError(f"--out {out}: is one of the images: must be another file")
+    own = (CARD, WEIGHTS, ONNX)
+    if any(same(out, model / name) for name in own) or (out.name in own and same(out.parent, model)):
+        raise UserError(f"--out {out}: is a file of the model: must be another file")
 
 
 def choose_device(name: str) -> torch.device:
@@ -305,11 +355,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    """A whole number of 1 or more, for argparse. Raises ArgumentTypeError for any other text."""
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
 
 
 def main() -> None:
@@ -330,13 +380,20 @@ def main() -> None:
 
     device = choose_device(args.device)
     card, model = load(args.model)
-    paths = find(args.images)
-    check_out(args.out, paths)
+    paths, closed = find(args.images)
+    check_out(args.out, paths, args.model)
+    for problem in closed:
+        print(f"error: {problem}", file=sys.stderr)
+    if not paths:
+        raise UserError(f"no images in the folders that could be read: {args.out} is not written")
     with alone(args.out):
         wrong = predict(card, model, paths, args.out, args.top, args.batch_size, device)
     print(f"{args.out}: {len(paths) - len(wrong)} images")
-    if wrong:
-        raise UserError(f"{len(wrong)} of {len(paths)} files could not be read as images; they are named above")
+    failed = [f"{len(wrong)} of {len(paths)} files could not be read as images"] if wrong else []
+    if closed:
+        failed.append(f"{len(closed)} of the folders could not be read")
+    if failed:
+        raise UserError(f"{' and '.join(failed)}; they are named above")
 
 
 if __name__ == "__main__":
