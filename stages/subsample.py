@@ -126,16 +126,11 @@ def warn_of_holdout(dataset: params.Dataset, available: np.ndarray, class_names:
         )
 
 
-def warn_of_duplicates(name: str, found: dict[str, int], sizes: dict[str, int]) -> None:
-    """A line on stderr for each split that has images to warn of, `found` by `duplicates.count` among `sizes`."""
-    says = {
-        "train": "training images have the pixels of one of another class",
-        "holdout": "held-out images have the pixels of a training image: what is fitted on them will be too sure",
-        "test": "test images have the pixels of a training or held-out image: the accuracy will be too high",
-    }
-    for split, what in says.items():
-        if found[split]:
-            print(f"warning: {name}: {found[split]:,} of {sizes[split]:,} {what}", file=sys.stderr)
+def warn_of_duplicates(name: str, found: dict[str, int]) -> None:
+    """A line on stderr for each kind of `duplicates.TWICE` that there is."""
+    for which, what in duplicates.TWICE.items():
+        if found[which]:
+            print(f"warning: {name}: {found[which]:,} {what}", file=sys.stderr)
 
 
 def main() -> None:
@@ -176,7 +171,7 @@ def subsample(name: str, dataset: params.Dataset) -> None:
         split: duplicates.digests(files.read_array(folder / f"{split}_images.npy", mmap=True)) for split in chosen
     }
     twice = duplicates.count(train_labels=labels["train"], **digests)
-    warn_of_duplicates(name, twice, {split: len(labels[split]) for split in chosen})
+    warn_of_duplicates(name, twice)
     files.write_json(
         folder / "meta.json",
         {

@@ -36,9 +36,10 @@ def test_first_of_each(found):
 def test_count_against_all_pairs(train, holdout, test):
     pixels = [code for code, _ in train]
     expected = {
-        "train": sum(any(code == other and k != j for other, j in train) for code, k in train),
+        "test": sum(code in pixels for code in test),
+        "test_holdout": sum(code in holdout for code in test),
         "holdout": sum(code in pixels for code in holdout),
-        "test": sum(code in pixels or code in holdout for code in test),
+        "train": sum(any(code == other and k != j for other, j in train) for code, k in train),
     }
     digests = (duplicates.digests(images(split)) for split in (pixels, holdout, test))
     train_digests, holdout_digests, test_digests = digests
@@ -50,7 +51,7 @@ def test_count_against_all_pairs(train, holdout, test):
 def test_without_a_holdout_and_without_duplicates(holdout):
     digests = [duplicates.digests(images(split)) for split in ([0, 2], holdout, [3, 4])]
     found = duplicates.count(digests[0], np.array([0, 1]), digests[1], digests[2])
-    assert found == {"train": 0, "holdout": 0, "test": 0}
+    assert found == dict.fromkeys(duplicates.TWICE, 0)
 
 
 def test_a_memory_map_is_read_as_an_array(tmp_path):

@@ -51,7 +51,7 @@ for module in ["", *modules]:
 
 
 def test_what_is_changed_in_a_preset_is_told():
-    """`dvc exp show` and the diffs list the files that dvc.yaml names as parameters. Presets of a user may be missing."""
+    """`dvc exp show` and the diffs list the files that dvc.yaml names as parameters; a user's own may be missing."""
     told = yaml.safe_load((ROOT / "dvc.yaml").read_text())["params"]
     assert {"presets/own_images.yaml", "presets/imagenet_lt.yaml", "presets/cifar10_lt_200.yaml"} <= set(told)
     assert all((ROOT / path).is_file() for path in told)

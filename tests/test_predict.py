@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.onnx.errors import OnnxExporterError
 
 from stages import paths
-from tailcal import errors, files, predict
+from tailcal import errors, files, posthoc, predict
 from tailcal import export as exporting
 from tailcal.augment import normalise, plain
 from tailcal.errors import UserError
@@ -327,13 +327,22 @@ def test_the_card_says_what_the_model_does_on_the_test_split(rule, tmp_path):
     arrays = saved(tmp_path, cell)
     logits, labels = arrays["test_logits"], arrays["test_labels"]
     exported = softmax(logits / card.temperature)
-    assert card.measured == predict.Measured(
-        holdout_images=40,
-        test_images=30,
-        top1=top1(logits, labels),
-        ece_as_trained=ece(softmax(logits), labels, bins=15),
-        ece=ece(exported, labels, bins=15),
-        ece_floor=ece_floor(exported, bins=15),
+    temperature = 1.0 if rule == "none" else card.fitted["temperature"]
+    changes = [
+        nll(one[None] / temperature, k[None]) - nll(one[None], k[None]) for one, k in zip(logits, labels, strict=True)
+    ]
+    assert card.measured.model_dump() == pytest.approx(
+        {
+            "holdout_images": 40,
+            "test_images": 30,
+            "top1": top1(logits, labels),
+            "ece_as_trained": ece(softmax(logits), labels, bins=15),
+            "ece": ece(exported, labels, bins=15),
+            "ece_floor": ece_floor(exported, bins=15),
+            "nll_as_trained": nll(logits, labels),
+            "nll": nll(logits / temperature, labels),
+            "nll_error": np.std(changes) / 30**0.5,
+        }
     )
     assert (card.measured.ece == card.measured.ece_as_trained) == (rule == "none")
     pixels = torch.from_numpy(np.load(tmp_path / paths.longtail("made_up") / "test_images.npy"))
@@ -355,17 +364,31 @@ def test_doubts_about_a_calibration(model):
     card = predict.load(model)[0]
 
     def doubts(**changed) -> list[str]:
-        fine = {"holdout_images": 50, "ece": 0.02, "ece_as_trained": 0.03, "ece_floor": 0.01}
+        fine = {"holdout_images": 50, "nll_as_trained": 0.3, "nll": 0.3199, "nll_error": 0.01}
         return exporting.doubts(card.model_copy(update={"measured": card.measured.model_copy(update=fine | changed)}))
 
     assert doubts() == []
     assert doubts(holdout_images=49) == ["49 held-out images are too few to calibrate well: raise holdout_per_class"]
-    assert doubts(ece=0.0456) == [
-        "on the test split the calibration made the ECE worse, 4.6 % instead of 3.0 %: the held-out images are too "
-        "few, or unlike those of the test split"
+    assert doubts(nll=0.3201) == [
+        "on the test split the calibration made the NLL worse, 0.320 instead of 0.300, by more than chance: the "
+        "held-out images are too few, or unlike those of the test split"
     ]
-    assert doubts(ece=0.0456, ece_floor=0.05) == []
-    assert doubts(ece=0.03001) == []
+    assert doubts(nll=0.1) == []
+    for bound in posthoc.TEMPERATURES:
+        ended = {"fitted": {"temperature": bound}, "measured": card.measured.model_copy(update={"holdout_images": 50})}
+        (said,) = exporting.doubts(card.model_copy(update=ended))
+        assert said.startswith(f"the temperature ended at its bound, {bound:g}: these logits say nothing, or")
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_an_interrupt_ends_the_block_at_once():
+    def block() -> None:
+        with exporting.interruptible():
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("it came, and the block went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
 
 
 SEALED = ("other weights as sealed", "wider weights")  # whose checksums are taken down after the change
@@ -724,11 +747,10 @@ def test_what_is_found_in_folders(tmp_path, monkeypatch):
     (tmp_path / "in/nothing.png").symlink_to(tmp_path / "none")
     os.mkfifo(tmp_path / "in/pipe.png")
     monkeypatch.chdir(tmp_path / "in")
-    found = ["b/.thumbs/3.gif", "b/2.png", "b/a/1.JPG", "b/x.png/5.tif", "b.png", "file.png"]
+    found = ["b/2.png", "b/a/1.JPG", "b/x.png/5.tif", "b.png", "file.png"]
     assert predict.find([Path(), Path("b")]) == ([Path(name) for name in found], [])
     assert predict.find([Path("b/a"), Path("folder"), Path("folder/2.png")])[0] == [
-        Path(name)
-        for name in ("b/a/1.JPG", "folder/.thumbs/3.gif", "folder/2.png", "folder/a/1.JPG", "folder/x.png/5.tif")
+        Path(name) for name in ("b/a/1.JPG", "folder/2.png", "folder/a/1.JPG", "folder/x.png/5.tif")
     ]
 
 
@@ -873,7 +895,7 @@ def test_the_export_command_says_what_it_made(tmp_path, monkeypatch, capsys):
     assert "made_up/ce/joint seed 0, calibrated with temperature" in made
     assert made.endswith(", fitted on 60 held-out images")
     number = r"\d+\.\d %"
-    chance = rf"\(30 images; chance alone would give an ECE of {number}\)"
+    chance = rf"\(30 images, 15 bins; chance alone would give an ECE of {number}\)"
     assert re.fullmatch(rf"test: top-1 {number}, ECE {number} as trained, {number} as exported {chance}", measured)
     assert not [line for line in warned if "too few to calibrate" in line]
     made, measured = said("--rule", "none")

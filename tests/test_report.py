@@ -140,13 +140,13 @@ def test_rules_absent_for_one_reason_share_a_sentence():
 
 
 def test_what_is_to_be_said_of_the_images_is_said_below_the_table():
-    images = {"skipped": {"train": 0, "test": 1200}, "duplicates": {"train": 2, "holdout": 0, "test": 7}}
+    images = {"skipped": {"train": 0, "test": 1200}, "duplicates": {"test": 7, "holdout": 0, "train": 2000}}
     for cell in product(("digits_lt",), *SMALL.values()):
         report_inputs.change(paths.metrics(*cell), images=images)
     report.main()
     for sentence in (
-        "Among the images are 7 test images with the pixels of a training or held-out image, which makes the accuracy "
-        "too high; 2 training images with the pixels of one of another class.",
+        "There twice: 7 test images that are training images too, which are not new to the model; 2,000 training "
+        "images that another class has too.",
         "Images that could not be read are left out: 1,200 of the test split.",
     ):
         assert f"\n\n{sentence}\n" in paths.TABLE_TEXT.read_text()
@@ -334,10 +334,15 @@ def test_two_data_sets_of_many_classes(tmp_path):
 
 def test_a_cell_that_is_worse_than_a_guess_is_named_and_widens_no_column():
     report_inputs.change(paths.metrics("digits_lt", "ce", "mislas"), nll=29738719.619, nll_std=51448966.635)
+    report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), nll=2.303)
+    report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), posthoc={})
+    report_inputs.change(paths.metrics("digits_lt", "mixup", "joint"), nll=2.302)
     report.main()
     text = paths.TABLE_TEXT.read_text()
     assert "3e+07 ± 5.1e+07" in text
-    assert "Worse than a guess: the NLL of ce/mislas is above ln K" in text
+    # A temperature mends the one, and there is none for the other.
+    assert "Worse than a guess: the NLL of ce/joint is above ln K = 2.303, that of equal probabilities. Look at" in text
+    assert "Much too sure: the NLL of ce/mislas is above ln K = 2.303, that of equal probabilities; a temp" in text
     assert "Worse than a guess" in _html()
 
 

@@ -420,17 +420,16 @@ def test_images_that_are_there_twice_are_counted_and_told(project, capsys):
     test[3:5] = train[7]
     project.put_raw(train_images=train, test_images=test)
     meta, _ = project.cut(holdout_per_class=0, imbalance=NATURAL)
-    assert meta["duplicates"] == {"train": 2, "holdout": 0, "test": 2}
+    assert meta["duplicates"] == {"test": 2, "test_holdout": 0, "holdout": 0, "train": 2}
     assert capsys.readouterr().err == (
-        "warning: digits_lt: 2 of 90 training images have the pixels of one of another class\n"
-        "warning: digits_lt: 2 of 12 test images have the pixels of a training or held-out image: the accuracy will be "
-        "too high\n"
+        "warning: digits_lt: 2 test images that are training images too, which are not new to the model\n"
+        "warning: digits_lt: 2 training images that another class has too\n"
     )
     train[:] = train[0]
     project.put_raw(train_images=train)
     meta, _ = project.cut(holdout_per_class=4)
-    assert meta["duplicates"] == {"train": 78, "holdout": 12, "test": 0}
-    assert "12 of 12 held-out images have the pixels of a training image: what is" in capsys.readouterr().err
+    assert meta["duplicates"] == {"test": 0, "test_holdout": 0, "holdout": 12, "train": 78}
+    assert "12 held-out images that are training images too, which the model is surer of" in capsys.readouterr().err
 
 
 def test_images_that_could_not_be_read_stay_counted(project):

@@ -1,13 +1,15 @@
-"""Images that a data set has twice, pixel for pixel.
-
-A test image that was trained on says nothing about new ones; a held-out one makes the temperature that is fitted on it
-too sure; and one that two classes have is right for one of them only. They are told, and not removed: published numbers
-are of data sets that have some.
-"""
+"""Images that a data set has twice, pixel for pixel: told, and not removed, since published data sets have some."""
 
 from hashlib import blake2b
 
 import numpy as np
+
+TWICE = {  # what `count` counts
+    "test": "test images that are training images too, which are not new to the model",
+    "test_holdout": "test images that are held-out images too, which are not new to what is fitted on these",
+    "holdout": "held-out images that are training images too, which the model is surer of than of new ones",
+    "train": "training images that another class has too",
+}
 
 
 def digests(images: np.ndarray) -> np.ndarray:
@@ -26,15 +28,16 @@ def first_of_each(digests_N: np.ndarray) -> np.ndarray:
 
 
 def count(train: np.ndarray, train_labels: np.ndarray, holdout: np.ndarray, test: np.ndarray) -> dict[str, int]:
-    """How many images say less than they seem to; `train`, `holdout` and `test` are digests of the splits [n].
+    """How many images there are of each kind of TWICE, whatever their labels but for the last.
 
-    train: training images that another class has too; holdout: held-out images that are trained on as well; test: test
-    images that are trained on, or held out, as well. `train_labels` int64 [n].
+    `train`, `holdout` and `test` are digests of the splits, uint64 [n]; `train_labels` int64 [n].
     """
     distinct = np.unique(np.stack([train, train_labels.astype(np.uint64)], axis=1), axis=0)
     found, classes = np.unique(distinct[:, 0], return_counts=True)
-    return {
-        "train": int(np.isin(train, found[classes > 1]).sum()),
-        "holdout": int(np.isin(holdout, train).sum()),
-        "test": int(np.isin(test, np.concatenate([train, holdout])).sum()),
+    again = {
+        "test": np.isin(test, train),
+        "test_holdout": np.isin(test, holdout),
+        "holdout": np.isin(holdout, train),
+        "train": np.isin(train, found[classes > 1]),
     }
+    return {which: int(images.sum()) for which, images in again.items()}

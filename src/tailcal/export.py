@@ -34,7 +34,7 @@ from tailcal import errors, files, posthoc, predictions, provenance, splits
 from tailcal.errors import UserError
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece, ece_floor
-from tailcal.metrics.scores import softmax
+from tailcal.metrics.scores import log_softmax, softmax
 from tailcal.params import PARAMS, Augmentation, Strict, validate
 from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Measured, Predictor, alone, build
 from tailcal.weights import load_weights, save_weights
@@ -42,6 +42,7 @@ from tailcal.weights import load_weights, save_weights
 CHECKED = 16  # images whose logits must be those that were saved when the cell was made
 TOLERANCE = 0.01  # of the largest of these logits; GPUs and CPUs differ by far less, another network by far more
 FEW = 50  # held-out images; a temperature fitted on fewer is a matter of chance
+SURE = 2.0  # standard errors from which on a difference is called one
 
 
 class ClassifierRecord(Strict):
@@ -140,6 +141,7 @@ def measure(saved: predictions.Predictions, temperature: float) -> Measured:
     """What the saved predictions say of the test split, as they are and with the logits divided by `temperature`."""
     logits, labels = saved.test_logits, saved.test_labels
     probabilities = softmax(logits / temperature)
+    before_N, after_N = (-log_softmax(logits / T)[np.arange(len(labels)), labels] for T in (1.0, temperature))
     return Measured(
         holdout_images=len(saved.holdout_labels),
         test_images=len(labels),
@@ -147,6 +149,9 @@ def measure(saved: predictions.Predictions, temperature: float) -> Measured:
         ece_as_trained=ece(softmax(logits), labels),
         ece=ece(probabilities, labels),
         ece_floor=ece_floor(probabilities),
+        nll_as_trained=float(before_N.mean()),
+        nll=float(after_N.mean()),
+        nll_error=float((after_N - before_N).std() / math.sqrt(len(labels))),
     )
 
 
@@ -306,8 +311,8 @@ def result(measured: Measured, rule: str) -> str:
     if rule != "none":
         calibration = f"ECE {percent(measured.ece_as_trained)} as trained, {percent(measured.ece)} as exported"
     return (
-        f"test: top-1 {percent(measured.top1)}, {calibration} ({measured.test_images:,} images; chance alone would "
-        f"give an ECE of {percent(measured.ece_floor)})"
+        f"test: top-1 {percent(measured.top1)}, {calibration} ({measured.test_images:,} images, 15 bins; chance alone "
+        f"would give an ECE of {percent(measured.ece_floor)})"
     )
 
 
@@ -319,18 +324,19 @@ def doubts(card: Card) -> list[str]:
     found = []
     if any(math.isclose(card.temperature, bound, rel_tol=1e-3) for bound in posthoc.TEMPERATURES):
         found.append(
-            f"the temperature ended at its bound, {card.temperature:.4g}: none calibrates these logits; look at the "
-            "cell's accuracy and NLL"
+            f"the temperature ended at its bound, {card.temperature:.4g}: these logits say nothing, or are on a scale "
+            "that is far from that of logits; look at the cell's accuracy and NLL"
         )
     if measured.holdout_images < FEW:
         found.append(
             f"{measured.holdout_images} held-out images are too few to calibrate well: raise holdout_per_class"
         )
-    # In the digits that are shown: a temperature of almost 1 changes next to nothing.
-    if round(measured.ece, 3) > round(measured.ece_as_trained, 3) and measured.ece > measured.ece_floor:
+    # Not by the ECE, which chance alone raises half the time where there is nothing to mend.
+    if measured.nll - measured.nll_as_trained > SURE * measured.nll_error:
         found.append(
-            f"on the test split the calibration made the ECE worse, {percent(measured.ece)} instead of "
-            f"{percent(measured.ece_as_trained)}: the held-out images are too few, or unlike those of the test split"
+            f"on the test split the calibration made the NLL worse, {measured.nll:.3f} instead of "
+            f"{measured.nll_as_trained:.3f}, by more than chance: the held-out images are too few, or unlike those of "
+            "the test split"
         )
     return found
 

@@ -30,8 +30,9 @@ class Strict(BaseModel):
 
 
 def _word(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-        raise ValueError("must be letters, digits and _ only (DVC joins names with -)")
+    # DVC joins names with -, and legends leave out what begins with _.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", name):
+        raise ValueError("must be letters, digits and _ only, and not begin with _")
     return name
 
 

@@ -60,8 +60,9 @@ class Measured(Strict):
     """What an exported model does on the test split, by which nothing was chosen: fractions in [0, 1].
 
     The ECE has 15 bins; `ece_as_trained` is that of the network's own probabilities, `ece` that of the exported ones,
-    and `ece_floor` what chance alone would give the latter on so few images. `holdout_images` is how many images there
-    were to fit a rule on.
+    and `ece_floor` what chance alone would give the latter on so few images. `nll_as_trained` and `nll` are negative
+    log-likelihoods in nats, and `nll_error` is the standard error, over the images, of their difference.
+    `holdout_images` is how many images there were to fit a rule on.
     """
 
     holdout_images: int
@@ -70,6 +71,9 @@ class Measured(Strict):
     ece_as_trained: float
     ece: float
     ece_floor: float
+    nll_as_trained: float
+    nll: float
+    nll_error: float
 
 
 class Card(Strict):
@@ -195,8 +199,8 @@ def may_be(kind: Callable[[], bool], otherwise: bool) -> bool:
 def find(arguments: Iterable[Path]) -> tuple[list[Path], list[UserError]]:
     """The files to predict, each once: those named, and in folders, to any depth and in order, what looks like images.
 
-    Hidden files in folders are left out, and links to folders in them are not followed. Also returns what is wrong with
-    the folders that cannot be read. Raises UserError for a folder without any image.
+    Hidden files and folders in folders are left out, and links to folders in them are not followed. Also returns what
+    is wrong with the folders that cannot be read. Raises UserError for a folder without any image.
     """
     found: dict[Path, None] = {}
     closed: dict[str, UserError] = {}
@@ -205,17 +209,18 @@ def find(arguments: Iterable[Path]) -> tuple[list[Path], list[UserError]]:
             found[argument] = None
             continue
         unread: list[OSError] = []
-        inside = sorted(
-            path
-            for folder, _, names in os.walk(argument, onerror=unread.append)
-            for path in (Path(folder, name) for name in names if not name.startswith("."))
-            if path.suffix.lower() in EXTENSIONS and may_be(path.is_file, otherwise=True)
-        )
+        inside = []
+        for folder, below, names in os.walk(argument, onerror=unread.append):
+            below[:] = [name for name in below if not name.startswith(".")]
+            paths = (Path(folder, name) for name in names if not name.startswith("."))
+            inside += [
+                path for path in paths if path.suffix.lower() in EXTENSIONS and may_be(path.is_file, otherwise=True)
+            ]
         if not inside and not unread:
             raise UserError(
                 f"{shown(argument)}: no images in this folder: {' '.join(sorted(EXTENSIONS))} are looked for"
             )
-        found |= dict.fromkeys(inside)
+        found |= dict.fromkeys(sorted(inside))
         closed |= {
             error.filename: UserError(f"{shown(error.filename)}: cannot be read ({error.strerror})") for error in unread
         }

@@ -23,6 +23,7 @@ from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
 MISS = 1.0  # points beyond the spread of the seeds from which on a difference is marked
 RESAMPLES = 2000  # of the test images, by the bootstrap
 CONFIDENCE = 0.95
+SEEDS = 3  # of each of two methods, below which nothing is known of the spread of their difference
 AGAIN = "run `python -m stages.published --missing`"  # how a cell's file is made
 ROUNDING = 1e-5  # by which a stored accuracy may differ from that of the predictions beside it
 
@@ -278,9 +279,10 @@ class FootingRow:
     correct: np.ndarray | None  # [S, N], which test images each seed got right; None where that was not kept
 
     def apart(self, other: "FootingRow") -> bool:
-        """Whether all seeds of the one are more accurate than all seeds of the other."""
+        """Whether both have SEEDS seeds or more, and all of the one are more accurate than all of the other."""
         own_S, other_S = self.correct.mean(axis=1), other.correct.mean(axis=1)
-        return bool(own_S.min() > other_S.max() or other_S.min() > own_S.max())
+        enough = min(len(own_S), len(other_S)) >= SEEDS
+        return bool(enough and (own_S.min() > other_S.max() or other_S.min() > own_S.max()))
 
 
 def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], list[str]]:
@@ -364,8 +366,8 @@ def unpack(text: str, N: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pair:
-    """Accuracy of method `row` less that of method `column`, and an interval for it: fractions. `apart`: whether all
-    seeds of the one are more accurate than all of the other."""
+    """Accuracy of method `row` less that of method `column`, and an interval for it: fractions. `apart`: see
+    `FootingRow.apart`."""
 
     row: int
     column: int

@@ -7,6 +7,7 @@ from tailcal.published import (
     CONFIDENCE,
     MISS,
     RESAMPLES,
+    SEEDS,
     Comparison,
     FootingRow,
     FootingTable,
@@ -255,8 +256,8 @@ _PAIRS = (
     f"Top-1 of the row minus that of the column, in points, mean over seeds. Below it is the {CONFIDENCE:.0%} "
     f"percentile interval of a paired bootstrap ({RESAMPLES:,} resamples of the test images, the same for all pairs). "
     "**Bold**: the interval, before rounding, excludes 0, and all seeds of the one are more accurate than all seeds of "
-    "the other. The interval covers the choice of test images, not that of seeds, and each pair is taken by itself: "
-    "nothing corrects for their number."
+    f"the other, {SEEDS} or more of each. The interval covers the choice of test images, not that of seeds, and each "
+    "pair is taken by itself: nothing corrects for their number."
 )
 
 

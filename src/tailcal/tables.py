@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from tailcal.duplicates import TWICE
 from tailcal.metrics.cell import HEADLINE
 
 DASH = "—"
@@ -121,6 +122,7 @@ MAIN = (
     Column("ECE", "ece", best=min),
     Column("ECE floor", "ece_floor", best=None, spread=False),
     Column("ECE after temperature", "ece", posthoc="temperature", best=min),
+    Column("ECE floor after it", "ece_floor", posthoc="temperature", best=None, spread=False),
     Column("NLL", "nll", best=min, percent=False),
 )
 # What the page shows of every post-hoc rule, one table each; seven rules side by side leave no room for deviations.
@@ -270,33 +272,44 @@ def _groups(classes: pd.DataFrame) -> str:
 
 
 def notes(cells: list[Cell]) -> list[str]:
-    """Sentences that a table needs: for cells that are worse than a guess, for images that are left out or say less
-    than they seem to, and for each reason why rules are absent."""
+    """Sentences that a table needs: for cells that are worse than a guess, for images that are left out or are there
+    twice, and for each reason why rules are absent."""
     reasons = {rule: reason for cell in cells for rule, reason in cell.metrics["posthoc_absent"].items()}
-    guess = math.log(len(cells[0].classes))
-    worse = [cell.name for cell in cells if cell.metrics["nll"] is not None and cell.metrics["nll"] > guess]
-    warnings = [
-        f"Worse than a guess: the NLL of {', '.join(worse)} is above ln K = {guess:.3f}, that of equal probabilities. "
-        "Look at the training's loss: a lower learning rate of that stage usually mends it."
-    ]
     absent = [
         f"No {', '.join(spaced(rule) for rule in reasons if reasons[rule] == reason)}: {reason.rstrip('.')}."
         for reason in dict.fromkeys(reasons.values())
     ]
-    return [*(warnings if worse else []), *_image_notes(**cells[0].metrics["images"]), *absent]
+    return [*_guess_notes(cells), *_image_notes(**cells[0].metrics["images"]), *absent]
+
+
+def _guess_notes(cells: list[Cell]) -> list[str]:
+    """What to say of cells whose NLL is above that of equal probabilities: it is their confidence alone that is wrong
+    where a temperature mends it."""
+    guess = math.log(len(cells[0].classes))
+    worse = [cell for cell in cells if _nll(cell.metrics) > guess]
+    lost = [cell.name for cell in worse if _nll(cell.metrics["posthoc"].get("temperature", cell.metrics)) > guess]
+    sure = [cell.name for cell in worse if cell.name not in lost]
+    return [
+        f"{title}: the NLL of {', '.join(names)} is above ln K = {guess:.3f}, that of equal probabilities{advice}"
+        for title, names, advice in (
+            ("Worse than a guess", lost, ". Look at the training's loss: a lower learning rate usually mends it."),
+            ("Much too sure", sure, "; a temperature mends it."),
+        )
+        if names
+    ]
+
+
+def _nll(numbers: dict[str, Any]) -> float:
+    """The NLL, 0 where there is none."""
+    return numbers["nll"] or 0.0
 
 
 def _image_notes(skipped: dict[str, int], duplicates: dict[str, int]) -> list[str]:
     """What to say of a data set's images, counted as `splits.Meta` has them."""
-    twice = {
-        "test": "test images with the pixels of a training or held-out image, which makes the accuracy too high",
-        "holdout": "held-out images with the pixels of a training image, which makes what is fitted on them too sure",
-        "train": "training images with the pixels of one of another class",
-    }
-    found = [f"{duplicates[split]:,} {what}" for split, what in twice.items() if duplicates.get(split)]
+    found = [f"{duplicates[which]:,} {what}" for which, what in TWICE.items() if duplicates.get(which)]
     lost = [f"{number:,} of the {split} split" for split, number in skipped.items() if number]
     return [
-        *([f"Among the images are {'; '.join(found)}."] if found else []),
+        *([f"There twice: {'; '.join(found)}."] if found else []),
         *([f"Images that could not be read are left out: {', '.join(lost)}."] if lost else []),
     ]
 
