@@ -8,6 +8,7 @@ where it was. It stands outside the pipeline: see published/dvc.yaml.
 import argparse
 from collections.abc import Callable
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,7 +35,7 @@ from tailcal import (
 )
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece
-from tailcal.metrics.cell import DIGITS, Numbers, measure, over_seeds
+from tailcal.metrics.cell import DIGITS, Numbers, over_seeds
 from tailcal.metrics.scores import softmax
 from tailcal.plan import AS_TRAINED
 
@@ -80,16 +81,15 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
         logits = train.predict(networks, data, p.runtime)
         for rule, apply in rules.items():
             epochs = [apply(one) for one in logits]
-            chosen = max(epochs, key=lambda one: top1(one, labels))
-            best[rule].append(measure(chosen, labels, counts, p.evaluate.bins))
-            every_ece[rule] += [ece(softmax(one), labels, p.evaluate.bins) for one in epochs]
-    said = ("top1", "top1_std", "ece", "ece_std")
-    numbers = {
-        rule: {key: over_seeds(runs)[key] for key in said}
+            numbers = [{"top1": top1(one, labels), "ece": ece(softmax(one), labels, p.evaluate.bins)} for one in epochs]
+            best[rule].append(max(numbers, key=itemgetter("top1")))
+            every_ece[rule] += [epoch["ece"] for epoch in numbers]
+    summary = {
+        rule: over_seeds(runs)
         | {"ece_least": round(min(every_ece[rule]), DIGITS), "ece_most": round(max(every_ece[rule]), DIGITS)}
         for rule, runs in best.items()
     }
-    return {"epochs": len(late)} | numbers.pop(AS_TRAINED) | {"posthoc": numbers}
+    return {"epochs": len(late)} | summary.pop(AS_TRAINED) | {"posthoc": summary}
 
 
 def fitted(

@@ -2,6 +2,7 @@
 remember to add a test here."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -262,7 +263,7 @@ def test_it_is_documented_and_typed(name):
     cls = load(name)
     module = inspect.getmodule(cls)
     assert module.__doc__
-    assert any(source in module.__doc__ for source in ("20", "et al.")), "the docstring names its paper"
+    assert re.search(r"\b20[0-2]\d\b|et al\.", module.__doc__), "the docstring names its paper"
     assert issubclass(cls.Config, params.Strict)
 
 

@@ -111,7 +111,8 @@ def test_a_method_that_peeks_ends_its_stage(stage, method, step, project, monkey
     monkeypatch.setattr(load(method), step, lambda *_: Path(peek).read_bytes())
     with pytest.raises(seal.SealedError, match=f"{peek}: must not be opened while a training runs"):
         p.inside(stage, *cell)
-    assert not list(p.root.glob("data/predictions/*/*/*/*.npz"))
+    made = "data/representations/*/*/*.safetensors" if stage == "represent" else "data/predictions/*/*/*/*.npz"
+    assert not list(p.root.glob(made))
 
 
 @pytest.mark.pipeline
