@@ -10,6 +10,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager, get_data_path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
@@ -422,3 +423,36 @@ def test_several_seeds_have_a_spread_that_is_explained(drawn, tmp_path):
     figures.accuracy_against_ece(_points(), "seeds", tmp_path / "unused.png")
     figures.training_curves({"ce": report_inputs.history(_generator())}, "stage 1", tmp_path / "unused.png")
     assert all(any("over seeds" in text for text in _texts(figure)) for figure in drawn)
+
+
+@pytest.mark.parametrize(("least", "scale"), [(0.05, "linear"), (0.01, "log"), (0.0, "linear")])
+def test_the_least_ece_is_seen_beside_the_largest(drawn, tmp_path, least, scale):
+    points = _points().assign(ece=0.3, ece_std=0.0)
+    points.loc[0, "ece"] = least
+    figures.accuracy_against_ece(points, "unlike", tmp_path / "unused.png")
+    axes = drawn[0].axes[0]
+    low, high = axes.get_ylim()
+    assert axes.get_yscale() == scale
+    assert low <= least < 0.3 < high
+
+
+def test_a_note_stands_below_the_title(drawn, tmp_path):
+    classes = {GRID[0]: report_inputs.classes(_generator())}
+    figures.per_class_accuracy(classes, "a title", tmp_path / "unused.png")
+    figure = drawn[0]
+    FigureCanvasAgg(figure).draw()
+    (note,) = [text for text in figure.findobj(Text) if "test images per class" in text.get_text()]
+    (title,) = [text for text in figure.findobj(Text) if text.get_text().strip() == "a title"]
+    one_line = title.get_window_extent().height / (1 + title.get_text().count("\n"))
+    assert note.get_window_extent().y1 <= title.get_window_extent().y1 - one_line * 0.9
+
+
+def test_bars_of_few_predictions_are_faint(drawn, tmp_path):
+    bins = report_inputs.bins(_generator(), seeds=1).assign(count=100)
+    bins.loc[bins.index[-1], "count"] = figures.FEW_PREDICTIONS - 1
+    figures.reliability(bins, "one cell", tmp_path / "unused.png")
+    bars = [bar for bar in drawn[0].axes[0].patches if bar.get_facecolor()[:3] == to_rgb(figures.ACCURACY)]
+    strengths = {round(bar.get_x(), 3): bar.get_facecolor()[3] for bar in bars}
+    last = round(bins["bin_lower"].iloc[-1], 3)
+    assert strengths.pop(last) < 0.5
+    assert set(strengths.values()) == {1.0}
