@@ -26,6 +26,7 @@ TRANSDUCTIVE = ("pn_transductive",)
 NUMBERS = (
     "top1",
     "top5",
+    "confidence",
     "ece",
     "mce",
     "ace",

@@ -124,7 +124,9 @@ def test_metrics_json():
     eces = [ece(softmax(split(350, seed)[0]), split(350, seed)[1]) for seed in (0, 1, 2)]
     assert numbers["ece"] == round(np.mean(eces), 6)
     assert numbers["ece_std"] == round(np.std(eces, ddof=1), 6)
-    metrics = ["top1", "top5", "ece", "ece_floor", "mce", "ace", "classwise_ece", "nll", "brier"]
+    confidences = [softmax(split(350, seed)[0]).max(axis=1).mean() for seed in (0, 1, 2)]
+    assert numbers["confidence"] == round(np.mean(confidences), 6)
+    metrics = ["top1", "top5", "confidence", "ece", "ece_floor", "mce", "ace", "classwise_ece", "nll", "brier"]
     for group in ("many", "medium", "few"):
         metrics += [group, f"ece_{group}", f"nll_{group}", f"brier_{group}"]
     expected = {key for name in metrics for key in (name, f"{name}_std")}

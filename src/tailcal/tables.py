@@ -19,6 +19,7 @@ NUMBERS = (
     "many",
     "medium",
     "few",
+    "confidence",
     "ece",
     "ece_floor",
     "ece_many",
