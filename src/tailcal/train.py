@@ -65,7 +65,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     That is what torch has reserved: what recorded steps work in counts as free between their replays.
     """
     if device.type == "cpu":
-        return {"name": f"CPU, {len(os.sched_getaffinity(0))} cores", "gpu_memory": None}
+        cores = len(os.sched_getaffinity(0))
+        return {"name": f"CPU, {cores} core{'s' if cores > 1 else ''}", "gpu_memory": None}
     return {"name": torch.cuda.get_device_name(device), "gpu_memory": torch.cuda.max_memory_reserved(device)}
 
 
