@@ -139,6 +139,21 @@ def test_faults(tmp_path, paths, keys, message):
     assert "\n" not in str(caught.value)
 
 
+def test_classes_that_may_be_splits_are_warned_of(tmp_path, capsys):
+    paths = [f"{split}/{name}/{i}.png" for split in ("seg_test", "seg_train") for name in ("a", "b") for i in range(2)]
+    make(tmp_path, *paths)
+    load(tmp_path, test_per_class=1)
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: seg_test, seg_train are taken for classes, and all have the same folders (a, ...): if "
+        "they are splits, call them train and test, with source.test_per_class 0\n"
+    )
+    make(tmp_path, "seg_train/c/1.png")  # other folders
+    load(tmp_path, test_per_class=1)
+    make(tmp_path, "seg_test/c/1.png", "seg_test/1.png")  # an image of its own
+    load(tmp_path, test_per_class=1)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_class_may_be_called_like_a_split(tmp_path):
     make(tmp_path, "train/1.png", "train/2.png", "bus/1.png", "bus/2.png")
     assert load(tmp_path, test_per_class=1).class_names == ["bus", "train"]

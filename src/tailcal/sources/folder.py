@@ -76,6 +76,7 @@ def _one_split(root: Path, config: Config, ignored: list[str]) -> tuple[list[str
             "must be called train and test"
         )
     files, labels = _images(root, "", names, ignored)
+    _warn_of_splits(root, names, files)
     available = np.bincount(labels, minlength=len(names))
     if config.test_per_class >= available.min():
         raise UserError(
@@ -107,6 +108,23 @@ def _two_splits(root: Path, ignored: list[str]) -> tuple[list[str], list[Split]]
     ignored.extend(entry.name for entry in os.scandir(root) if entry.name not in of_split)
     names = of_split["train"]
     return names, [_images(root, f"{split}/", names, ignored) for split in of_split]
+
+
+def _warn_of_splits(root: Path, names: list[str], files: list[str]) -> None:
+    """A line on stderr where classes may be splits: none has an image of its own, and all have the same folders."""
+    inside: dict[str, set[str]] = {name: set() for name in names}
+    for file in files:
+        name, first, *deeper = file.split("/")
+        if not deeper:
+            return
+        inside[name].add(first)
+    if all(found == inside[names[0]] for found in inside.values()):
+        print(
+            f"warning: {root}: {', '.join(names)} are taken for classes, and all have the same folders "
+            f"({shown(min(inside[names[0]]))}, ...): if they are splits, call them train and test, with "
+            "source.test_per_class 0",
+            file=sys.stderr,
+        )
 
 
 def _is_split(name: str) -> bool:
