@@ -362,6 +362,7 @@ METRICS = {
     },
     "posthoc": {"temperature": {"top1": 0.5, "ece": 0.1, "transductive": False}},
     "posthoc_absent": {"platt": "a reason"},
+    "images": {"skipped": {"train": 1}, "duplicates": {"test": 1}},
 }
 
 

@@ -302,7 +302,7 @@ def _guess_notes(cells: list[Cell]) -> list[str]:
 
 def _nll(numbers: dict[str, Any]) -> float:
     """The NLL, 0 where there is none."""
-    return numbers["nll"] or 0.0
+    return numbers.get("nll") or 0.0
 
 
 def _image_notes(skipped: dict[str, int], duplicates: dict[str, int]) -> list[str]:
