@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -192,3 +193,11 @@ def project(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Pro
         return p
 
     return make
+
+
+@pytest.fixture
+def interrupts():
+    """Interrupts come as in a command, however the tests were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

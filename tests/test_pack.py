@@ -318,6 +318,7 @@ def test_not_strict_leaves_out_and_says_so(work, capsys):
     assert not Path("out/skipped.txt").exists()
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_is_held_back_while_processes_start_and_never_reaches_them():
     ask = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
 

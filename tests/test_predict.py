@@ -278,14 +278,6 @@ def test_a_network_that_cannot_be_translated_is_one_line(tmp_path, monkeypatch, 
     assert said.count("\n") == 1
 
 
-@pytest.fixture
-def interrupts():
-    """Interrupts come as in a command, however the tests were started."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("refuses", [True, False])
 def test_an_interrupt_that_torch_makes_something_else_of_ends_the_export(refuses, tmp_path, monkeypatch):
