@@ -21,12 +21,6 @@ from tailcal.metrics.scores import softmax
 from tailcal.predictions import Predictions
 
 
-def read_classes(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Class names and training counts [K] of a long-tailed data set. Raises UserError naming a file that is damaged."""
-    meta = splits.read_meta(folder)
-    return meta["class_names"], np.array(meta["train_counts"], dtype=np.int64)
-
-
 def read_cell(folder: Path, checksums: dict[str, str], seeds: list[int], K: int) -> list[Predictions]:
     """The predictions of every seed; all seeds must have been tested on the same samples."""
     cell = [predictions.read(folder / f"seed{seed}.npz", checksums.get(f"seed{seed}.npz"), K) for seed in seeds]
@@ -44,18 +38,20 @@ def read_cell(folder: Path, checksums: dict[str, str], seeds: list[int], K: int)
 
 def metrics(cell: list[Predictions], counts_K: np.ndarray, rules: dict[str, Any], bins: int) -> dict[str, Any]:
     """The cell's numbers over seeds, as trained and after each post-hoc rule; `transductive` is said of a rule."""
-    has_holdout = len(cell[0].holdout_labels) > 0
-    after, absent = {}, {}
-    for name, config in rules.items():
-        rule = posthoc.RULES[name]
-        if rule.needs_holdout(config) and not has_holdout:
-            absent[name] = "fitted on held-out data, and this data set holds none out"
-            continue
-        runs = []
-        for run in cell:
-            fitted = rule.fit(config, counts_K, run.holdout_logits, run.holdout_labels)
-            runs.append(measure(fitted(run.test_logits), run.test_labels, counts_K, bins) | fitted.numbers)
-        after[name] = over_seeds(runs) | {"transductive": rule.transductive}
+    runs = []
+    for run in cell:
+        fitted = posthoc.fit(rules, counts_K, run.holdout_logits, run.holdout_labels)
+        runs.append(
+            {
+                name: measure(rule(run.test_logits), run.test_labels, counts_K, bins) | rule.numbers
+                for name, rule in fitted.items()
+            }
+        )
+    after = {
+        name: over_seeds([run[name] for run in runs]) | {"transductive": posthoc.RULES[name].transductive}
+        for name in runs[0]
+    }
+    absent = {name: "fitted on held-out data, and this data set holds none out" for name in rules if name not in after}
     as_trained = over_seeds([measure(run.test_logits, run.test_labels, counts_K, bins) for run in cell])
     return as_trained | {"seeds": len(cell), "posthoc": after, "posthoc_absent": absent}
 
@@ -134,7 +130,8 @@ def evaluate(p: params.Params, where: dict[str, str]) -> None:
     """Measure the cell `where`, {axis: name}; write its numbers, tables and diagram. Raises UserError."""
     rules = posthoc.configure(p.evaluate.posthoc)
 
-    names, counts_K = read_classes(paths.longtail(where["dataset"]))
+    meta = splits.read_meta(paths.longtail(where["dataset"]))
+    names, counts_K = meta["class_names"], np.array(meta["train_counts"])
     folder = paths.predictions(**where)
     provenance = files.read_json(folder / "provenance.json")
     if not isinstance(provenance, dict) or not isinstance(checksums := provenance.pop("checksums", None), dict):
@@ -146,7 +143,6 @@ def evaluate(p: params.Params, where: dict[str, str]) -> None:
     write_table(plots / "per_class.csv", per_class_table(cell, names, counts_K))
     write_table(plots / "confusion.csv", confusion_table(cell, names))
     numbers = metrics(cell, counts_K, rules, p.evaluate.bins)
-    meta = splits.read_meta(paths.longtail(where["dataset"]))
     about = {"images": {key: meta[key] for key in ("skipped", "duplicates")}, "provenance": provenance}
     files.write_json(paths.metrics(**where), numbers | about)
     files.write_json(paths.headline(**where), {name: numbers[name] for name in HEADLINE})

@@ -9,14 +9,16 @@ benchmark/dvc.yaml.
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from stages import paths, workspace
-from stages.evaluate import read_cell, read_classes
-from tailcal import errors, files, lock, method, params, provenance, settings, sources, train
+from stages.evaluate import read_cell
+from tailcal import errors, files, lock, method, params, provenance, settings, sources, splits, train
 from tailcal.benchmark import measure, modes
 from tailcal.benchmark.modes import REFERENCE, Cell, Measured, Mode, ModeResult, Outcome, Record, Seed
-from tailcal.metrics.cell import measure as numbers_of
+from tailcal.metrics.cell import measure as measure_cell
+from tailcal.metrics.cell import over_seeds, rounded
 
 OUT = Path("metrics/modes.json")
 TEXT = Path("metrics/modes.md")
@@ -27,30 +29,29 @@ def outcome(p: params.Params, cell: Cell) -> Outcome:
     """What the stages have left of a cell in the present folder."""
     where = cell.model_dump()
     pair = (cell.dataset, cell.representation)
-    names, counts = read_classes(paths.longtail(cell.dataset))
+    counts = np.array(splits.read_meta(paths.longtail(cell.dataset))["train_counts"])
     stage1 = paths.representation(*pair)
     history = pd.read_csv(stage1 / "history.csv").query("epoch == 1").set_index("seed")
     weights = files.read_json(stage1 / "provenance.json")["weights"]
     checksums = files.read_json(paths.predictions(**where) / "provenance.json")["checksums"]
-    runs = read_cell(paths.predictions(**where), checksums, p.seeds, len(names))
-    seeds = {}
+    runs = read_cell(paths.predictions(**where), checksums, p.seeds, len(counts))
+    seeds, measured = {}, []
     for seed, run in zip(p.seeds, runs, strict=True):
-        numbers = numbers_of(run.test_logits, run.test_labels, counts, p.evaluate.bins)
+        numbers = measure_cell(run.test_logits, run.test_labels, counts, p.evaluate.bins)
+        measured.append({name: numbers[name] for name in ("top1", "ece")})
         digests = {
             "representation": weights[f"seed{seed}"],
             "classifier": checksums[f"seed{seed}.safetensors"],
             "predictions": checksums[f"seed{seed}.npz"],
         }
         seeds[str(seed)] = Seed(
-            top1=round(numbers["top1"], 6),
-            ece=round(numbers["ece"], 6),
+            **rounded(measured[-1]),
             first_epoch_loss=float(history.loc[seed, "loss"]),
             sha256=digests,
         )
-    measured = files.read_json(paths.metrics(**where))
     return Outcome(
-        **{key: measured[key] for key in ("top1", "top1_std", "ece", "ece_std")},
-        seconds=round(workspace.seconds(p, where), 2),
+        **over_seeds(measured),
+        seconds=round(float(np.mean([workspace.seconds(where, seed) for seed in p.seeds])), 2),
         seeds=seeds,
     )
 

@@ -1,4 +1,4 @@
-"""Train and measure the cells of the published tables, and write metrics/published/cells, one file per cell.
+"""Train and measure the cells of the published tables, and write metrics/published/cells, one file a cell and seed.
 
 What is trained, published/params.yaml says. The stages are those of the pipeline, run here one after the other in a
 folder of their own, data/published, so that the results of the grid are left alone. A run that is interrupted goes on
@@ -6,7 +6,7 @@ where it was. It stands outside the pipeline: see published/dvc.yaml.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterable
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -17,16 +17,15 @@ import pandas as pd
 
 from stages import paths, workspace
 from stages.calibrate import read_upstream
-from stages.evaluate import read_classes
 from tailcal import (
     errors,
     files,
+    measured,
     params,
     plan,
     posthoc,
     predict,
     predictions,
-    published,
     settings,
     splits,
     store,
@@ -35,9 +34,8 @@ from tailcal import (
 )
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece
-from tailcal.metrics.cell import DIGITS, Numbers, over_seeds
+from tailcal.metrics.cell import Numbers, measure, rounded
 from tailcal.metrics.scores import softmax
-from tailcal.plan import AS_TRAINED
 
 WORKSPACE = Path("data/published")
 
@@ -50,17 +48,17 @@ def late_of(folder: Path, seed: int) -> list[Path]:
     return sorted(late, key=lambda path: int(path.stem.removeprefix("epoch")))
 
 
-def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[str, Any]:
-    """What the best of the late epochs would have been reported as: a mean over seeds, each at its own best epoch.
+def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[int, dict[str, Any]]:
+    """What each seed would have been reported as at the best of its late epochs.
 
     folder: checkpoints of stage 1 or 2, with late/seed<k>/epoch<e>.safetensors below it. The epoch is chosen by top-1
     on the test split, the first of equals, as the published codes do it, so this says nothing about new images.
     `posthoc` has the same after each rule that needs no held-out data, at the epoch that is best after that rule.
-    ece_least and ece_most are of any of those epochs and of any seed.
+    ece_least and ece_most are of any of the late epochs.
     Raises UserError when the late epochs are no longer there, or are damaged.
     """
     longtail = paths.longtail(where["dataset"])
-    _, counts = read_classes(longtail)
+    counts = np.array(splits.read_meta(longtail)["train_counts"])
     stage1 = read_upstream(paths.representation(where["dataset"], where["representation"]) / "provenance.json")
     training = settings.training(p, where["dataset"], where["classifier"], "classifiers")
     block = training.settings.model_dump()
@@ -69,9 +67,9 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     data = store.Images(
         images, labels, dataset.augmentation, train.prepare(p.runtime, p.precision), p.runtime.placement
     )
-    rules = fitted(p, counts, np.empty((0, len(counts))), np.empty(0, dtype=np.int64))
-    best: dict[str, list[Numbers]] = {rule: [] for rule in rules}
-    every_ece: dict[str, list[float]] = {rule: [] for rule in rules}
+    without = (np.empty((0, len(counts))), np.empty(0, dtype=np.int64))  # a hold-out
+    rules = posthoc.fit(posthoc.configure(p.evaluate.posthoc), counts, *without)
+    found = {}
     for seed in p.seeds:
         late = late_of(folder, seed)
         networks = []
@@ -79,52 +77,50 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
             networks.append(predict.build(stage1["network"], training.method, block, counts.tolist(), path))
             weights.read_weights(networks[-1], path, f"delete {folder} to train again")
         logits = train.predict(networks, data, p.runtime)
-        for rule, apply in rules.items():
-            epochs = [apply(one) for one in logits]
-            numbers = [{"top1": top1(one, labels), "ece": ece(softmax(one), labels, p.evaluate.bins)} for one in epochs]
-            best[rule].append(max(numbers, key=itemgetter("top1")))
-            every_ece[rule] += [epoch["ece"] for epoch in numbers]
-    summary = {
-        rule: over_seeds(runs)
-        | {"ece_least": round(min(every_ece[rule]), DIGITS), "ece_most": round(max(every_ece[rule]), DIGITS)}
-        for rule, runs in best.items()
-    }
-    return {"epochs": len(late)} | summary.pop(AS_TRAINED) | {"posthoc": summary}
+        found[seed] = (
+            {"epochs": len(late)}
+            | best_epoch(logits, labels, p.evaluate.bins)
+            | {
+                "posthoc": {
+                    name: best_epoch([rule(one) for one in logits], labels, p.evaluate.bins)
+                    for name, rule in rules.items()
+                }
+            }
+        )
+    return found
 
 
-def fitted(
-    p: params.Params, counts: np.ndarray, holdout_logits: np.ndarray, holdout_labels: np.ndarray
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """What makes test logits those after each post-hoc rule, by its name, and AS_TRAINED, which leaves them alone.
-
-    The hold-out may be empty: rules that need one are left out then.
-    """
-    return {AS_TRAINED: lambda logits: logits} | {
-        name: posthoc.RULES[name].fit(config, counts, holdout_logits, holdout_labels)
-        for name, config in posthoc.configure(p.evaluate.posthoc).items()
-        if len(holdout_labels) or not posthoc.RULES[name].needs_holdout(config)
-    }
+def best_epoch(logits: Iterable[np.ndarray], labels: np.ndarray, bins: int) -> Numbers:
+    """Top-1 and ECE at the epoch of the highest top-1, and the range of the ECE; `logits` has one [N, K] an epoch."""
+    epochs = [{"top1": top1(one, labels), "ece": ece(softmax(one), labels, bins)} for one in logits]
+    every = [epoch["ece"] for epoch in epochs]
+    return rounded(max(epochs, key=itemgetter("top1")) | {"ece_least": min(every), "ece_most": max(every)})
 
 
-def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None) -> dict[str, Any]:
-    """Everything that is kept of a cell."""
-    numbers = files.read_json(paths.metrics(**where))
+def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything that is kept of a cell's seed."""
     meta = splits.read_meta(paths.longtail(where["dataset"]))
-    checksums = files.read_json(paths.predictions(**where) / "provenance.json")["checksums"]
     counts = np.array(meta["train_counts"])
-    correct: dict[str, dict[str, str]] = {}
-    for seed in p.seeds:
-        name = f"seed{seed}.npz"
-        run = predictions.read(paths.predictions(**where) / name, checksums[name], len(counts))
-        for rule, apply in fitted(p, counts, run.holdout_logits, run.holdout_labels).items():
-            hits = apply(run.test_logits).argmax(axis=1) == run.test_labels
-            correct.setdefault(rule, {})[str(seed)] = published.pack(hits)
-    for rule, after in numbers["posthoc"].items():
-        after["correct"] = correct[rule]
+    provenance = files.read_json(paths.predictions(**where) / "provenance.json")
+    name = f"seed{seed}.npz"
+    run = predictions.read(paths.predictions(**where) / name, provenance.pop("checksums")[name], len(counts))
+    rules = posthoc.configure(p.evaluate.posthoc)
+
+    def numbers(logits: np.ndarray) -> dict[str, Any]:
+        correct = measured.pack(logits.argmax(axis=1) == run.test_labels)
+        return rounded(measure(logits, run.test_labels, counts, p.evaluate.bins)) | {"correct": correct}
+
     history = pd.read_csv(paths.representation(where["dataset"], where["representation"]) / "history.csv")
     cost = files.read_json(paths.costs("represent", where["dataset"], where["representation"]))
     training = settings.training(p, where["dataset"], where["representation"], "representations")
-    return numbers | {
+    return numbers(run.test_logits) | {
+        "posthoc": {
+            name: numbers(rule(run.test_logits))
+            | rounded(rule.numbers)
+            | {"transductive": posthoc.RULES[name].transductive}
+            for name, rule in posthoc.fit(rules, counts, run.holdout_logits, run.holdout_labels).items()
+        },
+        "best_on_test": late,
         "data": {
             "train_images": sum(meta["train_counts"]),
             "official": meta["source"]["kind"] in workspace.OFFICIAL,
@@ -133,14 +129,14 @@ def compose(p: params.Params, where: dict[str, str], late: dict[str, Any] | None
         "backbone": training.backbone,
         "precision": p.precision,
         "epochs": history["epoch"].nunique(),
+        "test_images": sum(meta["test_counts"]),
+        "evaluate": p.evaluate.model_dump(),
         "cost": {
             "machine": cost["machine"]["name"],
-            "seconds": round(workspace.seconds(p, where), 1),
+            "seconds": round(workspace.seconds(where, seed), 1),
             "at_once": cost["at_once"],
         },
-        "best_on_test": late,
-        "test_images": sum(meta["test_counts"]),
-        "correct": correct[AS_TRAINED],
+        "provenance": provenance,
     }
 
 
@@ -152,18 +148,19 @@ def has_epochs(classifier: settings.Training) -> bool:
 def cells(
     p: params.Params, late_epochs: int, dataset: str, representation: str, classifiers: list[str], out: Path
 ) -> None:
-    """Train a representation and its classifiers, measure them, and write a file each below `out`."""
+    """Train a representation and its classifiers, measure them, and write a file for each seed of each below `out`."""
     workspace.prepare(p, dataset)
     stage1 = workspace.run_stage1(p, dataset, representation, late_epochs)
     for classifier in classifiers:
         where = {"dataset": dataset, "representation": representation, "classifier": classifier}
         with workspace.run_stage2(p, where, late_epochs) as stage2:
-            chosen, late = settings.training(p, dataset, classifier, "classifiers"), None
+            chosen, late = settings.training(p, dataset, classifier, "classifiers"), {}
             if late_epochs and has_epochs(chosen):
                 late = best_on_test(p, where, stage2 if chosen.recipe else stage1)
-            cell = out / dataset / representation / f"{classifier}.json"
-            files.remove_leftovers(cell)  # those of a run that was killed
-            files.write_json(cell, compose(p, where, late))
+            for seed in p.seeds:
+                file = measured.run_file(out, tuple(where.values()), seed)
+                files.remove_leftovers(file)  # those of a run that was killed
+                files.write_json(file, compose(p, where, seed, late.get(seed)))
 
 
 def select(
@@ -205,24 +202,24 @@ def narrowed(p: params.Params, seeds: list[str] | None, precision: str | None) -
     )
 
 
-def complete(path: Path, p: params.Params, with_best: bool) -> bool:
-    """Whether a cell's file is there, of all seeds of `p`, in its precision, `with_best` on test or without."""
-    if not path.exists():
-        return False
-    cell = published.read_cell(path)
-    same = cell.precision == p.precision and set(map(str, p.seeds)) <= set(cell.correct or ())
-    return same and (cell.best_on_test is not None or not with_best)
+def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[int]:
+    """The seeds of `p` that have no file of this cell in the precision of `p`, `with_best` on test or without."""
+    return [
+        seed
+        for seed in p.seeds
+        if not (file := measured.run_file(paths.PUBLISHED, cell, seed)).exists()
+        or (run := measured.read_run(file)).precision != p.precision
+        or (with_best and run.best_on_test is None)
+    ]
 
 
-def require_no_loss(path: Path, p: params.Params) -> None:
-    """Raise UserError when a part of the seeds, or another precision, would take the place of more."""
-    if path.exists():
-        cell = published.read_cell(path)
-        if cell.precision != p.precision or not set(cell.correct or ()) <= set(map(str, p.seeds)):
-            seeds = ", ".join(cell.correct or ())
+def require_one_precision(cell: measured.CellName, p: params.Params, replaced: list[int]) -> None:
+    """Raise UserError naming a file of this cell that is in another precision, and of none of the seeds `replaced`."""
+    for seed, file in measured.run_files(paths.PUBLISHED, cell).items():
+        if seed not in replaced and (found := measured.read_run(file).precision) != p.precision:
             raise errors.UserError(
-                f"{path} has seeds {seeds} in {cell.precision}, which --seed and --precision would replace: give them "
-                "so that they cover these, or move it away"
+                f"{file} is in {found}, and the seeds of a cell must be in one precision: give --precision {found}, or "
+                "move it away"
             )
 
 
@@ -248,30 +245,23 @@ def main() -> None:
             settings.training(p, dataset, classifier, "classifiers")
     p = workspace.with_images(p, (name for name, _, _ in asked), args.images)
 
-    if args.missing:
-        asked = {
-            (dataset, representation, late): [
-                name
-                for name in classifiers
-                if not complete(
-                    paths.PUBLISHED / dataset / representation / f"{name}.json",
-                    p,
-                    bool(late) and has_epochs(settings.training(p, dataset, name, "classifiers")),
-                )
-            ]
-            for (dataset, representation, late), classifiers in asked.items()
-        }
-    if args.seed or args.precision:
-        for (dataset, representation, _), classifiers in asked.items():
-            for name in classifiers:
-                require_no_loss(paths.PUBLISHED / dataset / representation / f"{name}.json", p)
+    asked = {training: {name: list(p.seeds) for name in classifiers} for training, classifiers in asked.items()}
+    for (dataset, representation, late_epochs), classifiers in asked.items():
+        for name in classifiers:
+            cell = (dataset, representation, name)
+            require_one_precision(cell, p, [] if args.precision else p.seeds)
+            if args.missing:
+                chosen = settings.training(p, dataset, name, "classifiers")
+                classifiers[name] = missing(cell, p, bool(late_epochs) and has_epochs(chosen))
 
-    out = paths.PUBLISHED.resolve()
+    out, written = paths.PUBLISHED.resolve(), 0
     with workspace.inside(WORKSPACE):
-        for (dataset, representation, late_epochs), classifiers in asked.items():
-            if classifiers:
-                cells(p, late_epochs, dataset, representation, classifiers, out)
-    written = sum(map(len, asked.values()))
+        for (dataset, representation, late_epochs), lacking in asked.items():
+            seeds = sorted(set(chain.from_iterable(lacking.values())), key=p.seeds.index)
+            names = [name for name, each in lacking.items() if each]
+            if seeds:
+                cells(p.model_copy(update={"seeds": seeds}), late_epochs, dataset, representation, names, out)
+            written += len(names)
     print(f"{paths.PUBLISHED}: {written} cells written; `python -m stages.tables` makes the tables")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from stages import paths
-from tailcal import lock, params, plan, published, published_page, references
+from tailcal import lock, measured, params, plan, published, published_page, references
 from tailcal.errors import run
 from tailcal.files import write_json, write_text
 
@@ -27,7 +27,7 @@ def main() -> None:
 
 def tables() -> None:
     """Write the five files. Raises UserError when one that is read is missing or wrong."""
-    cells, chosen = published.read_measured(paths.PUBLISHED), plan.read()
+    cells, chosen = measured.read_measured(paths.PUBLISHED), plan.read()
     printed = references.read_references(references.REFERENCES)
     published.require_known(printed, chosen, params.load().evaluate.posthoc)
     papers = published.compare(printed, cells)

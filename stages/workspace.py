@@ -13,7 +13,6 @@ from pathlib import Path
 from stages import paths
 from stages.calibrate import calibrate
 from stages.download import download
-from stages.evaluate import evaluate
 from stages.represent import represent
 from stages.subsample import subsample
 from tailcal import errors, files, lock, params, provenance, sources, splits
@@ -143,21 +142,17 @@ def run_stage1(p: params.Params, dataset: str, representation: str, late_epochs:
 
 @contextlib.contextmanager
 def run_stage2(p: params.Params, where: dict[str, str], late_epochs: int = 0) -> Iterator[Path]:
-    """Stage 2 of the cell `where`, {axis: name}, and its numbers, by this process alone until the block ends.
+    """Stage 2 of the cell `where`, {axis: name}, by this process alone until the block ends.
 
     Yields what `calibrate` returns.
     """
     cell = tuple(where.values())
-    places = (paths.classifier, paths.predictions, paths.metrics, paths.headline, paths.cell_plots)
-    outputs = [place(*cell) for place in places]
-    with lock.alone(paths.LOCKS, *outputs, *(place("calibrate", *cell) for place in (paths.costs, paths.scratch))):
-        stage2 = calibrate(p, *cell, late_epochs)
-        evaluate(p, where)
-        yield stage2
+    outputs = [paths.classifier(*cell), paths.predictions(*cell)]
+    with lock.alone(paths.LOCKS, *outputs, paths.costs("calibrate", *cell), paths.scratch("calibrate", *cell)):
+        yield calibrate(p, *cell, late_epochs)
 
 
-def seconds(p: params.Params, where: dict[str, str]) -> float:
-    """What training one network of a cell took, both stages together, mean over seeds."""
+def seconds(where: dict[str, str], seed: int) -> float:
+    """What training the network of a cell and seed took, both stages together."""
     stages = (("represent", where["dataset"], where["representation"]), ("calibrate", *where.values()))
-    costs = [files.read_json(paths.costs(*stage))["seeds"] for stage in stages]
-    return sum(cost[str(seed)]["seconds"] for cost in costs for seed in p.seeds) / len(p.seeds)
+    return sum(files.read_json(paths.costs(*stage))["seeds"][str(seed)]["seconds"] for stage in stages)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from stages import paths, tables, workspace
 from stages import published as stage
-from tailcal import params, plan, published, references, seal
+from tailcal import measured, params, plan, references, seal
 from tailcal.errors import UserError
 from tailcal.methods import mixup
 from tests.conftest import ROOT
@@ -102,32 +102,31 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def late(numbers: dict) -> dict:
+    """What best on test says where there is one late epoch, that of these numbers."""
+    return {key: numbers[key] for key in ("top1", "ece")} | {key: numbers["ece"] for key in ("ece_least", "ece_most")}
+
+
 @pytest.mark.pipeline
 def test_a_table_from_images_to_its_page(run):
     found = run("--table", "mislas", "--images", "images")
-    assert list(found) == ["small/ce/joint.json", "small/ce/mislas.json", "small/ce/tau_norm.json"]
-    cells = {path.stem: read(path) for path in found.values()}
-    for name, cell in cells.items():
-        assert (cell["seeds"], cell["epochs"], cell["backbone"], cell["test_images"]) == (2, 2, "resnet8", 60)
-        data = {key: cell["data"][key] for key in ("train_images", "official")}
+    names = ("joint", "mislas", "tau_norm")
+    assert list(found) == [f"small/ce/{name}/seed{seed}.json" for name in names for seed in (0, 1)]
+    cells = {(path.parent.name, path.stem): read(path) for path in found.values()}
+    for (name, _), one in cells.items():
+        assert (one["epochs"], one["backbone"], one["test_images"]) == (2, "resnet8", 60)
+        data = {key: one["data"][key] for key in ("train_images", "official")}
         assert data == {"train_images": sum([20, 15, 11, 9, 7, 5, 4, 3, 2, 2]), "official": False}
-        assert cell["provenance"]["diagnostics"] == {"late_epochs": 1}
-        for numbers in (cell, *cell["posthoc"].values()):
-            bits = [published.unpack(text, 60) for text in numbers["correct"].values()]
-            assert np.mean(bits) == pytest.approx(numbers["top1"], abs=1e-6)
-            assert len(bits) == 2
+        assert one["provenance"]["diagnostics"] == {"late_epochs": 1}
+        assert one["evaluate"]["posthoc"]["logit_adjustment"] == {"tau": 1.0}
+        for numbers in (one, *one["posthoc"].values()):
+            assert measured.unpack(numbers["correct"], 60).mean() == pytest.approx(numbers["top1"], abs=1e-6)
         if name == "tau_norm":  # it takes no step, so it has no epochs
-            assert cell["best_on_test"] is None
+            assert one["best_on_test"] is None
         else:  # the best of the last epoch alone is the last epoch
-            said = ("top1", "top1_std", "ece", "ece_std")
-            after = {rule: {key: cell["posthoc"][rule][key] for key in said} for rule in cell["posthoc"]}
-            assert set(after) == {"logit_adjustment", "pn_transductive"}  # nothing is held out, to fit the others on
-            best, numbers = cell["best_on_test"], {key: cell[key] for key in said}
-            for late, expected in [(best, numbers), *((best["posthoc"][rule], after[rule]) for rule in after)]:
-                least, most = late.pop("ece_least"), late.pop("ece_most")  # of one epoch of two seeds
-                assert (least + most) / 2 == pytest.approx(expected["ece"], abs=2e-6)
-                assert (most - least) / 2**0.5 == pytest.approx(expected["ece_std"], abs=2e-6)
-            assert best == {"epochs": 1, "posthoc": after} | numbers
+            said = {rule: late(numbers) for rule, numbers in one["posthoc"].items()}
+            assert set(said) == {"logit_adjustment", "pn_transductive"}  # nothing is held out, to fit the others on
+            assert one["best_on_test"] == {"epochs": 1, "posthoc": said} | late(one)
     assert {path.name for path in Path("data").iterdir()} == {"downloads", "published"}
     assert not Path("metrics/cells").exists()
 
@@ -138,7 +137,8 @@ def test_a_table_from_images_to_its_page(run):
     assert "1 of the 1 published numbers" in page
     assert "- epochs 2 (published 200), backbone resnet8 (published resnet32): small, CE" in page
     assert "ce/mislas" in tables.TEXT.read_text()
-    assert read(tables.SUMMARY)["small/ce/joint"]["top1"] == cells["joint"]["top1"]
+    both = [cells["joint", f"seed{seed}"]["top1"] for seed in (0, 1)]
+    assert read(tables.SUMMARY)["small/ce/joint"]["top1"] == pytest.approx(np.mean(both), abs=1e-6)
 
     before = {name: path.read_bytes() for name, path in found.items()}
     times = {name: path.stat().st_mtime_ns for name, path in found.items()}
@@ -156,40 +156,64 @@ def test_a_table_on_a_pretended_gpu(run, monkeypatch):
         found = run("--table", "mislas", "--images", "images")
     assert gpu.operations > 1000
     for path in found.values():
-        cell = read(path)
-        assert (cell["provenance"]["device"], cell["cost"]["machine"]) == ("cuda", "pretended")
-    assert read(found["small/ce/mislas.json"])["best_on_test"]["epochs"] == 1
+        one = read(path)
+        assert (one["provenance"]["device"], one["cost"]["machine"]) == ("cuda", "pretended")
+    assert read(found["small/ce/mislas/seed1.json"])["best_on_test"]["epochs"] == 1
 
 
 @pytest.mark.pipeline
-def test_fewer_seeds_in_another_precision_say_so_and_are_not_complete(run):
+def test_seeds_trained_one_after_the_other_are_those_trained_together(run):
+    """Whichever is first; and best on test, where it is missing, is made for that seed alone."""
     short = ("--table", "mislas", "--images", "images", "--missing")
-    path = run(*short, "--seed", "1", "--precision", "bf16")["small/ce/joint.json"]
-    cell, said = read(path), path.read_bytes()
-    assert (cell["seeds"], list(cell["correct"]), cell["precision"]) == (1, ["1"], "bf16")
+    found = run(*short, "--seed", "1")
+    assert list(found) == [f"small/ce/{name}/seed1.json" for name in ("joint", "mislas", "tau_norm")]
+    tables.main()
+    assert "Behind these rows stands one network of stage 1." in paths.OVERVIEW.read_text()
+    found["small/ce/mislas/seed1.json"].write_text(
+        json.dumps(read(found["small/ce/mislas/seed1.json"]) | {"best_on_test": None})
+    )
+    apart = {name: read(path) | {"cost": None} for name, path in run(*short).items()}
+    assert apart["small/ce/mislas/seed1.json"]["best_on_test"]
+    tables.main()
+    assert "Behind these rows stand 2 networks of stage 1." in paths.OVERVIEW.read_text()
+    shutil.rmtree(stage.WORKSPACE)
+    shutil.rmtree(paths.PUBLISHED)
+    together = {name: read(path) | {"cost": None} for name, path in run(*short).items()}
+    assert len(together) == 6
+    assert apart == together
+
+
+@pytest.mark.pipeline
+def test_a_cell_is_in_one_precision(run):
+
+    def only_joint(content):
+        content["tables"]["mislas"]["grids"][0].update(classifiers=["joint"])
+        content["footing"]["small"]["rows"].pop()
+
+    change(only_joint)
+    short = ("--table", "mislas", "--images", "images")
+    path = run(*short, "--seed", "1", "--precision", "bf16")["small/ce/joint/seed1.json"]
+    said = path.read_bytes()
+    assert read(path)["precision"] == "bf16"
     tables.main()
     assert "- epochs 2 (published 200), backbone resnet8 (published resnet32), in bf16: small, CE" in (
         paths.OVERVIEW.read_text()
     )
-    run(*short, "--seed", "1", "--precision", "bf16")
+    run(*short, "--missing", "--seed", "1", "--precision", "bf16")
     assert path.read_bytes() == said
-    run(*short)
-    whole = read(path)
-    assert (whole["seeds"], list(whole["correct"]), whole["precision"]) == (2, ["0", "1"], "float32")
-    said = path.read_bytes()
-    run(*short, "--seed", "0")  # is among them
-    assert path.read_bytes() == said
-    for part in (("--seed", "0"), ("--precision", "bf16")):
-        with pytest.raises(UserError, match=r"small/ce/joint.json has seeds 0, 1 in float32, which --seed and --prec"):
-            run("--table", "mislas", "--images", "images", *part)
-    path.write_text(json.dumps(whole | {"best_on_test": None}))
-    run(*short)
-    assert read(path)["best_on_test"] == whole["best_on_test"]
+    with pytest.raises(
+        UserError, match=r"joint/seed1\.json is in bf16, and the seeds of a cell must be in one .*--preci"
+    ):
+        run(*short, "--seed", "0")
+    found = run(*short, "--missing")  # all seeds: nothing is left in another precision
+    assert [read(path)["precision"] for path in found.values()] == ["float32", "float32"]
+    with pytest.raises(UserError, match=r"joint/seed0\.json is in float32, .*: give --precision float32, or move it"):
+        run(*short, "--precision", "bf16")
 
 
 @pytest.mark.pipeline
 def test_images_that_change_and_splits_that_are_damaged_are_made_anew(run, project):
-    (path,) = run("--table", "later", "--images", "images").values()
+    path = run("--table", "later", "--images", "images")["small/mixup/joint/seed0.json"]
     first = read(path)["data"]
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(project / "images/cifar10/test/class0/0.png")
     run("--table", "later", "--images", "images")
@@ -226,9 +250,9 @@ def test_late_epochs_come_in_the_order_in_which_they_were_trained(tmp_path):
 
 @pytest.mark.pipeline
 def test_late_epochs_change_nothing_but_the_diagnostic(run):
-    best = read(run("--table", "later", "--images", "images")["small/mixup/joint.json"])
+    best = read(run("--table", "later", "--images", "images")["small/mixup/joint/seed1.json"])
     change(lambda content: content["tables"]["later"].update(late_epochs=0))
-    none = read(run("--table", "later", "--images", "images")["small/mixup/joint.json"])
+    none = read(run("--table", "later", "--images", "images")["small/mixup/joint/seed1.json"])
     assert none["best_on_test"] is None
     assert "diagnostics" not in none["provenance"]
     assert best["best_on_test"]["epochs"] == 2
@@ -244,7 +268,7 @@ def test_late_epochs_change_nothing_but_the_diagnostic(run):
 @pytest.mark.pipeline
 def test_a_damaged_late_epoch_is_one_line_and_what_is_advised_helps(run, project):
     short = ("--table", "later", "--images", "images")
-    before = read(run(*short)["small/mixup/joint.json"])
+    before = read(run(*short)["small/mixup/joint/seed1.json"])
     (late,) = (project / "data/published").glob(".scratch/represent/small-mixup/*/late/seed1/epoch1.safetensors")
     late.write_bytes(late.read_bytes()[:1000])
     with pytest.raises(
@@ -255,7 +279,7 @@ def test_a_damaged_late_epoch_is_one_line_and_what_is_advised_helps(run, project
     folder = project / "data/published" / str(caught.value).partition("delete ")[2].partition(" to train")[0]
     assert folder == late.parents[2]
     shutil.rmtree(folder)
-    again = read(run(*short)["small/mixup/joint.json"])
+    again = read(run(*short)["small/mixup/joint/seed1.json"])
     assert again | {"cost": None} == before | {"cost": None}
 
 

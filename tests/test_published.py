@@ -1,6 +1,5 @@
 """The published numbers are those of their sources, and the tables say what the measured cells say."""
 
-import base64
 import itertools
 import json
 import re
@@ -13,7 +12,7 @@ import pytest
 
 from stages import paths
 from stages import tables as stage
-from tailcal import params, plan, published, published_page, references
+from tailcal import measured, params, plan, published, published_page, references
 from tailcal.errors import UserError
 from tailcal.tables import signed
 from tests.conftest import ROOT
@@ -50,52 +49,60 @@ footing:
 """
 
 
-def encode(correct_SN):
-    """The predictions of each seed as the runner keeps them: one bit per image."""
-    return {str(seed): base64.b64encode(np.packbits(right)).decode() for seed, right in enumerate(correct_SN)}
-
-
 def predictions(*accuracies, seed=0):
     """bool [S, IMAGES] of exactly these accuracies."""
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(IMAGES) < round(accuracy * IMAGES) for accuracy in accuracies])
 
 
-def measured(correct_SN, **others):
-    """A measured cell as the runner writes it."""
-    top1_S = correct_SN.mean(axis=1)
-    cell = {
-        "top1": round(float(top1_S.mean()), 6),
-        "top1_std": round(float(top1_S.std(ddof=1)), 6),
-        "top5": 0.9,
-        "many": 0.7,
-        "medium": 0.5,
-        "few": None,
-        "ece": 0.0512,
-        "ece_std": 0.0031,
-        "nll": 1.5,
-        "seeds": len(correct_SN),
-        "posthoc": {},
-        "provenance": {"params": {}},
-        "data": {"train_images": 10847, "official": False, "test_split": {"test_images.npy": "a"}},
-        "cost": {"machine": "NVIDIA H200", "seconds": 1041.2, "at_once": 3},
-        "best_on_test": {
-            **{"epochs": 20, "top1": 0.481, "top1_std": 0.004, "ece": 0.05, "ece_std": 0.002},
-            **{"ece_least": 0.031, "ece_most": 0.0904},
-        },
-        "epochs": 200,
-        "backbone": "resnet32",
-        "correct": encode(correct_SN),
-        "test_images": correct_SN.shape[1],
-    }
-    return cell | others
+def spread(mean, deviation, S):
+    """S numbers of that mean and sample standard deviation."""
+    steps_S = np.arange(S) - (S - 1) / 2
+    return (mean + deviation * steps_S / steps_S.std(ddof=1)).tolist() if S > 1 else [mean]
 
 
-def put(cell, dataset="cifar100_lt_100", representation="mixup", classifier="mislas"):
-    path = paths.PUBLISHED / dataset / representation / f"{classifier}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(cell))
-    return path
+def numbers_of(correct_SN, ece, deviation=0.0, **others):
+    """The numbers of each seed: its own top-1, and ECEs of that mean and standard deviation."""
+    return [
+        {"top1": float(right.mean()), "ece": one, "nll": 1.5, "correct": measured.pack(right)} | others
+        for right, one in zip(correct_SN, spread(ece, deviation, len(correct_SN)), strict=True)
+    ]
+
+
+def cell(correct_SN, ece=0.0512, deviation=0.0031, posthoc=None, **others):
+    """A measured cell as the runner writes it, a list of seeds. `posthoc` has a rule's numbers as `numbers_of` does."""
+    S = len(correct_SN)
+    late = zip(spread(0.481, 0.004, S), spread(0.05, 0.002, S), range(S), strict=True)
+    best = [
+        {"epochs": 20, "top1": top1, "ece": ece, "ece_least": 0.031 + 0.01 * i, "ece_most": 0.0904 - 0.01 * i}
+        for top1, ece, i in late
+    ]
+    return [
+        numbers
+        | {
+            **{"top5": 0.9, "many": 0.7, "medium": 0.5, "few": None},
+            "posthoc": {rule: seeds[i] for rule, seeds in (posthoc or {}).items()},
+            "provenance": {"params": {}},
+            "data": {"train_images": 10847, "official": False, "test_split": {"test_images.npy": "a"}},
+            "cost": {"machine": "NVIDIA H200", "seconds": 1041.2, "at_once": 3},
+            "best_on_test": best[i],
+            "epochs": 200,
+            "backbone": "resnet32",
+            "precision": "float32",
+            "test_images": correct_SN.shape[1],
+        }
+        | others
+        for i, numbers in enumerate(numbers_of(correct_SN, ece, deviation))
+    ]
+
+
+def put(runs, dataset="cifar100_lt_100", representation="mixup", classifier="mislas"):
+    """Write the seeds of a cell; returns the file of the first."""
+    for seed, run in enumerate(runs):
+        path = measured.run_file(paths.PUBLISHED, (dataset, representation, classifier), seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run))
+    return path.with_name("seed0.json")
 
 
 @pytest.fixture(autouse=True)
@@ -252,7 +259,7 @@ def test_nothing_has_been_run():
 
 def test_the_numbers_of_a_row():
     """By hand: accuracies 0.44, 0.45, 0.46 are 45.00 ± 1.00, which is 2 points less than the published 47.0."""
-    put(measured(predictions(0.44, 0.45, 0.46)))
+    put(cell(predictions(0.44, 0.45, 0.46)))
     stage.main()
     text = section("MiSLAS")
     head, *body = rows(text)
@@ -289,11 +296,12 @@ def test_the_numbers_of_a_row():
     ],
 )
 def test_the_border_of_a_miss(top1, deviation, misses):
-    cell = published.Measured.model_validate(measured(predictions(0.4, 0.5)) | {"top1": top1, "top1_std": deviation})
+    steps = [0.0] if deviation is None else [-deviation / 2**0.5, deviation / 2**0.5]
+    runs = [measured.Run.model_validate(cell(predictions(0.4))[0] | {"top1": top1 + step}) for step in steps]
     (reference,) = [
         row for row in references.read_references(REFERENCES) if row.top1 == 47.0 and row.classifier == "mislas"
     ]
-    comparison = published.Comparison(reference, cell)
+    comparison = published.Comparison(reference, measured.Measured(runs))
     assert comparison.misses is misses
     text = published_page.paper("mislas", [comparison], "command")
     shown = rows(text)[1][5]
@@ -303,12 +311,13 @@ def test_the_border_of_a_miss(top1, deviation, misses):
 
 def test_a_cell_behind_two_published_rows_and_a_rule():
     """Table and checkpoint both show the cell; a rule shows its own numbers, and its own best epochs."""
-    put(measured(predictions(0.52, 0.53)), "cifar100_lt_50")
-    rule = {"top1": 0.515, "top1_std": 0.005, "ece": 0.04, "ece_std": 0.001, "nll": 1.4, "transductive": True}
-    bagmar = measured(predictions(0.5, 0.51), posthoc={"pn_transductive": rule}, epochs=20)
-    bagmar["best_on_test"]["posthoc"] = {"pn_transductive": {"top1": 0.53, "ece": 0.04}}
+    put(cell(predictions(0.52, 0.53)), "cifar100_lt_50")
+    rule = numbers_of(predictions(0.51, 0.52), 0.04, transductive=True)
+    bagmar = cell(predictions(0.5, 0.51), posthoc={"pn_transductive": rule}, epochs=20)
+    for run in bagmar:
+        run["best_on_test"]["posthoc"] = {"pn_transductive": {"top1": 0.53, "ece": 0.04}}
     put(bagmar, "cifar100_lt_100", "bagmar", "joint")
-    put(measured(predictions(0.5, 0.51)), "cifar100_lt_50", "bagmar", "joint")  # the rule was not applied
+    put(cell(predictions(0.5, 0.51)), "cifar100_lt_50", "bagmar", "joint")  # the rule was not applied
     stage.main()
     ours = [row for row in rows(section("MiSLAS"))[1:] if row[4] != "—"]
     assert [(*row[:4], row[4]) for row in ours] == [
@@ -319,8 +328,8 @@ def test_a_cell_behind_two_published_rows_and_a_rule():
     ours = [row for row in rows(text)[1:] if row[4] != "—"]
     assert [(row[0], row[1], row[4], row[8]) for row in ours] == [
         ("cifar100_lt_100", "GALA loss (BaGMar)", "50.50 ± 0.71", "48.10 ± 0.40"),
-        ("cifar100_lt_100", "GALA loss + prediction re-balancing †", "51.50 ± 0.50", "53.00"),
-        ("cifar100_lt_100", "BaGMar + PN (tau 1) †", "51.50 ± 0.50", "53.00"),
+        ("cifar100_lt_100", "GALA loss + prediction re-balancing †", "51.50 ± 0.71", "53.00 ± 0.00"),
+        ("cifar100_lt_100", "BaGMar + PN (tau 1) †", "51.50 ± 0.71", "53.00 ± 0.00"),
         ("cifar100_lt_50", "GALA loss (BaGMar)", "50.50 ± 0.71", "48.10 ± 0.40"),
     ]
     assert "† transductive" in text
@@ -335,7 +344,7 @@ def test_a_cell_behind_two_published_rows_and_a_rule():
 )
 def test_the_border_of_a_miss_of_the_ece(ece, deviation, misses):
     """Published is 4.83."""
-    put(measured(predictions(0.47, 0.47)) | {"top1_std": None, "ece": ece, "ece_std": deviation})
+    put(cell(predictions(0.47, 0.47), ece, deviation) if deviation else cell(predictions(0.47), ece))
     stage.main()
     text = section("MiSLAS")
     (row,) = [row for row in rows(text)[1:] if row[2:4] == ["47.0", "4.83"]]
@@ -347,8 +356,8 @@ def test_the_border_of_a_miss_of_the_ece(ece, deviation, misses):
 
 
 def test_rows_that_share_a_network_are_told():
-    put(measured(predictions(0.47, 0.48)))
-    put(measured(predictions(0.4, 0.41)), classifier="joint")
+    put(cell(predictions(0.47, 0.48)))
+    put(cell(predictions(0.4, 0.41)), classifier="joint")
     stage.main()
     assert "Behind these rows stand 2 networks of stage 1." in section("MiSLAS")
     overview = paths.OVERVIEW.read_text()
@@ -366,28 +375,28 @@ def test_rows_that_share_a_network_are_told():
     ],
 )
 def test_a_difference_that_the_seeds_do_not_share_is_not_bold(accuracies, shown, apart):
-    put(measured(predictions(0.40, 0.50, 0.60)), "footing_cpu", "ce", "joint")
-    put(measured(predictions(*accuracies, seed=1)), "footing_cpu", "mixup", "mislas")
+    put(cell(predictions(0.40, 0.50, 0.60)), "footing_cpu", "ce", "joint")
+    put(cell(predictions(*accuracies, seed=1)), "footing_cpu", "mixup", "mislas")
     stage.main()
     frame = pd.read_csv(stage.PAIRS).set_index(["first", "second"])
     assert frame.loc[("mixup/mislas", "ce/joint"), ["excludes_zero", "seeds_apart"]].tolist() == [True, apart]
     below = section("Everything on one footing").partition("Top-1 of the row minus")[2]
-    (cell,) = [row[2] for row in rows(below)[1:]]
-    assert cell.startswith(shown)
+    (text,) = [row[2] for row in rows(below)[1:]]
+    assert text.startswith(shown)
 
 
 def test_a_second_stage_is_told_with_its_budget():
-    put(measured(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
+    put(cell(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
     recipe = {"params": {"classifier": {"recipe": {"epochs": 5, "iterations": None}}}}
-    put(measured(predictions(0.5, 0.52), provenance=recipe), "footing_cpu", "mixup", "mislas")
+    put(cell(predictions(0.5, 0.52), provenance=recipe), "footing_cpu", "mixup", "mislas")
     stage.main()
     assert "at the last epoch (200; stage 2 takes 5 epochs more: mixup/mislas)." in section("Everything on one")
 
 
 def test_seconds_of_unlike_conditions_say_theirs():
-    put(measured(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
+    put(cell(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
     cost = {"machine": "NVIDIA H200", "seconds": 9, "at_once": 1}
-    put(measured(predictions(0.5, 0.52), cost=cost), "footing_cpu", "mixup", "mislas")
+    put(cell(predictions(0.5, 0.52), cost=cost), "footing_cpu", "mixup", "mislas")
     stage.main()
     assert [row[9] for row in rows(section("Everything on one"))[1:3]] == ["1,041, 3 at a time", "9, 1 at a time"]
 
@@ -405,21 +414,22 @@ def test_seconds_of_unlike_conditions_say_theirs():
     ],
 )
 def test_what_shares_no_footing_is_refused(change, says):
-    put(measured(predictions(0.4, 0.42), provenance={"data": {"train_images.npy": "a"}}), "footing_cpu", "ce", "joint")
-    put(measured(predictions(0.4, 0.42)) | change, "footing_cpu", "mixup", "mislas")
+    same = {"provenance": {"data": {"train_images.npy": "a"}}}
+    put(cell(predictions(0.4, 0.42), **same), "footing_cpu", "ce", "joint")
+    put(cell(predictions(0.4, 0.42), **same | change), "footing_cpu", "mixup", "mislas")
     with pytest.raises(UserError, match=says):
         stage.main()
 
 
 def test_a_footing_is_of_one_precision():
     for name, classifier, precision in (("ce", "joint", "float32"), ("mixup", "mislas", "bf16")):
-        put(measured(predictions(0.4, 0.42), precision=precision), "footing_cpu", name, classifier)
+        put(cell(predictions(0.4, 0.42), precision=precision), "footing_cpu", name, classifier)
     with pytest.raises(
         UserError,
         match=r"mixup/mislas: the precision of its training is bf16, that of ce/joint float32: that is no common",
     ):
         stage.main()
-    put(measured(predictions(0.4, 0.42), precision="bf16"), "footing_cpu", "ce", "joint")
+    put(cell(predictions(0.4, 0.42), precision="bf16"), "footing_cpu", "ce", "joint")
     stage.main()
     assert "Trained in bf16, 3 networks at a time on NVIDIA H200." in section("Everything on one footing")
 
@@ -427,19 +437,21 @@ def test_a_footing_is_of_one_precision():
 def test_a_footing_table():
     right_1, right_2 = predictions(0.4, 0.41, 0.42), predictions(0.6, 0.62, 0.64, seed=1)
     after = predictions(0.6, 0.62, 0.65, seed=2)
-    numbers = {"top1": round(after.mean(), 6), "ece": 0.03, "nll": None, "few": 0.3}
-    mislas = measured(right_2, posthoc={"temperature": numbers | {"correct": encode(after)}})
-    joint = measured(right_1, posthoc={"pn_transductive": numbers | {"transductive": True}})
+    numbers = {"few": 0.3, "nll": None}
+    mislas = cell(right_2, posthoc={"temperature": numbers_of(after, 0.03, **numbers)})
+    unkept = numbers | {"transductive": True, "correct": None}
+    joint = cell(right_1, posthoc={"pn_transductive": numbers_of(after, 0.03, **unkept)})
     put(joint, "footing_cpu", "ce", "joint")
     put(mislas, "footing_cpu", "mixup", "mislas")
     stage.main()
     text = section("Everything on one footing")
     above, below = text.split("Top-1 of the row minus that of the column")
+    rest = ["—", "—", "30.00", "3.00 ± 0.00", "—", "3", "1,041"]
     assert rows(above)[1:] == [
         ["1", "ce/joint", "41.00 ± 1.00", "70.00", "50.00", "—", "5.12 ± 0.31", "1.500", "3", "1,041"],
         ["2", "mixup/mislas", "62.00 ± 2.00", "70.00", "50.00", "—", "5.12 ± 0.31", "1.500", "3", "1,041"],
-        ["3", "mixup/mislas + temperature", "62.33", "—", "—", "30.00", "3.00", "—", "3", "1,041"],
-        ["4", "ce/joint + pn_transductive †", "62.33", "—", "—", "30.00", "3.00", "—", "3", "1,041"],
+        ["3", "mixup/mislas + temperature", "62.33 ± 2.52", *rest],
+        ["4", "ce/joint + pn_transductive †", "62.33 ± 2.52", *rest],
     ]
     assert "Not run yet: fsgl/joint. `python -m stages.published --table short`" in above
     head, *matrix = rows(below)
@@ -500,7 +512,7 @@ def test_methods_that_agree_do_not_differ():
 @pytest.mark.parametrize("N", [2, 8, 9, 400, 10001])
 def test_bits_come_back(N):
     right = np.random.default_rng(N).random(N) < 0.3
-    unpacked = published.unpack(encode([right])["0"], N)
+    unpacked = measured.unpack(measured.pack(right), N)
     assert unpacked.dtype == bool
     assert np.array_equal(unpacked, right)
 
@@ -511,32 +523,100 @@ def test_bits_come_back(N):
 )
 def test_damaged_bits_are_refused(text, N, message):
     with pytest.raises(ValueError, match=message):
-        published.unpack(text, N)
+        measured.unpack(text, N)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top1": 0.6}, "footing_cpu/ce/joint: `correct` has 2 seeds and an accuracy of 0.41.* beside it 2 and 0.6"),
-        ({"seeds": 3}, "`correct` has 2 seeds"),
-        ({"correct": {"0": "AAAA"}}, "`correct` is damaged"),
-        ({"correct": {}}, "`correct` is damaged"),
+        (
+            {"top1": 0.6},
+            "footing_cpu/ce/joint: `correct` has an accuracy of 0.41.*, the numbers beside it 0.6.*: delete",
+        ),
+        ({"correct": "AAAA"}, "`correct` is damaged"),
         ({"test_images": 500}, "`correct` is damaged .*50 bytes are not one bit for each of 500 images"),
-        ({"epochs": "many"}, r"footing_cpu/ce/joint.json is damaged \(epochs: .*got 'many'"),
+        ({"epochs": "many"}, r"footing_cpu/ce/joint/seed0.json is damaged \(epochs: .*got 'many'"),
         ({"cost": {"machine": "a", "seconds": 1.0}}, r"is damaged \(cost.at_once: this key is missing"),
         ({"top1": 41.0}, r"is damaged \(top1: .*less than or equal to 1"),
     ],
 )
-def test_a_damaged_cell_is_named(change, message):
-    put(measured(predictions(0.4, 0.42)) | change, "footing_cpu", "ce", "joint")
+def test_a_damaged_seed_is_named(change, message):
+    put([run | change for run in cell(predictions(0.4, 0.42))], "footing_cpu", "ce", "joint")
     with pytest.raises(UserError, match=message) as caught:
         stage.main()
     assert "\n" not in str(caught.value)
     assert not stage.TEXT.exists()
 
 
-def test_a_cell_that_is_cut_off_is_named_with_how_it_is_made():
-    path = put(measured(predictions(0.4, 0.42)))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "bf16"}, "its precision is bf16, that of seed0.json float32, and the seeds of a cell must be"),
+        ({"epochs": 20}, "its epochs is 20, that of seed0.json 200"),
+        ({"evaluate": {"posthoc": {"tau": 2.0}}}, "its evaluate.posthoc.tau is 2.0, that of seed0.json None"),
+        (
+            {"provenance": {"params": {"representation": {"recipe": {"lr": 0.1}}}}},
+            "its provenance.params.representation.recipe.lr is 0.1, that of seed0.json None",
+        ),
+        (
+            {"provenance": {"data": {"train_images.npy": "b"}}},
+            "its provenance.data.train_images.npy is b, that of seed0",
+        ),
+        (
+            {"data": {"train_images": 10847, "official": False, "test_split": {"test_images.npy": "b"}}},
+            "its data.test_split.test_images.npy is b, that of seed0.json a",
+        ),
+    ],
+)
+def test_seeds_that_were_not_trained_and_measured_alike_are_no_cell(change, message):
+    first, second = cell(predictions(0.4, 0.42))
+    put([first, second | change])
+    with pytest.raises(
+        UserError, match=f"mixup/mislas/seed1.json: {message}.*: delete one of the two and run"
+    ) as caught:
+        stage.main()
+    assert "\n" not in str(caught.value)
+
+
+def test_seeds_of_two_machines_are_a_cell():
+    first, second, third = cell(predictions(0.44, 0.45, 0.46))
+    put([first, second | {"cost": {"machine": "CPU, 1 core", "seconds": 2000.0, "at_once": 1}}, third])
+    stage.main()
+    text = section("MiSLAS")
+    assert (
+        "Trained in float32, 3 networks at a time on NVIDIA H200; or in float32, one network at a time on CPU, 1 core."
+    ) in text
+    (line,) = pd.read_csv(stage.ROWS).dropna(subset="top1").to_dict("records")
+    said = (line["top1"], line["seeds"], line["seconds"], line["at_once"], line["machine"])
+    assert said == (45, 3, 1360.8, "1 to 3", "NVIDIA H200 and CPU, 1 core")
+
+
+def test_best_on_test_needs_every_seed():
+    runs = cell(predictions(0.44, 0.45, 0.46))
+    put([*runs[:2], runs[2] | {"best_on_test": None}])
+    stage.main()
+    (row,) = [row for row in rows(section("MiSLAS"))[1:] if row[:2] == ["cifar100_lt_100", "MiSLAS"] and row[4] != "—"]
+    assert row[4] == "45.00 ± 1.00"
+    assert row[8:11] == ["—", "—", "—"]
+
+
+def test_a_rule_that_a_seed_lacks_has_no_number():
+    runs = cell(predictions(0.5, 0.51), posthoc={"pn_transductive": numbers_of(predictions(0.51, 0.52), 0.04)})
+    put([runs[0], runs[1] | {"posthoc": {}}], representation="bagmar", classifier="joint")
+    stage.main()
+    ours = [row for row in rows(section("BaGMar"))[1:] if row[4] != "—"]
+    assert [row[1] for row in ours] == ["GALA loss (BaGMar)"]
+
+
+def test_a_file_of_another_name_among_the_seeds_is_named():
+    path = put(cell(predictions(0.4)))
+    path.rename(path.with_name("seed00.json"))
+    with pytest.raises(UserError, match=r"mixup/mislas/seed00\.json: must be called seed0\.json, seed1\.json, "):
+        stage.main()
+
+
+def test_a_seed_that_is_cut_off_is_named_with_how_it_is_made():
+    path = put(cell(predictions(0.4, 0.42)))
     path.write_text(path.read_text()[:100])
     with pytest.raises(UserError) as caught:
         stage.main()
@@ -547,10 +627,9 @@ def test_a_cell_that_is_cut_off_is_named_with_how_it_is_made():
 
 def test_cells_of_other_test_images_are_not_paired():
     """As many, but in another order, as an official archive and a folder have them."""
-    put(measured(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
-    other = measured(predictions(0.4, 0.42))
-    other["data"]["test_split"] = {"test_images.npy": "b"}
-    put(other, "footing_cpu", "mixup", "mislas")
+    put(cell(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
+    data = {"train_images": 10847, "official": False, "test_split": {"test_images.npy": "b"}}
+    put(cell(predictions(0.4, 0.42), data=data), "footing_cpu", "mixup", "mislas")
     with pytest.raises(UserError, match="mixup/mislas: was measured on another test split than ce/joint"):
         stage.main()
 
@@ -572,7 +651,7 @@ def test_a_wrong_footing_is_named(old, new, message):
 
 def test_the_same_bytes_twice():
     for representation, classifier in itertools.product(("ce", "mixup"), ("joint", "mislas")):
-        put(measured(predictions(0.4, 0.5)), "footing_cpu", representation, classifier)
+        put(cell(predictions(0.4, 0.5)), "footing_cpu", representation, classifier)
     outputs = (stage.TEXT, stage.ROWS, stage.PAIRS)
     stage.main()
     first = [path.read_bytes() for path in outputs]

@@ -373,6 +373,17 @@ RULES = {
 }
 
 
+def fit(
+    rules: dict[str, Strict], counts_K: np.ndarray, holdout_logits_NK: np.ndarray, holdout_labels_N: np.ndarray
+) -> dict[str, Fitted]:
+    """Each of `rules`, {name: Config}, fitted on a hold-out; where that is empty, those alone that need none."""
+    return {
+        name: RULES[name].fit(config, counts_K, holdout_logits_NK, holdout_labels_N)
+        for name, config in rules.items()
+        if len(holdout_labels_N) or not RULES[name].needs_holdout(config)
+    }
+
+
 def configure(blocks: dict[str, dict[str, Any]]) -> dict[str, Strict]:
     """The checked Config of each rule named in `blocks`. Raises UserError (one line) for an unknown rule or setting."""
     where = "evaluate.posthoc"

@@ -3,155 +3,25 @@
 Fractions in the measurements, percent in the references and in whatever is read. Imports no torch.
 """
 
-import base64
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.stats import bootstrap
 
-from tailcal import files, params
 from tailcal.errors import UserError
+from tailcal.measured import AGAIN, BestNumbers, Cells, Measured, Numbers, Run, unpack
 from tailcal.metrics.cell import HEADLINE
-from tailcal.plan import PLAIN, PLAN, Footing, Plan, cell_name
+from tailcal.plan import AS_TRAINED, PLAIN, PLAN, Footing, Plan, cell_name
 from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
 
 MISS = 1.0  # points beyond the spread of the seeds from which on a difference is marked
 RESAMPLES = 2000  # of the test images, by the bootstrap
 CONFIDENCE = 0.95
 SEEDS = 3  # of each of two methods, below which nothing is known of the spread of their difference
-AGAIN = "run `python -m stages.published --missing`"  # how a cell's file is made
 ROUNDING = 1e-5  # by which a stored accuracy may differ from that of the predictions beside it
-
-
-class _Part(BaseModel):
-    """A part of a measurement. It has keys beside those that are used here."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
-
-
-Count = Annotated[int, Field(ge=1)]
-Spread = Annotated[float, Field(ge=0)] | None
-Line = Annotated[str, Field(pattern=r"^[^|\n]+$")]  # what stands in a cell of a Markdown table
-
-
-class Numbers(_Part):
-    """Means over seeds and their standard deviations, fractions; None where there is none."""
-
-    top1: params.Fraction
-    top1_std: Spread = None
-    many: params.Fraction | None = None
-    medium: params.Fraction | None = None
-    few: params.Fraction | None = None
-    ece: params.Fraction | None
-    ece_std: Spread = None
-    nll: float | None
-    transductive: bool = False
-    correct: dict[str, str] | None = None  # {seed: as `unpack` reads it}
-
-
-class Data(_Part):
-    """official: the images of the official archive and so the published list of them, and not a folder's.
-    test_split: SHA-256 of the test split's files."""
-
-    train_images: Count
-    official: bool
-    test_split: dict[str, str]
-
-
-class Cost(_Part):
-    """seconds: training one network, stage 1 and 2, with `at_once` networks side by side."""
-
-    machine: Line
-    seconds: Annotated[float, Field(ge=0)]
-    at_once: Count
-
-
-class BestNumbers(_Part):
-    """Means over seeds, each seed at the epoch that is best on the test split, and their standard deviations; and the
-    least and the most ECE of any epoch and seed (files from before it was kept do not say it)."""
-
-    top1: params.Fraction
-    top1_std: Spread = None
-    ece: params.Fraction
-    ece_std: Spread = None
-    ece_least: params.Fraction | None = None
-    ece_most: params.Fraction | None = None
-
-
-class Best(BestNumbers):
-    """The best of the last `epochs` epochs, as trained and after post-hoc rules: a diagnostic."""
-
-    epochs: Count
-    posthoc: dict[str, BestNumbers] = {}
-
-
-class Stage2(_Part):
-    """What stage 2 trained by: its `recipe` has `epochs` or `iterations`; a method that takes no step has none."""
-
-    recipe: dict[str, Any] = {}
-
-
-class Trainings(_Part):
-    """The parameters of a cell, as far as they are used here."""
-
-    classifier: Stage2 = Stage2()
-
-
-class Provenance(_Part):
-    """data: SHA-256 of the training split's files."""
-
-    params: Trainings = Trainings()
-    data: dict[str, str] = {}
-
-
-class Measured(Numbers):
-    """A cell as it was measured: a file of metrics/published/cells."""
-
-    seeds: Count
-    posthoc: dict[str, Numbers] = {}
-    data: Data
-    cost: Cost
-    best_on_test: Best | None = None
-    epochs: Count
-    backbone: Line
-    precision: Line = "float32"  # of training; files from before there was a choice do not say it
-    test_images: Annotated[int, Field(ge=2)]
-    provenance: Provenance = Provenance()
-
-    @property
-    def stage2(self) -> str | None:
-        """How long its stage 2 trains, `5 epochs` say; None where it takes no step."""
-        recipe = self.provenance.params.classifier.recipe
-        return next((f"{recipe[unit]} {unit}" for unit in ("epochs", "iterations") if recipe.get(unit)), None)
-
-    def after(self, rule: str) -> Numbers | None:
-        """The numbers after a post-hoc rule, as trained for a rule of PLAIN, None where the rule was not applied."""
-        return self if rule in PLAIN else self.posthoc.get(rule)
-
-
-Cells = dict[tuple[str, str, str], Measured]
-
-
-def read_measured(folder: Path) -> Cells:
-    """Every cell measured below `folder`, by (data set, representation, classifier).
-
-    Raises UserError naming a file that is damaged.
-    """
-    return {(*path.parts[-3:-1], path.stem): read_cell(path) for path in sorted(folder.glob("*/*/*.json"))}
-
-
-def read_cell(path: Path) -> Measured:
-    """One measured cell. Raises UserError naming the file when it is missing or damaged."""
-    content = files.read_json(path, AGAIN)
-    try:
-        return Measured.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path} is damaged ({params.describe(error, '')}): delete it and {AGAIN}") from None
 
 
 def _less(ours: float | None, published: float | None) -> float | None:
@@ -181,8 +51,7 @@ class Comparison:
     @property
     def best(self) -> BestNumbers | None:
         """Ours at the epoch that is best on test after the row's rule."""
-        best = self.cell and self.cell.best_on_test
-        return best.posthoc.get(self.reference.rule) if best and self.reference.rule not in PLAIN else best
+        return self.cell and self.cell.best(self.reference.rule)
 
     @property
     def difference(self) -> float | None:
@@ -247,7 +116,7 @@ def _flat(row: Comparison) -> dict[str, Any]:
         "best_on_test_ece": best and points(best.ece, 4),
         "late_ece_least": best and points(best.ece_least, 4),
         "late_ece_most": best and points(best.ece_most, 4),
-        "best_on_test_epochs": best and cell.best_on_test.epochs,
+        "best_on_test_epochs": best and cell.late_epochs,
         "ece": ours and points(ours.ece, 4),
         "ece_std": ours and points(ours.ece_std, 4),
         "difference": row.difference,
@@ -255,14 +124,14 @@ def _flat(row: Comparison) -> dict[str, Any]:
         "ece_difference": row.ece_difference,
         "ece_misses": None if row.ece_difference is None else row.ece_misses,
         "seeds": cell and cell.seeds,
-        "seconds": cell and cell.cost.seconds,
-        "at_once": cell and cell.cost.at_once,
-        "machine": cell and cell.cost.machine,
-        "measured_backbone": cell and cell.backbone,
-        "measured_epochs": cell and cell.epochs,
-        "precision": cell and cell.precision,
-        "train_images": cell and cell.data.train_images,
-        "official": cell and cell.data.official,
+        "seconds": cell and cell.seconds,
+        "at_once": cell and cell.at_once,
+        "machine": cell and " and ".join(dict.fromkeys(run.cost.machine for run in cell.runs)),
+        "measured_backbone": cell and cell.one.backbone,
+        "measured_epochs": cell and cell.one.epochs,
+        "precision": cell and cell.one.precision,
+        "train_images": cell and cell.one.data.train_images,
+        "official": cell and cell.one.data.official,
         "source": published.source,
         "note": published.note,
     }
@@ -301,28 +170,28 @@ def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], lis
             continue
         where = f"{footing.dataset}/{name}"
         if found:
-            _require_common(where, cell, found[0])
+            _require_common(where, cell.one, found[0])
         trained = cell_name(row.representation, row.classifier)
         found.append(FootingRow(name, trained, cell, numbers, _correct(numbers, cell, where)))
     return found, missing
 
 
-def _require_common(where: str, cell: Measured, first: FootingRow) -> None:
+def _require_common(where: str, cell: Run, first: FootingRow) -> None:
     """Raise UserError when a cell cannot stand in one table with the first row's."""
-    for what, ours, theirs in _shared(cell, first.cell):
+    for what, ours, theirs in _shared(cell, first.cell.one):
         if ours != theirs:
             raise UserError(
                 f"{where}: {what} {ours}, that of {first.name} {theirs}: that is no common footing, make one of "
                 "the two again"
             )
-    if cell.data.test_split != first.cell.data.test_split:
+    if cell.data.test_split != first.cell.one.data.test_split:
         raise UserError(
             f"{where}: was measured on another test split than {first.name}, other images or another order of "
             "them: make one of the two again"
         )
 
 
-def _shared(cell: Measured, first: Measured) -> Iterator[tuple[str, Any, Any]]:
+def _shared(cell: Run, first: Run) -> Iterator[tuple[str, Any, Any]]:
     """What two rows of a footing must share, in words: what it is, and what it is of the one and of the other."""
     yield "the precision of its training is", cell.precision, first.precision
     yield "its backbone is", cell.backbone, first.backbone
@@ -337,31 +206,15 @@ def _correct(numbers: Numbers, cell: Measured, where: str) -> np.ndarray | None:
     if numbers.correct is None:
         return None
     try:
-        correct_SN = np.stack([unpack(text, cell.test_images) for text in numbers.correct.values()])
+        correct_SN = np.stack([unpack(text, cell.one.test_images) for text in numbers.correct])
     except ValueError as error:
-        raise UserError(f"{where}: `correct` is damaged ({error}): delete the cell's file and {AGAIN}") from None
-    if len(correct_SN) != cell.seeds or abs(correct_SN.mean() - numbers.top1) > ROUNDING:
+        raise UserError(f"{where}: `correct` is damaged ({error}): delete the cell's files and {AGAIN}") from None
+    if abs(correct_SN.mean() - numbers.top1) > ROUNDING:
         raise UserError(
-            f"{where}: `correct` has {len(correct_SN)} seeds and an accuracy of {correct_SN.mean():.6f}, the numbers "
-            f"beside it {cell.seeds} and {numbers.top1:.6f}: delete the cell's file and {AGAIN}"
+            f"{where}: `correct` has an accuracy of {correct_SN.mean():.6f}, the numbers beside it {numbers.top1:.6f}: "
+            f"delete the cell's files and {AGAIN}"
         )
     return correct_SN
-
-
-def pack(hits: np.ndarray) -> str:
-    """bool [N] as base64 of numpy.packbits, which `unpack` reads."""
-    return base64.b64encode(np.packbits(hits).tobytes()).decode()
-
-
-def unpack(text: str, N: int) -> np.ndarray:
-    """bool [N] from base64 of numpy.packbits. Raises ValueError when the text is anything else."""
-    packed = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
-    if len(packed) != -(-N // 8):
-        raise ValueError(f"{len(packed)} bytes are not one bit for each of {N} images")
-    bits = np.unpackbits(packed).astype(bool)
-    if bits[N:].any():
-        raise ValueError(f"it says something of more than {N} images")
-    return bits[:N]
 
 
 @dataclass(frozen=True)
@@ -431,7 +284,10 @@ def footing_table(name: str, footing: Footing, cells: Cells) -> FootingTable:
 
 def summary(cells: Cells) -> dict[str, dict[str, float | None]]:
     """The few numbers of each cell that `dvc metrics` lists: fractions, by data set/representation/classifier."""
-    return {"/".join(cell): {name: getattr(numbers, name) for name in HEADLINE} for cell, numbers in cells.items()}
+    return {
+        "/".join(name): {number: getattr(cell.after(AS_TRAINED), number) for number in HEADLINE}
+        for name, cell in cells.items()
+    }
 
 
 PAIR_COLUMNS = ["footing", "dataset", "first", "second", "difference", "low", "high", "excludes_zero", "seeds_apart"]
@@ -451,7 +307,7 @@ def pair_rows(tables: list[FootingTable]) -> pd.DataFrame:
             "high": points(pair.high, 4),
             "excludes_zero": pair.excludes_zero,
             "seeds_apart": pair.apart,
-            "test_images": table.rows[pair.row].cell.test_images,
+            "test_images": table.rows[pair.row].cell.one.test_images,
         }
         for table in tables
         for pair in table.pairs

@@ -3,18 +3,8 @@
 import re
 from collections.abc import Iterable
 
-from tailcal.published import (
-    CONFIDENCE,
-    MISS,
-    RESAMPLES,
-    SEEDS,
-    Comparison,
-    FootingRow,
-    FootingTable,
-    Measured,
-    Numbers,
-    points,
-)
+from tailcal.measured import Measured, Numbers
+from tailcal.published import CONFIDENCE, MISS, RESAMPLES, SEEDS, Comparison, FootingRow, FootingTable, points
 from tailcal.references import TITLES
 from tailcal.tables import DASH, MARK, Table, bold_if, signed, span
 
@@ -40,7 +30,7 @@ def paper(name: str, rows: list[Comparison], command: str) -> str:
     command: what runs the cells that are missing.
     """
     sources = list(dict.fromkeys((row.reference.source, row.reference.note) for row in rows))
-    best = {row.cell.best_on_test.epochs for row in rows if row.best}
+    best = {row.cell.late_epochs for row in rows if row.best}
     header = ["data set", "method", "published top-1", "published ECE", "our top-1", "difference"]
     header += ["our ECE", "ECE difference"]
     header += [f"best on test, last {span(best)} epochs" if best else "best on test", "ECE there", "ECE in all"]
@@ -65,17 +55,17 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[str]:
         _spread(row.best and row.best.ece, row.best and row.best.ece_std),
         _between(row.best and row.best.ece_least, row.best and row.best.ece_most),
         str(row.cell.seeds) if ours else DASH,
-        f"{row.cell.cost.seconds:,.0f}" if ours else DASH,
+        f"{row.cell.seconds:,.0f}" if ours else DASH,
         f"[{sources.index((published.source, published.note)) + 1}]",
     ]
 
 
 def _caption(rows: list[Comparison]) -> str:
-    measured = [row.cell for row in rows if row.numbers]
-    if not measured:
+    epochs = {row.cell.one.epochs for row in rows if row.numbers}
+    if not epochs:
         return "Nothing of this table has been run yet."
     return (
-        f"Ours: mean ± standard deviation over seeds, at the last epoch ({span({cell.epochs for cell in measured})}). "
+        f"Ours: mean ± standard deviation over seeds, at the last epoch ({span(epochs)}). "
         "Differences: ours minus published, in points; **bold** where larger, up or down, than "
         f"{MISS:g} point plus our standard deviation (with one seed: than {MISS:g} point). "
         f"{_networks_behind([row for row in rows if row.numbers])} "
@@ -97,10 +87,12 @@ def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
     """Sentences: in which precision, on which machine and on which images these (data set, cell) were trained."""
     measured = list(measured)
     machines = {
-        f"in {cell.precision}, {_networks(cell.cost.at_once)} at a time on {cell.cost.machine}": None
+        f"in {run.precision}, {_networks(run.cost.at_once)} at a time on {run.cost.machine}": None
         for _, cell in measured
+        for run in cell.runs
     }
-    drawn = {f"{name} ({cell.data.train_images:,})": None for name, cell in measured if not cell.data.official}
+    data = {name: cell.one.data for name, cell in measured}
+    drawn = [f"{name} ({of.train_images:,})" for name, of in data.items() if not of.official]
     sentences = [f"Trained {'; or '.join(machines)}."]
     if drawn:
         sentences.append(
@@ -170,9 +162,10 @@ def _other(row: Comparison) -> str:
         "epochs": re.match(r"\d*", row.reference.epochs)[0],  # of 200+10 those of stage 1
         "backbone": row.reference.backbone.lower().replace("-", "").partition(" ")[0],
     }
-    ours = {"epochs": str(row.cell.epochs), "backbone": row.cell.backbone}
+    one = row.cell.one
+    ours = {"epochs": str(one.epochs), "backbone": one.backbone}
     other = [f"{key} {ours[key]} (published {text})" for key, text in published.items() if text not in ("", ours[key])]
-    return ", ".join(other + ([] if row.cell.precision == "float32" else [f"in {row.cell.precision}"]))
+    return ", ".join(other + ([] if one.precision == "float32" else [f"in {one.precision}"]))
 
 
 def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], command: str) -> str:
@@ -228,7 +221,7 @@ def _short(row: Comparison) -> list[str]:
         _spread(ours.ece, ours.ece_std),
         bold_if(_difference(row.ece_difference), row.ece_misses),
         str(row.cell.seeds),
-        f"{row.cell.cost.seconds:,.0f}",
+        f"{row.cell.seconds:,.0f}",
     ]
 
 
@@ -263,9 +256,10 @@ _PAIRS = (
 
 def _footing_caption(table: FootingTable) -> str:
     cells = [row.cell for row in table.rows]
+    one = cells[0].one
     return (
-        f"{table.footing.dataset}, {cells[0].test_images:,} test images, {cells[0].backbone}; mean ± standard "
-        f"deviation over seeds, at the last epoch ({cells[0].epochs}{_stage2(table.rows)}). Accuracies and ECE are in "
+        f"{table.footing.dataset}, {one.test_images:,} test images, {one.backbone}; mean ± standard "
+        f"deviation over seeds, at the last epoch ({one.epochs}{_stage2(table.rows)}). Accuracies and ECE are in "
         "%; the negative log-likelihood (NLL) has no unit. Many, medium and few are classes with more than 100, 20 to "
         f"100 and fewer than 20 training images. {DASH}: there is no such class, or no such number. "
         f"{_conditions((table.footing.dataset, cell) for cell in cells)}"
@@ -285,7 +279,7 @@ def _stage2(found: list[FootingRow]) -> str:
 
 
 def _footing_numbers(found: list[FootingRow]) -> Table:
-    alike = len({row.cell.cost.at_once for row in found}) == 1  # networks side by side take longer each
+    alike = len({row.cell.at_once for row in found}) == 1  # networks side by side take longer each
     header = ["no.", "method", "top-1", "many", "medium", "few", "ECE", "NLL", "seeds", "s per network"]
     rows = [
         [
@@ -296,7 +290,7 @@ def _footing_numbers(found: list[FootingRow]) -> Table:
             _spread(row.numbers.ece, row.numbers.ece_std),
             DASH if row.numbers.nll is None else f"{row.numbers.nll:.3f}",
             str(row.cell.seeds),
-            f"{row.cell.cost.seconds:,.0f}" + ("" if alike else f", {row.cell.cost.at_once} at a time"),
+            f"{row.cell.seconds:,.0f}" + ("" if alike else f", {row.cell.at_once} at a time"),
         ]
         for number, row in enumerate(found, start=1)
     ]

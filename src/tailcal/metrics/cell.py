@@ -46,6 +46,11 @@ def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, b
     return numbers
 
 
+def rounded(numbers: Numbers) -> Numbers:
+    """The same to DIGITS, as they are written."""
+    return {name: None if value is None else round(value, DIGITS) for name, value in numbers.items()}
+
+
 def over_seeds(runs: list[Numbers]) -> Numbers:
     """Mean of each number over the seeds, and beside it <name>_std, the sample standard deviation (ddof = 1).
 
@@ -55,6 +60,6 @@ def over_seeds(runs: list[Numbers]) -> Numbers:
     for name in runs[0]:
         values = [run[name] for run in runs]
         known = None not in values
-        summary[name] = round(float(np.mean(values)), DIGITS) if known else None
-        summary[f"{name}_std"] = round(float(np.std(values, ddof=1)), DIGITS) if known and len(runs) > 1 else None
-    return summary
+        summary[name] = float(np.mean(values)) if known else None
+        summary[f"{name}_std"] = float(np.std(values, ddof=1)) if known and len(runs) > 1 else None
+    return rounded(summary)

@@ -1,0 +1,295 @@
+"""What was measured of the cells of the published tables: a file for each seed, and the seeds of a cell together.
+
+Seeds may be trained on different days and machines, as hours of a GPU come; that they were trained and measured in the
+same way is checked when they are joined. Fractions throughout. Imports no torch.
+"""
+
+import base64
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tailcal import files, params
+from tailcal.errors import UserError
+from tailcal.metrics.cell import over_seeds
+from tailcal.plan import PLAIN
+from tailcal.tables import flat, span
+
+AGAIN = "run `python -m stages.published --missing`"  # how a file is made
+
+
+class _Part(BaseModel):
+    """A part of a measurement. It has keys beside those that are used here."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=1)]
+Line = Annotated[str, Field(pattern=r"^[^|\n]+$")]  # what stands in a cell of a Markdown table
+
+
+class RunNumbers(_Part):
+    """What one seed's network does on the test split, fractions; None where there is none. `correct` says which images
+    it gets right, as `unpack` reads it."""
+
+    top1: params.Fraction
+    many: params.Fraction | None = None
+    medium: params.Fraction | None = None
+    few: params.Fraction | None = None
+    ece: params.Fraction | None
+    nll: float | None
+    transductive: bool = False
+    correct: str | None = None
+
+
+class Data(_Part):
+    """official: the images of the official archive and so the published list of them, and not a folder's.
+    test_split: SHA-256 of the test split's files."""
+
+    train_images: Count
+    official: bool
+    test_split: dict[str, str]
+
+
+class Cost(_Part):
+    """seconds: training one network, stage 1 and 2, with `at_once` networks side by side."""
+
+    machine: Line
+    seconds: Annotated[float, Field(ge=0)]
+    at_once: Count
+
+
+class RunBestNumbers(_Part):
+    """At the late epoch that is best on the test split; and the least and the most ECE of any late epoch."""
+
+    top1: params.Fraction
+    ece: params.Fraction
+    ece_least: params.Fraction | None = None  # one file is from before it was kept
+    ece_most: params.Fraction | None = None
+
+
+class RunBest(RunBestNumbers):
+    """The best of the last `epochs` epochs, as trained and after post-hoc rules: a diagnostic."""
+
+    epochs: Count
+    posthoc: dict[str, RunBestNumbers] = {}
+
+
+class Stage2(_Part):
+    """What stage 2 trained by: its `recipe` has `epochs` or `iterations`; a method that takes no step has none."""
+
+    model_config = ConfigDict(extra="allow")
+
+    recipe: dict[str, Any] = {}
+
+
+class Trainings(_Part):
+    """The parameters of a cell."""
+
+    model_config = ConfigDict(extra="allow")
+
+    classifier: Stage2 = Stage2()
+
+
+class Provenance(_Part):
+    """data: SHA-256 of the training split's files."""
+
+    params: Trainings = Trainings()
+    data: dict[str, str] = {}
+
+
+class Run(RunNumbers):
+    """One seed of a cell, as it was measured: a file of metrics/published/cells. `evaluate`: how it was measured, as in
+    params.yaml."""
+
+    posthoc: dict[str, RunNumbers] = {}
+    data: Data
+    cost: Cost
+    best_on_test: RunBest | None = None
+    epochs: Count
+    backbone: Line
+    precision: Line  # of training
+    test_images: Annotated[int, Field(ge=2)]
+    evaluate: dict[str, Any] = {}
+    provenance: Provenance = Provenance()
+
+    def shared(self) -> dict[str, str]:
+        """What all seeds of a cell must have in common, in words."""
+        return flat(
+            {
+                "precision": self.precision,
+                "backbone": self.backbone,
+                "epochs": self.epochs,
+                "evaluate": self.evaluate,
+                "data": self.data.model_dump(),
+                "provenance": self.provenance.model_dump(),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Means over seeds and their standard deviations, fractions; None where there is none."""
+
+    top1: float
+    top1_std: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    ece: float | None
+    ece_std: float | None
+    nll: float | None
+    transductive: bool
+    correct: list[str] | None  # of each seed
+
+
+@dataclass(frozen=True)
+class BestNumbers:
+    """Means over seeds, each seed at the epoch that is best on the test split, and their standard deviations; and the
+    least and the most ECE of any late epoch and seed."""
+
+    top1: float
+    top1_std: float | None
+    ece: float
+    ece_std: float | None
+    ece_least: float | None
+    ece_most: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell: what was measured of each of its seeds, which were trained and tested in the same way."""
+
+    runs: list[Run]
+
+    @property
+    def seeds(self) -> int:
+        """How many."""
+        return len(self.runs)
+
+    @property
+    def one(self) -> Run:
+        """The first seed, for what is the same in all."""
+        return self.runs[0]
+
+    @property
+    def seconds(self) -> float:
+        """Training one network, both stages; mean over seeds."""
+        return round(float(np.mean([run.cost.seconds for run in self.runs])), 1)
+
+    @property
+    def at_once(self) -> str:
+        """How many networks were trained side by side."""
+        return span({run.cost.at_once for run in self.runs})
+
+    @property
+    def stage2(self) -> str | None:
+        """How long its stage 2 trains, `5 epochs` say; None where it takes no step."""
+        recipe = self.one.provenance.params.classifier.recipe
+        return next((f"{recipe[unit]} {unit}" for unit in ("epochs", "iterations") if recipe.get(unit)), None)
+
+    def after(self, rule: str) -> Numbers | None:
+        """The numbers after a post-hoc rule, as trained for a rule of PLAIN, None where the rule was not applied."""
+        found = self.runs if rule in PLAIN else [run.posthoc.get(rule) for run in self.runs]
+        if None in found:
+            return None
+        means = over_seeds([one.model_dump(include={"top1", "many", "medium", "few", "ece", "nll"}) for one in found])
+        return Numbers(
+            **{name: means[name] for name in Numbers.__dataclass_fields__ if name in means},
+            transductive=found[0].transductive,
+            correct=None if None in (kept := [one.correct for one in found]) else kept,
+        )
+
+    @property
+    def late_epochs(self) -> int | None:
+        """Of how many epochs the best on test were found; None where they were not, in each seed alike."""
+        epochs = {run.best_on_test and run.best_on_test.epochs for run in self.runs}
+        return epochs.pop() if len(epochs) == 1 else None
+
+    def best(self, rule: str) -> BestNumbers | None:
+        """The numbers at the epoch that is best on test after a rule, as `after` has those of the last epoch."""
+        if self.late_epochs is None:
+            return None
+        every = [run.best_on_test for run in self.runs]
+        found = every if rule in PLAIN else [best.posthoc.get(rule) for best in every]
+        if None in found:
+            return None
+        means = over_seeds([one.model_dump(include={"top1", "ece"}) for one in found])
+        known = all(one.ece_least is not None for one in found)
+        return BestNumbers(
+            **means,
+            ece_least=min(one.ece_least for one in found) if known else None,
+            ece_most=max(one.ece_most for one in found) if known else None,
+        )
+
+
+CellName = tuple[str, str, str]  # data set, representation, classifier
+Cells = dict[CellName, Measured]
+
+
+def run_file(folder: Path, cell: CellName, seed: int) -> Path:
+    """Where one seed of a cell lies below metrics/published/cells, which is `folder`."""
+    return folder.joinpath(*cell, f"seed{seed}.json")
+
+
+def run_files(folder: Path, cell: CellName) -> dict[int, Path]:
+    """The files of a cell, by seed. Raises UserError naming one that is called otherwise."""
+    found = {}
+    for path in folder.joinpath(*cell).glob("*.json"):
+        if not (name := re.fullmatch(r"seed(0|[1-9]\d*)", path.stem)):
+            raise UserError(f"{path}: must be called seed0.json, seed1.json, ...: move it away")
+        found[int(name[1])] = path
+    return dict(sorted(found.items()))
+
+
+def read_measured(folder: Path) -> Cells:
+    """Every cell measured below `folder`.
+
+    Raises UserError naming a file that is damaged, and a seed that was trained otherwise than the first of its cell.
+    """
+    cells = sorted({path.parent.relative_to(folder).parts for path in folder.glob("*/*/*/*.json")})
+    return {cell: join(run_files(folder, cell).values()) for cell in cells}
+
+
+def join(paths: Iterable[Path]) -> Measured:
+    """The cell whose seeds are in these files. Raises UserError as `read_measured` does."""
+    runs = {path: read_run(path) for path in paths}
+    (first, expected), *others = [(path, run.shared()) for path, run in runs.items()]
+    for path, shared in others:
+        for key in sorted(expected.keys() | shared.keys()):
+            if shared.get(key) != expected.get(key):
+                raise UserError(
+                    f"{path}: its {key} is {shared.get(key)}, that of {first.name} {expected.get(key)}, and the seeds "
+                    f"of a cell must be trained and measured in the same way: delete one of the two and {AGAIN}"
+                )
+    return Measured(list(runs.values()))
+
+
+def read_run(path: Path) -> Run:
+    """One seed of a measured cell. Raises UserError naming the file when it is missing or damaged."""
+    content = files.read_json(path, AGAIN)
+    try:
+        return Run.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({params.describe(error, '')}): delete it and {AGAIN}") from None
+
+
+def pack(hits: np.ndarray) -> str:
+    """bool [N] as base64 of numpy.packbits, which `unpack` reads."""
+    return base64.b64encode(np.packbits(hits).tobytes()).decode()
+
+
+def unpack(text: str, N: int) -> np.ndarray:
+    """bool [N] from base64 of numpy.packbits. Raises ValueError when the text is anything else."""
+    packed = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
+    if len(packed) != -(-N // 8):
+        raise ValueError(f"{len(packed)} bytes are not one bit for each of {N} images")
+    bits = np.unpackbits(packed).astype(bool)
+    if bits[N:].any():
+        raise ValueError(f"it says something of more than {N} images")
+    return bits[:N]
