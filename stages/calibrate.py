@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from stages import paths
-from stages.seeds import train_seeds, write_costs, write_seeds
+from stages.seeds import read_images, train_seeds, write_costs, write_seeds
 from tailcal import (
     checkpoint,
     distributed,
@@ -26,7 +26,6 @@ from tailcal import (
     seal,
     settings,
     splits,
-    store,
     train,
     weights,
 )
@@ -81,7 +80,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     longtail = paths.longtail(dataset_name)
     meta = splits.read_meta(longtail)
     counts = torch.tensor(meta["train_counts"])
-    data = store.Images(*splits.read_split(longtail, "train"), dataset.augmentation, device, p.runtime.placement)
+    data = read_images(longtail, "train", dataset, device, p.runtime.placement)
     stage1 = paths.representation(dataset_name, representation)
     upstream = read_upstream(stage1 / "provenance.json")
     if any(upstream["data"].get(name) != meta["checksums"].get(name) for name in TRAINING_SPLIT):
@@ -107,7 +106,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     scratch = paths.scratch("calibrate", *cell) / checkpoint.fingerprint(depends)
 
     def make(seed: int) -> tuple[models.Network, method.Method]:
-        network = models.build(**upstream["network"])
+        network = models.rebuild(upstream["network"], stage1 / "provenance.json")
         weights.load_weights(network, stage1 / f"seed{seed}.safetensors", upstream["weights"].get(f"seed{seed}"))
         return network, method.load(training.method)(training.settings, counts)
 
@@ -120,8 +119,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     checksums = {f"seed{seed}.safetensors": checksum for seed, checksum in written.items()}
 
     placed = {
-        split: store.Images(*splits.read_split(longtail, split), dataset.augmentation, device, p.runtime.placement)
-        for split in ("holdout", "test")
+        split: read_images(longtail, split, dataset, device, p.runtime.placement) for split in ("holdout", "test")
     }
     logits = {
         split: train.predict([one.network for one in trained.values()], images, p.runtime)

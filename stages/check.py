@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stages import paths
-from stages.subsample import check_augmentation
-from tailcal import errors, files, lock, method, params, posthoc, provenance, settings, sources, weights
+from tailcal import errors, files, lock, method, params, posthoc, provenance, settings, sources, splits, weights
 
 TEMPLATES = provenance.PACKAGE / "templates"
 
@@ -57,7 +56,7 @@ def main() -> None:
         dataset = params.dataset(p, name)
         source = sources.configure(dataset)
         if isinstance(source, sources.ImageFiles):
-            check_augmentation(dataset, source.size, source.size, source.channels)
+            splits.check_augmentation(dataset, source.size, source.size, source.channels)
         begins = {"pretrained": pretrained(dataset)} if name in p.grid.datasets and dataset.pretrained else {}
         resolved["download", name] = {"source": source.model_dump()} | code("download", sources.module(source.kind))
         resolved["subsample", name] = {

@@ -143,7 +143,10 @@ def evaluate(p: params.Params, where: dict[str, str]) -> None:
     write_table(plots / "per_class.csv", per_class_table(cell, names, counts_K))
     write_table(plots / "confusion.csv", confusion_table(cell, names))
     numbers = metrics(cell, counts_K, rules, p.evaluate.bins)
-    about = {"images": {key: meta[key] for key in ("skipped", "duplicates")}, "provenance": provenance}
+    about = {
+        "images": {key: meta[key] for key in ("skipped", "duplicates")},
+        "provenance": provenance | {"evaluate": p.evaluate.model_dump()},
+    }
     files.write_json(paths.metrics(**where), numbers | about)
     files.write_json(paths.headline(**where), {name: numbers[name] for name in HEADLINE})
 

@@ -17,6 +17,7 @@ import pandas as pd
 
 from stages import paths, workspace
 from stages.calibrate import read_upstream
+from stages.seeds import read_images
 from tailcal import (
     errors,
     files,
@@ -28,7 +29,6 @@ from tailcal import (
     predictions,
     settings,
     splits,
-    store,
     train,
     weights,
 )
@@ -63,10 +63,8 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     training = settings.training(p, where["dataset"], where["classifier"], "classifiers")
     block = training.settings.model_dump()
     dataset = params.dataset(p, where["dataset"])
-    images, labels = splits.read_split(longtail, "test")
-    data = store.Images(
-        images, labels, dataset.augmentation, train.prepare(p.runtime, p.precision), p.runtime.placement
-    )
+    data = read_images(longtail, "test", dataset, train.prepare(p.runtime, p.precision), p.runtime.placement)
+    labels = data.labels.cpu().numpy()
     without = (np.empty((0, len(counts))), np.empty(0, dtype=np.int64))  # a hold-out
     rules = posthoc.fit(posthoc.configure(p.evaluate.posthoc), counts, *without)
     found = {}
@@ -123,20 +121,19 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
         "best_on_test": late,
         "data": {
             "train_images": sum(meta["train_counts"]),
-            "official": meta["source"]["kind"] in workspace.OFFICIAL,
+            "official": meta["source"]["kind"] != "folder",
             "test_split": {name: meta["checksums"][name] for name in ("test_images.npy", "test_labels.npy")},
         },
         "backbone": training.backbone,
         "precision": p.precision,
         "epochs": history["epoch"].nunique(),
         "test_images": sum(meta["test_counts"]),
-        "evaluate": p.evaluate.model_dump(),
         "cost": {
             "machine": cost["machine"]["name"],
             "seconds": round(workspace.seconds(where, seed), 1),
             "at_once": cost["at_once"],
         },
-        "provenance": provenance,
+        "provenance": provenance | {"evaluate": p.evaluate.model_dump()},
     }
 
 
@@ -168,24 +165,34 @@ def select(
 ) -> dict[tuple[str, str, int], list[str]]:
     """{(data set, representation, late epochs): classifiers} of what is asked for; None asks for all of its kind.
 
-    Raises UserError for a table that is not there, and when nothing is left.
+    Raises UserError for a name that is not there, and when nothing is left.
     """
-    for name in tables or []:
-        if name not in chosen.tables:
-            raise errors.UserError(f"--table {name}: there is none of that name: there are {', '.join(chosen.tables)}")
+    _require_known("table", tables, chosen.tables)
+    found = [
+        (table.late_epochs, *cells)
+        for name, table in chosen.tables.items()
+        if name in (tables or [name])
+        for cells in table.cells()
+    ]
+    _require_known("dataset", datasets, [dataset for _, dataset, _, _ in found])
+    _require_known("representation", representations, [representation for _, _, representation, _ in found])
     asked: dict[tuple[str, str, int], list[str]] = {}
-    for name in tables or chosen.tables:
-        table = chosen.tables[name]
-        for dataset, representation, classifiers in table.cells():
-            if dataset in (datasets or [dataset]) and representation in (representations or [representation]):
-                asked.setdefault((dataset, representation, table.late_epochs), []).extend(classifiers)
+    for late_epochs, dataset, representation, classifiers in found:
+        if dataset in (datasets or [dataset]) and representation in (representations or [representation]):
+            asked.setdefault((dataset, representation, late_epochs), []).extend(classifiers)
     if not asked:
-        cells_of = (chosen.tables[name].cells() for name in tables or chosen.tables)
-        pairs = sorted({f"{dataset}/{representation}" for dataset, representation, _ in chain.from_iterable(cells_of)})
+        pairs = sorted({f"{dataset}/{representation}" for _, dataset, representation, _ in found})
         raise errors.UserError(
             f"--dataset, --representation: none of these tables has such a pair: there are {', '.join(pairs)}"
         )
     return {training: list(dict.fromkeys(classifiers)) for training, classifiers in asked.items()}
+
+
+def _require_known(option: str, names: list[str] | None, known: Iterable[str]) -> None:
+    known = list(dict.fromkeys(known))
+    for name in names or []:
+        if name not in known:
+            raise errors.UserError(f"--{option} {name}: there is none of that name: there are {', '.join(known)}")
 
 
 def narrowed(p: params.Params, seeds: list[str] | None, precision: str | None) -> params.Params:

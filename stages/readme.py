@@ -29,6 +29,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: must be text in UTF-8") from None
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ BINS = ("seed", "bin_lower", "bin_upper", "confidence", "accuracy", "count")
 CLASSES = ("class", "name", "train_count", "test_count", "group", "accuracy", "accuracy_std")
 HISTORY = ("epoch", "seed", "loss", "train_accuracy")
 TEXTS = {"name", "group"}  # of these columns; all others are numbers
+WHOLE = {"epoch", "seed", "class", "train_count", "test_count", "count"}  # which no line lacks
 
 
 DATASET = ("provenance", "params", "dataset")  # where a cell's metrics tell of the data set
@@ -159,12 +160,14 @@ def _cell(dataset: str, representation: str, classifier: str) -> Cell:
 
 
 def _require_same_classes(cells: list[Cell]) -> None:
-    """Raise UserError naming a cell's file that lists fewer classes than another cell's, as one cut short does."""
-    most = max(len(cell.classes) for cell in cells)
+    """Raise UserError naming a cell's file that does not list each class once, as one cut short does."""
+    classes = list(range(max(len(cell.classes) for cell in cells)))
     for cell in cells:
-        if len(cell.classes) < most:
+        if sorted(cell.classes["class"]) != classes:
             path = paths.cell_plots(cell.dataset, cell.representation, cell.classifier) / "per_class.csv"
-            raise UserError(f"{path} is damaged ({len(cell.classes)} of {most} classes): delete it and run `dvc repro`")
+            raise UserError(
+                f"{path} is damaged (not each of {len(classes)} classes once): delete it and run `dvc repro`"
+            )
 
 
 def _metrics(path: Path) -> dict[str, Any]:
@@ -204,7 +207,7 @@ def _frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
             "delete it and run `dvc repro`"
         )
     for column in set(columns) - TEXTS:
-        if not pd.api.types.is_numeric_dtype(frame[column]):
+        if not pd.api.types.is_numeric_dtype(frame[column]) or (column in WHOLE and frame[column].isna().any()):
             raise UserError(f"{path} is damaged ({column} has what is no number): delete it and run `dvc repro`")
     return frame
 

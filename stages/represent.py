@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from stages import paths
-from stages.seeds import train_seeds, write_costs, write_seeds
+from stages.seeds import read_images, train_seeds, write_costs, write_seeds
 from tailcal import (
     checkpoint,
     distributed,
@@ -20,7 +20,6 @@ from tailcal import (
     seal,
     settings,
     splits,
-    store,
     train,
     weights,
 )
@@ -52,10 +51,11 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     dataset = params.dataset(p, dataset_name)
     training = settings.training(p, dataset_name, representation, "representations")
     device = train.prepare(p.runtime, p.precision)
-    meta = splits.read_meta(paths.longtail(dataset_name))
+    longtail = paths.longtail(dataset_name)
+    meta = splits.read_meta(longtail)
+    splits.require_cut(longtail, meta, dataset)
     counts = torch.tensor(meta["train_counts"])
-    split = splits.read_split(paths.longtail(dataset_name), "train")
-    data = store.Images(*split, dataset.augmentation, device, p.runtime.placement)
+    data = read_images(longtail, "train", dataset, device, p.runtime.placement)
 
     network_record = {"backbone": training.backbone, "channels": data.channels, "num_classes": len(counts)}
     begins = {}

@@ -3,13 +3,30 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
+import torch
 
 from stages import paths
-from tailcal import costs, files, method, models, params, settings, store, train, weights
+from tailcal import costs, files, method, models, params, settings, splits, store, train, weights
 
 HISTORY = ["epoch", "seed", "lr", "loss", "train_accuracy"]
+
+
+def read_images(
+    folder: Path,
+    split: Literal["train", "holdout", "test"],
+    dataset: params.Dataset,
+    device: torch.device,
+    placement: store.Placement,
+) -> store.Images:
+    """A split of the long-tailed data set in `folder`, placed. Raises UserError for one that is damaged, that the data
+    set's augmentation does not fit, or for which there is no room."""
+    images, labels = splits.read_split(folder, split)
+    splits.check_augmentation(dataset, *images.shape[1:])
+    with train.enough_memory("set runtime.placement to auto or disk"):
+        return store.Images(images, labels, dataset.augmentation, device, placement)
 
 
 def train_seeds(

@@ -86,34 +86,6 @@ def train_counts(available: np.ndarray, dataset: params.Dataset, class_names: li
     return counts
 
 
-def check_augmentation(dataset: params.Dataset, height: int, width: int, channels: int) -> None:
-    """Raise UserError unless the data set's augmentation fits images of that many pixels and channels."""
-    augmentation = dataset.augmentation
-    if channels != (means := len(augmentation.mean)):
-        raise UserError(
-            f"{dataset.key('augmentation.mean')} has {means} values: the images have "
-            f"{channels} channels, so mean and std must have {channels} each"
-        )
-    # A crop that is shifted by a whole image's side shows nothing of it.
-    if augmentation.kind == "pad_crop" and augmentation.pad >= min(height, width):
-        raise UserError(
-            f"{dataset.key('augmentation.pad')} is {augmentation.pad}: the images have {height}x{width} pixels, "
-            f"so must be at most {min(height, width) - 1}"
-        )
-    if augmentation.kind == "pad_crop" and augmentation.cutout > min(height, width):
-        raise UserError(
-            f"{dataset.key('augmentation.cutout')} is {augmentation.cutout}: the images have {height}x{width} pixels, "
-            f"so must be at most {min(height, width)}"
-        )
-    # Of test images the centre is cut out, and a box of a training image is not brought to less than a 15th.
-    least, most = -(-max(height, width) // 15), min(height, width)
-    if augmentation.kind == "resized_crop" and not least <= augmentation.size <= most:
-        raise UserError(
-            f"{dataset.key('augmentation.size')} is {augmentation.size}: the images have {height}x{width} pixels, "
-            f"so must lie in {least}..{most}"
-        )
-
-
 def warn_of_holdout(dataset: params.Dataset, available: np.ndarray, class_names: list[str]) -> None:
     """One line on stderr when the hold-out takes half or more of a class; `available` (int [K]) counts its images."""
     k, held_out = int(available.argmin()), dataset.holdout_per_class
@@ -147,7 +119,7 @@ def subsample(name: str, dataset: params.Dataset) -> None:
     meta, raw = read_raw(paths.raw(name))
     class_names = meta.class_names
 
-    check_augmentation(dataset, *raw["train_images"].shape[1:])
+    splits.check_augmentation(dataset, *raw["train_images"].shape[1:])
     available = np.bincount(raw["train_labels"], minlength=len(class_names))
     counts = train_counts(available, dataset, class_names)
     warn_of_holdout(dataset, available, class_names)
@@ -182,7 +154,9 @@ def subsample(name: str, dataset: params.Dataset) -> None:
             "skipped": meta.skipped,
             "duplicates": twice,
             "n_max": int(counts.max()),
-            "imbalance": {**dataset.imbalance.record(), "measured_factor": float(counts.max() / counts.min())},
+            "imbalance": dataset.imbalance.record(),
+            "holdout_per_class": dataset.holdout_per_class,
+            "measured_factor": float(counts.max() / counts.min()),
             "source": meta.source,
             "checksums": checksums,
         },

@@ -92,11 +92,13 @@ def _from_folder(p: params.Params, dataset: params.Dataset, images: Path, kind: 
 
 
 def listing(config: sources.Source) -> str | None:
-    """A digest of the names, sizes and times of a folder's files, so that a change of them is seen; None elsewhere."""
-    if config.kind != "folder":
+    """A digest of the names, sizes and times of the files of one's own images, so that a change of them is seen; None
+    of other sources."""
+    folder = {"folder": "path", "list": "root"}.get(config.kind)
+    if folder is None:
         return None
     digest = hashlib.sha256()
-    for path in sorted(config.folder("path").rglob("*")):
+    for path in sorted(config.folder(folder).rglob("*")):
         stat = path.stat()
         digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

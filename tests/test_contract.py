@@ -296,6 +296,31 @@ def test_a_budget_of_iterations_ends_within_an_epoch(tmp_path):
     assert [row["lr"] for row in history] == pytest.approx([learning_rate(recipe, spent) for spent in (0, 3, 6)])
 
 
+@pytest.mark.parametrize(
+    ("iterations", "schedule", "refused"),
+    [
+        (
+            3,
+            {"shape": "cosine", "warmup": 1, "warmup_lr": 0.0},
+            "say 1, .* epoch of 3 iterations begins, the last at 0 ",
+        ),
+        (7, {"shape": "cosine", "warmup": 6, "warmup_lr": 0.0}, None),
+        (6, {"shape": "cosine", "warmup": 4, "warmup_lr": 0.0}, "say 4, .* the last at 3 .*: must be 3 or less"),
+        (6, {"shape": "multistep", "warmup": 0, "warmup_lr": 0.0, "milestones": [2, 4], "gamma": 0.1}, "say 4, "),
+        (6, {"shape": "multistep", "warmup": 0, "warmup_lr": 0.0, "milestones": [2, 3], "gamma": 0.1}, None),
+    ],
+)
+def test_a_change_of_the_learning_rate_that_would_come_too_late_is_refused(iterations, schedule, refused, tmp_path):
+    """21 images in batches of 8 are 3 iterations an epoch."""
+    values = RECIPE.model_dump(exclude={"epochs"}, exclude_none=True) | {"iterations": iterations, "schedule": schedule}
+    replica = replica_of("ce", tmp_path)
+    if refused:
+        with pytest.raises(UserError, match=rf"\.schedule: warmup or milestones {refused}"):
+            trained(replica, Recipe.model_validate(values))
+    else:
+        assert trained(replica, Recipe.model_validate(values))
+
+
 def test_each_view_and_each_sampler_gets_its_own_draws(tmp_path):
     seen = []
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tailcal import params, train
+from tailcal import checkpoint, params, portable, train
 from tests.conftest import Project
 from tests.killing import artefacts
 
@@ -43,6 +43,17 @@ def test_an_experiment_in_a_copy_gives_the_same_bits(project, long):
     temporary.run("dvc", "exp", "apply", "same")
     temporary.run("dvc", "checkout")
     assert artefacts(temporary.root) == artefacts(workspace.root)
+
+
+def test_other_instructions_are_told_in_the_provenance_and_have_checkpoints_of_their_own(monkeypatch):
+    cpu = torch.device("cpu")
+    for name, value in portable.VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    plain = train.described(cpu)
+    assert plain == f"cpu, {torch.backends.cpu.get_cpu_capability()}"
+    monkeypatch.setenv("MKL_CBWR", "AUTO")
+    assert train.described(cpu) == f"{plain}, MKL_CBWR=AUTO"
+    assert checkpoint.fingerprint({"device": plain}) != checkpoint.fingerprint({"device": train.described(cpu)})
 
 
 def test_what_cannot_be_deterministic_is_refused():

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from stages import evaluate, paths
-from tailcal import files
+from tailcal import files, params
 from tailcal.errors import UserError
 from tailcal.metrics.calibration import ece
 from tailcal.metrics.scores import softmax
@@ -24,6 +24,7 @@ CELL = {"dataset": "digits_lt", "representation": "ce", "classifier": "joint"}
 ARGUMENTS = [part for axis, name in CELL.items() for part in (f"--{axis}", name)]
 NAMES = ["zero", "one, a comma", "two", "three", "four", "five", "six"]
 COUNTS = [400, 150, 100, 60, 20, 19, 3]
+CUT = {"imbalance": {"profile": "natural", "seed": 0}, "holdout_per_class": 0}
 IMAGES = {"skipped": {"train": 1, "test": 0}, "duplicates": {"train": 0, "holdout": 2, "test": 3}}
 K = len(NAMES)
 RULES = {
@@ -79,7 +80,14 @@ def _project(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     posthoc(RULES)
     paths.longtail("digits_lt").mkdir(parents=True)
-    meta = {"class_names": NAMES, "train_counts": COUNTS, "source": {"kind": "made up"}, "checksums": {}, **IMAGES}
+    meta = {
+        "class_names": NAMES,
+        "train_counts": COUNTS,
+        "source": {"kind": "made up"},
+        "checksums": {},
+        **CUT,
+        **IMAGES,
+    }
     (paths.longtail("digits_lt") / "meta.json").write_text(json.dumps(meta))
     paths.predictions(**CELL).mkdir(parents=True)
     for seed in (0, 1, 2):
@@ -120,7 +128,8 @@ def written() -> dict[str, bytes]:
 
 def test_metrics_json():
     numbers = measured()
-    assert (numbers["seeds"], numbers["provenance"], numbers["posthoc_absent"]) == (3, {"device": "none"}, {})
+    assert (numbers["seeds"], numbers["provenance"]["device"], numbers["posthoc_absent"]) == (3, "none", {})
+    assert numbers["provenance"]["evaluate"] == params.load().evaluate.model_dump()
     eces = [ece(softmax(split(350, seed)[0]), split(350, seed)[1]) for seed in (0, 1, 2)]
     assert numbers["ece"] == round(np.mean(eces), 6)
     assert numbers["ece_std"] == round(np.std(eces, ddof=1), 6)
@@ -246,7 +255,7 @@ def test_a_rule_is_fitted_without_the_test_labels():
 def test_an_empty_group_is_null():
     meta = paths.longtail("digits_lt") / "meta.json"
     meta.write_text(
-        json.dumps({"class_names": NAMES, "train_counts": [500] * K, "source": {}, "checksums": {}, **IMAGES})
+        json.dumps({"class_names": NAMES, "train_counts": [500] * K, "source": {}, "checksums": {}, **CUT, **IMAGES})
     )
     numbers = measured()
     assert numbers["many"] is not None
@@ -316,7 +325,9 @@ def nan_logits() -> np.ndarray:
         ),
         (
             lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
-                json.dumps({"class_names": NAMES, "train_counts": COUNTS[1:], "source": {}, "checksums": {}, **IMAGES})
+                json.dumps(
+                    {"class_names": NAMES, "train_counts": COUNTS[1:], "source": {}, "checksums": {}, **CUT, **IMAGES}
+                )
             ),
             "meta.json: 7 class_names, but 6 train_counts",
         ),

@@ -128,7 +128,8 @@ def test_linked_classes_and_images_are_taken(tmp_path):
             {},
             "{root}: has no folder test (rename val to it): must hold train/",
         ),
-        (["Test/a/1.png", "training/a/2.png"], {}, "{root}: has no folder train (rename Test or training to it): must"),
+        (["Test/a/1.png", "training/a/2.png"], {}, "{root}: has no folder train (rename training to it): must"),
+        (["Train/a/1.png", "val/a/2.png"], {}, "{root}: has no folder train (rename Train to it): must hold train/"),
         ([*SPLIT, "train/n\nn/1.png"], {}, "{root}/train: the class folder 'n\\nn' must have a printable name"),
     ],
 )

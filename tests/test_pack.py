@@ -345,7 +345,7 @@ def test_images_that_are_there_twice_are_listed(work, capsys):
         "test/003.png\ttrain/002.png",
         "test/005.png\ttest/000.png",
     ]
-    said = "warning: 3 images have the pixels of an earlier one, listed in out/duplicates.txt\n"
+    said = "warning: images with the pixels of an earlier one: 3, listed in out/duplicates.txt\n"
     assert capsys.readouterr().err.endswith(said)
     # The next time there are none, and no list says otherwise.
     for seed, name in enumerate(("train/004.png", "test/003.png", "test/005.png")):
@@ -497,4 +497,4 @@ def test_download_and_subsample(work, kind, monkeypatch):
     meta = files.read_json(paths.longtail("digits_lt") / "meta.json")
     assert meta["train_counts"] == [2, 27, 9]
     assert meta["test_counts"] == [2, 2, 2]
-    assert (meta["n_max"], meta["imbalance"]["measured_factor"]) == (27, 13.5)
+    assert (meta["n_max"], meta["measured_factor"]) == (27, 13.5)

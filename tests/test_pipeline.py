@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -207,6 +208,26 @@ def test_without_a_holdout_a_cell_is_measured_and_says_what_is_missing(project):
         cell = json.loads((p.root / f"metrics/cells/digits_lt/ce/{classifier}.json").read_text())
         assert set(cell["posthoc"]) == {"logit_adjustment", "pn_transductive"}
         assert set(cell["posthoc_absent"]) == {"temperature", "vector_scaling", "class_temperature", "pn_inductive"}
+
+
+def test_without_dvc_stages_refuse_a_data_set_that_was_cut_otherwise_or_that_the_augmentation_does_not_fit(project):
+    p = project(cut=True)
+    edit(p.root / "params.yaml", [("factor: 20", "factor: 50")])
+    said = p.inside("represent", *CELL, ok=False)
+    assert re.fullmatch(
+        r"error: data/lt/digits_lt was cut with imbalance \{.*20\.0.*\}, and params\.yaml: datasets\.digits_lt"
+        r"\.imbalance is \{.*50\.0.*\}: run `dvc repro`, or without DVC `python -m stages\.subsample --dataset "
+        r"digits_lt`\n",
+        said,
+    )
+    edit(p.root / "params.yaml", [("factor: 50", "factor: 20"), ("holdout_per_class: 20", "holdout_per_class: 19")])
+    assert "was cut with holdout_per_class 20, and params.yaml: datasets" in p.inside("represent", *CELL, ok=False)
+    edit(p.root / "params.yaml", [("holdout_per_class: 19", "holdout_per_class: 20")])
+    p.inside("represent", *CELL)
+    edit(p.root / "params.yaml", [("pad: 1", "pad: 8")])
+    for stage, more in (("represent", []), ("calibrate", ["--classifier", "joint"])):
+        said = p.inside(stage, *CELL, *more, ok=False)
+        assert "datasets.digits_lt.augmentation.pad is 8: the images have 8x8 pixels, so must be at most 7\n" in said
 
 
 def test_a_file_where_a_folder_should_be_is_one_line(project):

@@ -118,7 +118,7 @@ def test_a_table_from_images_to_its_page(run):
         data = {key: one["data"][key] for key in ("train_images", "official")}
         assert data == {"train_images": sum([20, 15, 11, 9, 7, 5, 4, 3, 2, 2]), "official": False}
         assert one["provenance"]["diagnostics"] == {"late_epochs": 1}
-        assert one["evaluate"]["posthoc"]["logit_adjustment"] == {"tau": 1.0}
+        assert one["provenance"]["evaluate"]["posthoc"]["logit_adjustment"] == {"tau": 1.0}
         for numbers in (one, *one["posthoc"].values()):
             assert measured.unpack(numbers["correct"], 60).mean() == pytest.approx(numbers["top1"], abs=1e-6)
         if name == "tau_norm":  # it takes no step, so it has no epochs
@@ -366,6 +366,16 @@ def test_a_wrong_plan_is_named(run, edit, message):
     assert not Path("data/published").exists()
 
 
+@pytest.mark.parametrize("recipes", ["", " 5", " [a]"])
+def test_a_wrong_preset_of_a_variant_is_named(run, project, recipes):
+    (project / "presets").unlink()
+    shutil.copytree(ROOT / "presets", project / "presets")
+    with (project / "presets/cifar10_lt_10.yaml").open("a") as preset:
+        preset.write(f"\nrecipes:{recipes}\n")
+    with pytest.raises(UserError, match=r"^presets/cifar10_lt_10\.yaml: recipes: input should be a valid dict"):
+        run("--images", "images")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -374,7 +384,12 @@ def test_a_wrong_plan_is_named(run, edit, message):
         (("--seed", "-1"), "--seed -1: must be one of 0, 1"),
         (("--seed", "0", "--seed", "0"), "--seed 0: must be one of 0, 1, each named once at most"),
         (("--precision", "tf32"), "precision: is tf32, which exists only on a GPU; use float32 or bf16"),
-        (("--dataset", "big"), "--dataset, --representation: none of these tables has such a pair: there are small/ce"),
+        (("--dataset", "small", "--dataset", "big"), "--dataset big: there is none of that name: there are small"),
+        (
+            ("--representation", "ce", "--representation", "mixxup"),
+            "--representation mixxup: there is none of that name",
+        ),
+        (("--table", "mislas", "--representation", "mixup"), "--representation mixup: there is none .*: there are ce"),
         (
             ("--images", "elsewhere"),
             r"--images \S*/elsewhere: source.path: \S*/elsewhere/cifar10: there is no such folder",

@@ -77,9 +77,11 @@ def make_cell(
         "class_names": NAMES,
         "train_counts": COUNTS,
         "source": {},
+        "imbalance": {},
+        "holdout_per_class": 0,
         "checksums": {},
         "skipped": {},
-        "duplicates": {},
+        "duplicates": {"test": 0},
     }
     files.write_json(root / paths.longtail("made_up") / "meta.json", meta)
 
@@ -326,6 +328,7 @@ def test_the_card_says_what_the_model_does_on_the_test_split(rule, tmp_path):
     assert card.measured.model_dump() == pytest.approx(
         {
             "holdout_images": 40,
+            "trained_on": 0,
             "test_images": 30,
             "top1": top1(logits, labels),
             "ece_as_trained": ece(softmax(logits), labels, bins=15),
@@ -370,6 +373,14 @@ def test_doubts_about_a_calibration(model):
         ended = {"fitted": {"temperature": bound}, "measured": card.measured.model_copy(update={"holdout_images": 50})}
         (said,) = exporting.doubts(card.model_copy(update=ended))
         assert said.startswith(f"the temperature ended at its bound, {bound:g}: these logits say nothing, or")
+
+
+def test_test_images_that_were_trained_on_are_told(model):
+    measured = predict.load(model)[0].measured
+    assert measured.trained_on == 0
+    assert "training images too" not in exporting.result(measured, "none")
+    leaked = measured.model_copy(update={"trained_on": 4})
+    assert " images, of which 4 are training images too; 15 bins; " in exporting.result(leaked, "none")
 
 
 @pytest.mark.usefixtures("interrupts")
@@ -602,6 +613,13 @@ def test_predictions_take_the_place_of_no_image_and_of_nothing_strange(tmp_path,
     assert image.read_bytes() == content
 
 
+def test_a_folder_that_is_a_link_to_itself_is_one_line(tmp_path, model, pictures, monkeypatch, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit):
+        errors.run(lambda: run(monkeypatch, "--model", model, "--out", tmp_path / "loop/x.csv", pictures))
+    assert re.fullmatch(r"error: .*loop/x\.csv.*\n", capsys.readouterr().err)
+
+
 def test_predictions_take_the_place_of_no_file_of_the_model(tmp_path, model, pictures, monkeypatch):
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     (tmp_path / "link.csv").symlink_to(model / "model.json")
@@ -739,7 +757,7 @@ def test_what_is_found_in_folders(tmp_path, monkeypatch):
     (tmp_path / "in/nothing.png").symlink_to(tmp_path / "none")
     os.mkfifo(tmp_path / "in/pipe.png")
     monkeypatch.chdir(tmp_path / "in")
-    found = ["b/2.png", "b/a/1.JPG", "b/x.png/5.tif", "b.png", "file.png"]
+    found = ["b/2.png", "b/a/1.JPG", "b/x.png/5.tif", "b.png", "file.png", "nothing.png", "pipe.png"]
     assert predict.find([Path(), Path("b")]) == ([Path(name) for name in found], [])
     assert predict.find([Path("b/a"), Path("folder"), Path("folder/2.png")])[0] == [
         Path(name) for name in ("b/a/1.JPG", "folder/2.png", "folder/a/1.JPG", "folder/x.png/5.tif")
@@ -887,7 +905,7 @@ def test_the_export_command_says_what_it_made(tmp_path, monkeypatch, capsys):
     assert "made_up/ce/joint seed 0, calibrated with temperature" in made
     assert made.endswith(", fitted on 60 held-out images")
     number = r"\d+\.\d %"
-    chance = rf"\(30 images, 15 bins; chance alone would give an ECE of {number}\)"
+    chance = rf"\(30 images; 15 bins; chance alone would give an ECE of {number}\)"
     assert re.fullmatch(rf"test: top-1 {number}, ECE {number} as trained, {number} as exported {chance}", measured)
     assert not [line for line in warned if "too few to calibrate" in line]
     made, measured = said("--rule", "none")

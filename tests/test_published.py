@@ -364,6 +364,20 @@ def test_rows_that_share_a_network_are_told():
     assert "- mixup: baseline as listed by MiSLAS; CE and mixup there are the numbers" in overview
 
 
+def test_a_classifier_may_lack_seeds_that_another_has():
+    put(cell(predictions(0.4, 0.41, 0.42)), classifier="joint")
+    put(cell(predictions(0.47)))
+    stage.main()
+    assert "Behind these rows stand 3 networks of stage 1." in section("MiSLAS")
+
+
+def test_a_row_of_which_an_ece_alone_was_printed_is_listed():
+    references.REFERENCES.write_text(f"{HEADER}\n{GOOD.replace('47.0', '')}\n")
+    put(cell(predictions(0.47), ece=0.06))
+    stage.main()
+    assert "in top-1 or ECE: 1 of 1.\n\n- cifar100_lt_100, MiSLAS: ECE +1.17 (ours 6.00" in section("MiSLAS")
+
+
 @pytest.mark.parametrize(
     ("accuracies", "shown", "apart"),
     [
@@ -411,6 +425,7 @@ def test_seconds_of_unlike_conditions_say_theirs():
             {"provenance": {"data": {"train_images.npy": "b"}}},
             "SHA-256 of its training images is b, that of ce/joint a",
         ),
+        ({"provenance": {"evaluate": {"bins": 20}}}, "its evaluate.bins is 20, that of ce/joint None"),
     ],
 )
 def test_what_shares_no_footing_is_refused(change, says):
@@ -553,7 +568,7 @@ def test_a_damaged_seed_is_named(change, message):
     [
         ({"precision": "bf16"}, "its precision is bf16, that of seed0.json float32, and the seeds of a cell must be"),
         ({"epochs": 20}, "its epochs is 20, that of seed0.json 200"),
-        ({"evaluate": {"posthoc": {"tau": 2.0}}}, "its evaluate.posthoc.tau is 2.0, that of seed0.json None"),
+        ({"provenance": {"evaluate": {"tau": 2.0}}}, "its provenance.evaluate.tau is 2.0, that of seed0.json None"),
         (
             {"provenance": {"params": {"representation": {"recipe": {"lr": 0.1}}}}},
             "its provenance.params.representation.recipe.lr is 0.1, that of seed0.json None",

@@ -346,6 +346,22 @@ def test_a_cell_that_is_worse_than_a_guess_is_named_and_widens_no_column():
     assert "Worse than a guess" in _html()
 
 
+def test_a_temperature_at_its_bound_is_told_and_its_ece_is_not_the_best():
+    cell = paths.metrics("digits_lt", "ce", "joint")
+    rules = json.loads(cell.read_text())["posthoc"]
+    nothing = rules["temperature"] | {"ece": 0.0001, "temperature": 99.99}
+    report_inputs.change(cell, posthoc=rules | {"temperature": nothing})
+    report.main()
+    text = paths.TABLE_TEXT.read_text()
+    assert "The temperature of ce/joint ended at its bound: the ECE after it says nothing." in text
+    assert "| 0.01" in text
+    assert "**0.01" not in text
+    assert "<strong>0.01" not in _html()
+    report_inputs.change(cell, posthoc=rules | {"temperature": nothing | {"temperature": 50.0}})
+    report.main()
+    assert "**0.01" in paths.TABLE_TEXT.read_text()
+
+
 def test_same_bytes_at_every_run(pictures):
     written = []
     for _ in range(2):
@@ -516,13 +532,34 @@ def test_readme_without_markers(text):
 def test_a_list_of_classes_that_is_cut_short_is_named(rows):
     path, classes = _per_class("mixup", "joint")
     classes[:rows].to_csv(path, index=False)
-    with pytest.raises(UserError, match=rf"mixup/joint/per_class.csv is damaged \({rows} of 10 classes\): delete it"):
+    says = r"mixup/joint/per_class.csv is damaged \(not each of 10 classes once\): delete it"
+    with pytest.raises(UserError, match=says):
         report.main()
 
 
-def test_a_text_where_numbers_belong_is_named():
+def test_a_class_that_is_listed_twice_is_named():
+    path, classes = _per_class("mixup", "joint")
+    classes.assign(**{"class": classes["class"].replace(3, 2)}).to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"mixup/joint/per_class.csv is damaged \(not each of 10 classes once"):
+        report.main()
+
+
+def test_a_test_split_that_is_not_balanced_is_told():
+    for representation, classifier in product(("ce", "mixup"), ("joint", "mislas")):
+        path, classes = _per_class(representation, classifier)
+        classes.assign(test_count=[1000, *[50] * 9]).to_csv(path, index=False)
+    report.main()
+    says = (
+        "The test split is not balanced (50 to 1,000 images of a class): top-1, ECE and NLL weigh classes by that, and"
+    )
+    assert says in paths.TABLE_TEXT.read_text()
+    assert says in _html()
+
+
+@pytest.mark.parametrize("instead", ["x", ""])
+def test_a_text_or_nothing_where_numbers_belong_is_named(instead):
     path = paths.representation("digits_lt", "ce") / "history.csv"
-    path.write_text(path.read_text().replace("\n1,", "\nx,", 1))
+    path.write_text(path.read_text().replace("\n1,", f"\n{instead},", 1))
     with pytest.raises(UserError, match=r"history.csv is damaged \(epoch has what is no number\): delete it"):
         report.main()
 

@@ -137,14 +137,18 @@ def fit_temperature(counts: list[int], logits: np.ndarray, labels: np.ndarray, p
         ) from None
 
 
-def measure(saved: predictions.Predictions, temperature: float) -> Measured:
-    """What the saved predictions say of the test split, as they are and with the logits divided by `temperature`."""
+def measure(saved: predictions.Predictions, temperature: float, trained_on: int) -> Measured:
+    """What the saved predictions say of the test split, as they are and with the logits divided by `temperature`.
+
+    trained_on: how many test images are training images too.
+    """
     logits, labels = saved.test_logits, saved.test_labels
     probabilities = softmax(logits / temperature)
     before_N, after_N = (-log_softmax(logits / T)[np.arange(len(labels)), labels] for T in (1.0, temperature))
     return Measured(
         holdout_images=len(saved.holdout_labels),
         test_images=len(labels),
+        trained_on=trained_on,
         top1=top1(logits, labels),
         ece_as_trained=ece(softmax(logits), labels),
         ece=ece(probabilities, labels),
@@ -281,7 +285,7 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
         temperature = fit_temperature(counts, saved.holdout_logits, saved.holdout_labels, logits)
         card = card.model_copy(update={"rule": "temperature", "fitted": {"temperature": temperature}})
     model = Predictor(network, trained.augmentation, card.temperature)
-    card = card.model_copy(update={"measured": measure(saved, card.temperature)})
+    card = card.model_copy(update={"measured": measure(saved, card.temperature, meta["duplicates"]["test"])})
     try:
         with interruptible():
             onnx = to_onnx(model, size, channels)
@@ -310,9 +314,12 @@ def result(measured: Measured, rule: str) -> str:
     calibration = f"ECE {percent(measured.ece)}"
     if rule != "none":
         calibration = f"ECE {percent(measured.ece_as_trained)} as trained, {percent(measured.ece)} as exported"
+    images = f"{measured.test_images:,} images"
+    if measured.trained_on:
+        images += f", of which {measured.trained_on:,} are training images too"
     return (
-        f"test: top-1 {percent(measured.top1)}, {calibration} ({measured.test_images:,} images, 15 bins; chance alone "
-        f"would give an ECE of {percent(measured.ece_floor)})"
+        f"test: top-1 {percent(measured.top1)}, {calibration} ({images}; 15 bins; chance alone would give an ECE of "
+        f"{percent(measured.ece_floor)})"
     )
 
 
@@ -322,7 +329,7 @@ def doubts(card: Card) -> list[str]:
     if card.rule == "none":
         return []
     found = []
-    if any(math.isclose(card.temperature, bound, rel_tol=1e-3) for bound in posthoc.TEMPERATURES):
+    if posthoc.at_bound(card.temperature):
         found.append(
             f"the temperature ended at its bound, {card.temperature:.4g}: these logits say nothing, or are on a scale "
             "that is far from that of logits; look at the cell's accuracy and NLL"

@@ -332,7 +332,7 @@ def training_curves(histories: Mapping[str, pd.DataFrame], title: str, path: Pat
         loss.tick_params(labelsize=9)
         loss.xaxis.set_major_locator(MaxNLocator(3, integer=True, steps=ROUND))
         loss.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
-    accuracy.set_title("training accuracy (mixed labels: the predicted class's share of the label)")
+    accuracy.set_title("training accuracy (where labels are mixed, the predicted class's share of the label)")
     accuracy.set_ylim(0, 1.02)  # a line at 100% is seen whole
     accuracy.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
     _percent(accuracy.yaxis)

@@ -48,7 +48,7 @@ class RunNumbers(_Part):
 
 
 class Data(_Part):
-    """official: the images of the official archive and so the published list of them, and not a folder's.
+    """official: the images come as they were published, and so in the published order, and not from a folder.
     test_split: SHA-256 of the test split's files."""
 
     train_images: Count
@@ -97,15 +97,15 @@ class Trainings(_Part):
 
 
 class Provenance(_Part):
-    """data: SHA-256 of the training split's files."""
+    """data: SHA-256 of the training split's files; evaluate: how it was measured, as in params.yaml."""
 
     params: Trainings = Trainings()
     data: dict[str, str] = {}
+    evaluate: dict[str, Any] = {}
 
 
 class Run(RunNumbers):
-    """One seed of a cell, as it was measured: a file of metrics/published/cells. `evaluate`: how it was measured, as in
-    params.yaml."""
+    """One seed of a cell, as it was measured: a file of metrics/published/cells."""
 
     posthoc: dict[str, RunNumbers] = {}
     data: Data
@@ -115,7 +115,6 @@ class Run(RunNumbers):
     backbone: Line
     precision: Line  # of training
     test_images: Annotated[int, Field(ge=2)]
-    evaluate: dict[str, Any] = {}
     provenance: Provenance = Provenance()
 
     def shared(self) -> dict[str, str]:
@@ -125,7 +124,6 @@ class Run(RunNumbers):
                 "precision": self.precision,
                 "backbone": self.backbone,
                 "epochs": self.epochs,
-                "evaluate": self.evaluate,
                 "data": self.data.model_dump(),
                 "provenance": self.provenance.model_dump(),
             }

@@ -383,7 +383,7 @@ def _list_duplicates(listing: Listing, folder: Path, kept: dict[str, np.ndarray]
     if len(again):
         files.write_text(folder / DUPLICATES, "".join(f"{names[row]}\t{names[first[row]]}\n" for row in again))
         print(
-            f"warning: {len(again):,} images have the pixels of an earlier one, listed in {folder / DUPLICATES}",
+            f"warning: images with the pixels of an earlier one: {len(again):,}, listed in {folder / DUPLICATES}",
             file=sys.stderr,
         )
 

@@ -166,7 +166,7 @@ class Cosine(Strict):
 
 
 class MultiStep(Strict):
-    """Linear warm-up, then times `gamma` after each milestone."""
+    """Linear warm-up, then times `gamma` after each milestone, stepped once an epoch."""
 
     shape: Literal["multistep"]
     warmup: Annotated[int, Field(ge=0)]

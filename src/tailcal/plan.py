@@ -150,10 +150,12 @@ def _dataset(p: Params, plan: Plan, name: str, path: Path) -> Dataset:
     preset = root / params.PRESETS / f"{variant.preset}.yaml"
     if not preset.is_file():
         raise UserError(f"{path}: datasets.{name}.preset: there is no {preset}")
+    whole = params.read(preset)
+    params.validate(Dataset, whole, "", preset)
     recipes = {
         recipe: (p.recipes[recipe].model_dump(exclude_none=True) if recipe in p.recipes else {}) | changes
         for recipe, changes in variant.recipes.items()
     }
-    block = params.read(preset) | variant.model_extra
+    block = whole | variant.model_extra
     block["recipes"] = block.get("recipes", {}) | recipes
     return params.resolve(p, params.validate(Dataset, block, f"datasets.{name}", path), path, f"datasets.{name}.")

@@ -6,9 +6,11 @@ is fitted, so by its signature it cannot be tuned on the test split. Most rules 
 looks at all given predictions together is `transductive`, and its numbers say so. A new rule is a Config, a function
 and a line of RULES.
 
-What is fitted suits data with the hold-out's class frequencies: our hold-outs are balanced, as our test splits are.
+What is fitted suits data with the hold-out's class frequencies: our hold-outs are balanced, and so are most test splits
+(that of a folder or list of one's own need not be, and the report says so).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -76,6 +78,12 @@ def fit_temperature(
     holdout_logits_NK = _checked(counts_K, holdout_logits_NK, holdout_labels_N)
     T = _best_temperature(holdout_logits_NK, holdout_labels_N)
     return Fitted(len(counts_K), lambda logits_NK: logits_NK / T, {"temperature": T})
+
+
+def at_bound(temperature: float) -> bool:
+    """Whether a fitted temperature, or the mean of several, is at its bound: such logits say nothing that a temperature
+    could mend."""
+    return any(math.isclose(temperature, bound, rel_tol=1e-3) for bound in TEMPERATURES)
 
 
 def fit_vector_scaling(

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -62,11 +62,13 @@ class Measured(Strict):
     The ECE has 15 bins; `ece_as_trained` is that of the network's own probabilities, `ece` that of the exported ones,
     and `ece_floor` what chance alone would give the latter on so few images. `nll_as_trained` and `nll` are negative
     log-likelihoods in nats, and `nll_error` is the standard error, over the images, of their difference.
-    `holdout_images` is how many images there were to fit a rule on.
+    `holdout_images` is how many images there were to fit a rule on, and `trained_on` how many of the test images are
+    training images too, pixel for pixel: None in what earlier versions have exported.
     """
 
     holdout_images: int
     test_images: int
+    trained_on: int | None = None
     top1: float
     ece_as_trained: float
     ece: float
@@ -159,10 +161,7 @@ def build(
         raise UserError(f"{source}: this version of tailcal has no classifier {classifier!r}")
     Method = method.load(classifier)
     config = validate(Method.Config, settings, "settings", source)
-    try:
-        built = models.build(**network)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{source}: this version of tailcal has no network {network} ({error})") from None
+    built = models.rebuild(network, source)
     Method(config, torch.tensor(counts)).setup(built)
     return built
 
@@ -185,17 +184,6 @@ def load(folder: Path) -> tuple[Card, Predictor]:
     return card, Predictor(network, card.augmentation, card.temperature)
 
 
-def may_be(kind: Callable[[], bool], otherwise: bool) -> bool:
-    """What `Path.is_file` or `is_dir` says, or `otherwise` where that cannot be seen, in a folder without permission.
-
-    Such a path is then taken for a file: reading it tells the user.
-    """
-    try:
-        return kind()
-    except OSError:
-        return otherwise
-
-
 def find(arguments: Iterable[Path]) -> tuple[list[Path], list[UserError]]:
     """The files to predict, each once: those named, and in folders, to any depth and in order, what looks like images.
 
@@ -205,7 +193,7 @@ def find(arguments: Iterable[Path]) -> tuple[list[Path], list[UserError]]:
     found: dict[Path, None] = {}
     closed: dict[str, UserError] = {}
     for argument in arguments:
-        if not may_be(argument.is_dir, otherwise=False):
+        if not os.path.isdir(argument):  # noqa: PTH112 (unlike Path.is_dir, False for what cannot be seen)
             found[argument] = None
             continue
         unread: list[OSError] = []
@@ -213,9 +201,7 @@ def find(arguments: Iterable[Path]) -> tuple[list[Path], list[UserError]]:
         for folder, below, names in os.walk(argument, onerror=unread.append):
             below[:] = [name for name in below if not name.startswith(".")]
             paths = (Path(folder, name) for name in names if not name.startswith("."))
-            inside += [
-                path for path in paths if path.suffix.lower() in EXTENSIONS and may_be(path.is_file, otherwise=True)
-            ]
+            inside += [path for path in paths if path.suffix.lower() in EXTENSIONS]
         if not inside and not unread:
             raise UserError(
                 f"{shown(argument)}: no images in this folder: {' '.join(sorted(EXTENSIONS))} are looked for"
@@ -280,7 +266,7 @@ def predict(
     ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
     wrong = []
     with (
-        enough_memory("--batch-size"),
+        enough_memory("use a smaller --batch-size"),
         files.atomic(out) as stream,
         tqdm(total=len(paths), desc="predict", unit="image", disable=None) as bar,
     ):
@@ -311,7 +297,7 @@ def alone(*outputs: Path) -> Iterator[None]:
 
     Raises UserError naming the first output and the process that writes it; not where the system has no such locks.
     """
-    places = [output.parent.resolve() / output.name for output in outputs]  # the same from whatever folder
+    places = [Path(os.path.realpath(output.parent), output.name) for output in outputs]  # the same from any folder
     if lock is None:
         for place in places:
             files.remove_leftovers(place)
@@ -378,7 +364,7 @@ def main() -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders of them")
     parser.add_argument("--model", required=True, type=Path, help="the exported folder")
     parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="CSV to write (%(default)s)")
-    parser.add_argument("--top", type=positive, default=5, help="how many classes an image gets (%(default)s)")
+    parser.add_argument("--top", type=positive, default=5, help="how many classes an image gets (%(default)s, or all)")
     parser.add_argument("--batch-size", type=positive, default=64, help="images at a time (%(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
     args = parser.parse_args()

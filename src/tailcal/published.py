@@ -16,6 +16,7 @@ from tailcal.measured import AGAIN, BestNumbers, Cells, Measured, Numbers, Run, 
 from tailcal.metrics.cell import HEADLINE
 from tailcal.plan import AS_TRAINED, PLAIN, PLAN, Footing, Plan, cell_name
 from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
+from tailcal.tables import flat
 
 MISS = 1.0  # points beyond the spread of the seeds from which on a difference is marked
 RESAMPLES = 2000  # of the test images, by the bootstrap
@@ -197,6 +198,9 @@ def _shared(cell: Run, first: Run) -> Iterator[tuple[str, Any, Any]]:
     yield "its backbone is", cell.backbone, first.backbone
     yield "its number of epochs of stage 1 is", cell.epochs, first.epochs
     yield "its number of training images is", cell.data.train_images, first.data.train_images
+    evaluated = [flat(each.provenance.evaluate) for each in (cell, first)]
+    for key in sorted(set().union(*evaluated)):
+        yield f"its evaluate.{key} is", *(each.get(key) for each in evaluated)
     digests = [each.provenance.data.get("train_images.npy") for each in (cell, first)]
     if None not in digests:
         yield "the SHA-256 of its training images is", *digests

@@ -75,10 +75,10 @@ def _caption(rows: list[Comparison]) -> str:
 
 def _networks_behind(measured: list[Comparison]) -> str:
     """A sentence: how many networks of stage 1 there are, since rows that share one do not agree independently."""
-    seeds = {
-        (row.reference.dataset, row.reference.representation): row.cell.seeds
-        for row in measured  # all cells of a representation have its seeds
-    }
+    seeds: dict[tuple[str, str], int] = {}
+    for row in measured:  # a classifier may lack seeds that another has
+        pair = (row.reference.dataset, row.reference.representation)
+        seeds[pair] = max(row.cell.seeds, seeds.get(pair, 0))
     number = sum(seeds.values())
     return f"Behind these rows stand{'' if number > 1 else 's'} {_networks(number)} of stage 1."
 
@@ -110,7 +110,7 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
         paragraphs.append(
             f"{DASH} in ours: {len(missing)} of {len(rows)} rows have not been measured. `{command}` runs them."
         )
-    compared = [row for row in rows if row.difference is not None]
+    compared = [row for row in rows if (row.difference, row.ece_difference) != (None, None)]
     off = f"Rows off by more than {MISS:g} point plus our standard deviation"
     if missed := [row for row in compared if row.misses or row.ece_misses]:
         lines = [f"- {row.reference.dataset}, {row.reference.method}: {_missed(row)}" for row in missed]

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from tailcal.errors import UserError
 from tailcal.files import read_array, read_json, verify
-from tailcal.params import Strict, validate
+from tailcal.params import Dataset, Strict, validate
 
 Counts = dict[str, Annotated[int, Field(ge=0)]]
 
@@ -20,8 +20,8 @@ Counts = dict[str, Annotated[int, Field(ge=0)]]
 class Meta(Strict):
     """What meta.json must have; it says more for readers.
 
-    skipped: images that could not be read, by split of the source ({} for a source of arrays); duplicates: those of
-    `tailcal.duplicates.count`.
+    imbalance, holdout_per_class: how it was cut, as the data set's block says it; skipped: images that could not be
+    read, by split of the source ({} for a source of arrays); duplicates: those of `tailcal.duplicates.count`.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -29,6 +29,8 @@ class Meta(Strict):
     class_names: Annotated[list[str], Field(min_length=2)]
     train_counts: list[Annotated[int, Field(ge=1, lt=2**31)]]
     source: dict[str, Any]
+    imbalance: dict[str, Any]
+    holdout_per_class: Annotated[int, Field(ge=0)]
     checksums: dict[str, str]
     skipped: Counts
     duplicates: Counts
@@ -49,6 +51,16 @@ def read_meta(folder: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{error}; delete it and run `dvc repro`") from None
     return content
+
+
+def require_cut(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:
+    """Raise UserError unless the data set in `folder` was cut as the parameters say now."""
+    for key, now in (("imbalance", dataset.imbalance.record()), ("holdout_per_class", dataset.holdout_per_class)):
+        if meta[key] != now:
+            raise UserError(
+                f"{folder} was cut with {key} {meta[key]}, and {dataset.key(key)} is {now}: run `dvc repro`, or "
+                f"without DVC `python -m stages.subsample --dataset {folder.name}`"
+            )
 
 
 def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tuple[np.ndarray, np.ndarray]:
@@ -77,3 +89,31 @@ def check(folder: Path, split: str, images: np.ndarray, labels: np.ndarray, num_
         )
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         raise UserError(f"{labels_path} holds labels {labels.min()}..{labels.max()}: must lie in 0..{num_classes - 1}")
+
+
+def check_augmentation(dataset: Dataset, height: int, width: int, channels: int) -> None:
+    """Raise UserError unless the data set's augmentation fits images of that many pixels and channels."""
+    augmentation = dataset.augmentation
+    if channels != (means := len(augmentation.mean)):
+        raise UserError(
+            f"{dataset.key('augmentation.mean')} has {means} values: the images have "
+            f"{channels} channels, so mean and std must have {channels} each"
+        )
+    # A crop that is shifted by a whole image's side shows nothing of it.
+    if augmentation.kind == "pad_crop" and augmentation.pad >= min(height, width):
+        raise UserError(
+            f"{dataset.key('augmentation.pad')} is {augmentation.pad}: the images have {height}x{width} pixels, "
+            f"so must be at most {min(height, width) - 1}"
+        )
+    if augmentation.kind == "pad_crop" and augmentation.cutout > min(height, width):
+        raise UserError(
+            f"{dataset.key('augmentation.cutout')} is {augmentation.cutout}: the images have {height}x{width} pixels, "
+            f"so must be at most {min(height, width)}"
+        )
+    # Of test images the centre is cut out, and a box of a training image is not brought to less than a 15th.
+    least, most = -(-max(height, width) // 15), min(height, width)
+    if augmentation.kind == "resized_crop" and not least <= augmentation.size <= most:
+        raise UserError(
+            f"{dataset.key('augmentation.size')} is {augmentation.size}: the images have {height}x{width} pixels, "
+            f"so must lie in {least}..{most}"
+        )

@@ -7,11 +7,13 @@ from typing import Any
 
 import pandas as pd
 
+from tailcal import posthoc
 from tailcal.duplicates import TWICE
 from tailcal.metrics.cell import HEADLINE
 
 DASH = "—"
 MARK = "†"  # behind the name of a transductive rule
+TEMPERATURE = "temperature"  # the rule
 AS_TRAINED = "none"  # the plain predictions, as the tables name them among the post-hoc rules
 NUMBERS = (
     "top1",
@@ -84,6 +86,11 @@ class Column:
         deviation = dict(cell.variants())[self.posthoc].get(f"{self.number}_std") if self.spread else None
         return self._written(mean) + ("" if deviation is None else f" ± {self._written(self._shown(deviation))}")
 
+    def competes(self, cell: Cell) -> bool:
+        """Whether the cell may be the best: there is a number, and it is not the small ECE of near equal probabilities,
+        which a temperature at its bound leaves."""
+        return self.mean(cell) is not None and not (self.posthoc == TEMPERATURE and _at_bound(cell))
+
     def _written(self, value: float) -> str:
         digits = 2 if self.percent else 3
         return f"{value:.{digits}f}" if abs(value) < LARGE else f"{value:.2g}"
@@ -122,8 +129,8 @@ MAIN = (
     Column("few", "few"),
     Column("ECE", "ece", best=min),
     Column("ECE floor", "ece_floor", best=None, spread=False),
-    Column("ECE after temperature", "ece", posthoc="temperature", best=min),
-    Column("ECE floor after it", "ece_floor", posthoc="temperature", best=None, spread=False),
+    Column("ECE after temperature", "ece", posthoc=TEMPERATURE, best=min),
+    Column("ECE floor after it", "ece_floor", posthoc=TEMPERATURE, best=None, spread=False),
     Column("NLL", "nll", best=min, percent=False),
 )
 # What the page shows of every post-hoc rule, one table each; seven rules side by side leave no room for deviations.
@@ -139,7 +146,7 @@ def table(cells: list[Cell]) -> Table:
     """One row per cell. The best of a column is bold when there are two to compare; equal as shown is equally good."""
     body = [[cell.representation, cell.classifier] for cell in cells]
     for column in MAIN:
-        means = [column.mean(cell) for cell in cells]
+        means = [column.mean(cell) if column.competes(cell) else None for cell in cells]
         present = [mean for mean in means if mean is not None]
         best = column.best(present) if column.best and len(present) > 1 else None
         many = 2 * means.count(best) > len(cells)  # what most have reached tells nobody apart
@@ -181,9 +188,9 @@ def posthoc_tables(cells: list[Cell]) -> dict[str, Table]:
 def _by_rule(cell: Cell, number: Column, applied: list[str], apart: set[str]) -> list[str]:
     """One row of a table of `posthoc_tables`, after the names."""
     columns = {rule: replace(number, posthoc=rule) for rule in applied}
-    means = {rule: columns[rule].mean(cell) for rule in applied if rule not in apart}
-    present = [mean for mean in means.values() if mean is not None]
-    best = number.best(present) if len(present) > 1 else None
+    rivals = [rule for rule in applied if rule not in apart and columns[rule].competes(cell)]
+    means = {rule: columns[rule].mean(cell) for rule in rivals}
+    best = number.best(means.values()) if len(means) > 1 else None
     return [bold_if(columns[rule].text(cell), best is not None and means.get(rule) == best) for rule in applied]
 
 
@@ -273,14 +280,20 @@ def _groups(classes: pd.DataFrame) -> str:
 
 
 def notes(cells: list[Cell]) -> list[str]:
-    """Sentences that a table needs: for cells that are worse than a guess, for images that are left out or are there
-    twice, and for each reason why rules are absent."""
+    """Sentences that a table needs: for cells that are worse than a guess or say nothing, for a test split that is not
+    balanced, for images that are left out or are there twice, and for each reason why rules are absent."""
     reasons = {rule: reason for cell in cells for rule, reason in cell.metrics["posthoc_absent"].items()}
     absent = [
         f"No {', '.join(spaced(rule) for rule in reasons if reasons[rule] == reason)}: {reason.rstrip('.')}."
         for reason in dict.fromkeys(reasons.values())
     ]
-    return [*_guess_notes(cells), *_image_notes(**cells[0].metrics["images"]), *absent]
+    return [
+        *_guess_notes(cells),
+        *_bound_notes(cells),
+        *_balance_notes(cells[0].classes),
+        *_image_notes(**cells[0].metrics["images"]),
+        *absent,
+    ]
 
 
 def _guess_notes(cells: list[Cell]) -> list[str]:
@@ -288,7 +301,7 @@ def _guess_notes(cells: list[Cell]) -> list[str]:
     where a temperature mends it."""
     guess = math.log(len(cells[0].classes))
     worse = [cell for cell in cells if _nll(cell.metrics) > guess]
-    lost = [cell.name for cell in worse if _nll(cell.metrics["posthoc"].get("temperature", cell.metrics)) > guess]
+    lost = [cell.name for cell in worse if _nll(cell.metrics["posthoc"].get(TEMPERATURE, cell.metrics)) > guess]
     sure = [cell.name for cell in worse if cell.name not in lost]
     return [
         f"{title}: the NLL of {', '.join(names)} is above ln K = {guess:.3f}, that of equal probabilities{advice}"
@@ -300,9 +313,32 @@ def _guess_notes(cells: list[Cell]) -> list[str]:
     ]
 
 
+def _bound_notes(cells: list[Cell]) -> list[str]:
+    """What to say of cells whose temperature ended at its bound."""
+    names = ", ".join(cell.name for cell in cells if _at_bound(cell))
+    return [f"The temperature of {names} ended at its bound: the ECE after it says nothing."] if names else []
+
+
+def _at_bound(cell: Cell) -> bool:
+    fitted = cell.metrics["posthoc"].get(TEMPERATURE, {}).get("temperature")
+    return fitted is not None and posthoc.at_bound(fitted)
+
+
 def _nll(numbers: dict[str, Any]) -> float:
     """The NLL, 0 where there is none."""
     return numbers.get("nll") or 0.0
+
+
+def _balance_notes(classes: pd.DataFrame) -> list[str]:
+    """What to say of a test split that has not as many images of each class."""
+    fewest, most = classes["test_count"].min(), classes["test_count"].max()
+    if fewest == most:
+        return []
+    return [
+        f"The test split is not balanced ({fewest:,} to {most:,} images of a class): top-1, ECE and NLL weigh classes "
+        "by that, and rules that are fitted on a hold-out, which is balanced, or that take the test split for balanced "
+        "need not suit it."
+    ]
 
 
 def _image_notes(skipped: dict[str, int], duplicates: dict[str, int]) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tailcal import checkpoint, distributed
+from tailcal import checkpoint, distributed, portable
 from tailcal.costs import Cost
 from tailcal.draws import Draws, derive
 from tailcal.engine import executor, side_by_side
@@ -56,7 +56,9 @@ def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
 
 def described(device: torch.device) -> str:
     """What kind of device it is, as far as a training's bits depend on it: `cuda`, or a CPU's instructions."""
-    return f"cpu, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+    if device.type != "cpu":
+        return device.type
+    return ", ".join(["cpu", torch.backends.cpu.get_cpu_capability(), *portable.deviations()])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -147,8 +149,8 @@ def at_once(runtime: Runtime, networks: int) -> int:
 
 
 @contextlib.contextmanager
-def enough_memory(keys: str) -> Iterator[None]:
-    """Raise UserError naming the keys that memory depends on when there is too little of it for the block."""
+def enough_memory(advice: str) -> Iterator[None]:
+    """Raise UserError, with advice that names the keys, when there is too little memory for the block."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -156,7 +158,7 @@ def enough_memory(keys: str) -> Iterator[None]:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         said = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"there is not enough memory: use a smaller {keys} ({said})") from None
+        raise UserError(f"there is not enough memory: {advice} ({said})") from None
 
 
 def train(
@@ -174,7 +176,7 @@ def train(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(data.device)
     batch_size = f", or {replicas[0].recipe_key}.batch_size" if replicas[0].recipe_key else ""
-    with enough_memory(f"runtime.replicas{batch_size}"):
+    with enough_memory(f"use a smaller runtime.replicas{batch_size}"):
         return side_by_side(trainings, data.device, at_once(runtime, len(replicas)))
 
 
@@ -196,7 +198,7 @@ def _training(
     optimise = optimiser(groups, recipe, partial(distributed.sum_gradients, network.backbone))
     labels = data.labels.cpu().numpy()
     steps, size = steps_per_epoch(len(labels), recipe), recipe.batch_size
-    _require_batches(size, len(labels), replica)
+    _require_fits(recipe, len(labels), replica)
     total = total_steps(len(labels), recipe)
     epochs = math.ceil(total / steps)  # a budget of iterations may end within an epoch
     start, history = 0, []
@@ -291,8 +293,10 @@ def _training(
     return Trained(network, history, cost)
 
 
-def _require_batches(size: int, images: int, replica: Replica) -> None:
-    """Raise UserError when batches of `size` cannot be drawn from so many images, or not shared among processes."""
+def _require_fits(recipe: Recipe, images: int, replica: Replica) -> None:
+    """Raise UserError when batches cannot be drawn from so many images, or not shared among processes, or when a change
+    of the learning rate falls into the last epoch, which has begun by then."""
+    size = recipe.batch_size
     if size > images:
         raise UserError(
             f"{replica.recipe_key}.batch_size is {size}, but the training split has {images} images "
@@ -303,6 +307,15 @@ def _require_batches(size: int, images: int, replica: Replica) -> None:
             f"{replica.recipe_key}.batch_size is {size}, which {distributed.size()} processes cannot share evenly "
             f"({replica.title}): use a multiple of {distributed.size()}"
         )
+    if recipe.iterations:
+        steps = steps_per_epoch(images, recipe)
+        last = (recipe.iterations - 1) // steps * steps
+        marks = [recipe.schedule.warmup, *getattr(recipe.schedule, "milestones", [])]
+        if late := [mark for mark in marks if last < mark < recipe.iterations]:
+            raise UserError(
+                f"{replica.recipe_key}.schedule: warmup or milestones say {late[0]}, and the learning rate changes as "
+                f"an epoch of {steps} iterations begins, the last at {last} ({replica.title}): must be {last} or less"
+            )
 
 
 @torch.no_grad()
@@ -320,5 +333,5 @@ def predict(networks: list[Network], data: Images, runtime: Runtime) -> list[np.
         yield
         return logits
 
-    with enough_memory("runtime.replicas"):
+    with enough_memory("use a smaller runtime.replicas"):
         return side_by_side([partial(predicting, network) for network in networks], data.device, runtime.replicas)

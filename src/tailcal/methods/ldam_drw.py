@@ -18,7 +18,7 @@ from tailcal.losses import effective_number_weights, require_counts, weighted_cr
 from tailcal.method import Batch, ParameterGroup, Representation, Trained
 from tailcal.models import Network
 from tailcal.models.heads import Cosine
-from tailcal.params import Fraction, Positive
+from tailcal.params import Fraction
 
 
 def margins(counts: Tensor, max_margin: float) -> Tensor:
@@ -52,7 +52,7 @@ class Method(Representation):
         of the epochs without re-weighting."""
 
         max_margin: Annotated[float, Field(ge=0, le=2)]
-        scale: Positive
+        scale: Annotated[float, Field(gt=0, le=1e6)]
         beta: Annotated[float, Field(ge=0, lt=1)]
         drw_start: Fraction
 

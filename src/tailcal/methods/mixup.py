@@ -20,7 +20,7 @@ class Method(Representation):
     class Config(Trained):
         """alpha: both parameters of the Beta distribution."""
 
-        alpha: Annotated[float, Field(gt=0)]
+        alpha: Annotated[float, Field(gt=0, le=1e6)]
 
     def mix(self, batches: list[Batch], draws: Draws) -> Batch:
         (batch,) = batches

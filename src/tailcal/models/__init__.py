@@ -1,8 +1,12 @@
 """Networks: a backbone that makes features, a head that makes logits. Backbones are looked up by name."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from tailcal.errors import UserError
 from tailcal.models import heads, imagenet, resnet
 
 BACKBONES = {**resnet.BACKBONES, **imagenet.BACKBONES}
@@ -52,3 +56,12 @@ def build(backbone: str, head: str, channels: int, num_classes: int, trains: str
     if trains == "last_block":
         imagenet.freeze_but_last_block(body)
     return Network(body, heads.HEADS[head](body.features, num_classes, getattr(body, "kaiming", True)))
+
+
+def rebuild(record: dict[str, Any], source: Path) -> Network:
+    """`build` by the arguments that a file has recorded. Raises UserError naming `source`, the file, where they make no
+    network."""
+    try:
+        return build(**record)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{source}: this version of tailcal has no network {record} ({error})") from None

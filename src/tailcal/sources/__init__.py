@@ -57,6 +57,9 @@ class Listing:
     workers: int | None = None
 
 
+Split = tuple[list[str], np.ndarray]  # files, labels
+
+
 class Source(Strict):
     """Base of every source's Config: it knows where its block stands, so that an error can name the key."""
 
@@ -110,6 +113,10 @@ class ImageFiles(Source):
     strict: bool = True
     workers: Annotated[int | None, Field(ge=1, le=1024, exclude=True)] = None
     UNRECORDED: ClassVar[frozenset[str]] = frozenset({"strict"})
+
+    def listing(self, root: Path, train: Split, test: Split, class_names: list[str]) -> Listing:
+        """These files, to be decoded as the block says."""
+        return Listing(root, *train, *test, class_names, self.size, self.channels, self.strict, self.workers)
 
 
 def kinds() -> list[str]:

@@ -17,10 +17,13 @@ from pydantic import Field
 from tailcal import longtail
 from tailcal.errors import UserError
 from tailcal.images import EXTENSIONS, shown
-from tailcal.sources import ImageFiles, Listing, same_name
+from tailcal.sources import ImageFiles, Listing, Split, same_name
 
 SPLITS = ("train", "test")
-OTHER_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})  # in lower case
+OTHER_NAMES = {  # what else the splits are called, in lower case
+    "train": frozenset({"train", "training"}),
+    "test": frozenset({"val", "valid", "validation", "dev", "test", "testing"}),
+}
 
 
 class Config(ImageFiles):
@@ -50,27 +53,12 @@ def load(config: Config, downloads: Path) -> Listing:  # noqa: ARG001 (every sou
             f"the first is {shown(min(ignored))}",
             file=sys.stderr,
         )
-    (train_files, train_labels), (test_files, test_labels) = splits
-    return Listing(
-        root,
-        train_files,
-        train_labels,
-        test_files,
-        test_labels,
-        names,
-        config.size,
-        config.channels,
-        config.strict,
-        config.workers,
-    )
-
-
-Split = tuple[list[str], np.ndarray]
+    return config.listing(root, *splits, names)
 
 
 def _one_split(root: Path, config: Config, ignored: list[str]) -> tuple[list[str], list[Split]]:
     names = _classes(root, "", ignored)
-    if all(name in SPLITS or _is_split(name) for name in names):
+    if all(name in SPLITS or _is_split(name, *SPLITS) for name in names):
         raise UserError(
             f"{root}: is split into {' and '.join(names)} already: source.test_per_class must be 0, and the splits "
             "must be called train and test"
@@ -92,7 +80,7 @@ def _two_splits(root: Path, ignored: list[str]) -> tuple[list[str], list[Split]]
     of_split = {}
     for split in SPLITS:
         if not (root / split).is_dir():
-            others = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and _is_split(entry.name))
+            others = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and _is_split(entry.name, split))
             hint = f" (rename {' or '.join(others)} to it)" if others else ""
             raise UserError(
                 f"{root}: has no folder {split}{hint}: must hold train/<class>/ and test/<class>/, or <class>/ with a "
@@ -127,9 +115,10 @@ def _warn_of_splits(root: Path, names: list[str], files: list[str]) -> None:
         )
 
 
-def _is_split(name: str) -> bool:
-    """Whether a folder is called like a split, but as none of SPLITS. Alone or beside these it is meant as no class."""
-    return name not in SPLITS and name.lower() in OTHER_NAMES
+def _is_split(name: str, *splits: str) -> bool:
+    """Whether a folder is called like one of `splits`, but not as they are. Alone or beside these it is meant as no
+    class."""
+    return name not in SPLITS and any(name.lower() in OTHER_NAMES[split] for split in splits)
 
 
 def _classes(root: Path, below: str, ignored: list[str]) -> list[str]:

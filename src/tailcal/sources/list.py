@@ -60,18 +60,11 @@ def load(config: Config, downloads: Path) -> Listing:  # noqa: ARG001 (every sou
         with config.naming(key):
             _check_distinct(path, lines[key], first)
             _check_labels(path, lines[key], K, known, names)
-    return Listing(
-        root,
-        [path for path, _, _ in lines["train"]],
-        np.array([label for _, label, _ in lines["train"]], np.int64),
-        [path for path, _, _ in lines["test"]],
-        np.array([label for _, label, _ in lines["test"]], np.int64),
-        names or [str(k) for k in range(K)],
-        config.size,
-        config.channels,
-        config.strict,
-        config.workers,
+    train, test = (
+        ([path for path, _, _ in lines[key]], np.array([label for _, label, _ in lines[key]], np.int64))
+        for key in files
     )
+    return config.listing(root, train, test, names or [str(k) for k in range(K)])
 
 
 Line = tuple[str, int, int]  # path, label, number of the line
