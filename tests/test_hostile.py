@@ -320,6 +320,8 @@ META = {
     "train_counts": [3, 2, 1],
     "holdout_counts": [0, 0, 0],
     "source": {"kind": "digits"},
+    "imbalance": {"profile": "natural", "seed": 0},
+    "holdout_per_class": 0,
     "checksums": {"train_images.npy": "0" * 64, "train_labels.npy": "1" * 64},
     "skipped": {"train": 0, "test": 0},
     "duplicates": {"train": 0, "holdout": 0, "test": 0},
