@@ -119,6 +119,7 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
             for name, rule in posthoc.fit(rules, counts, run.holdout_logits, run.holdout_labels).items()
         },
         "best_on_test": late,
+        "seed": seed,
         "data": {
             "train_images": sum(meta["train_counts"]),
             "official": meta["source"]["kind"] != "folder",

@@ -86,6 +86,7 @@ def cell(correct_SN, ece=0.0512, deviation=0.0031, posthoc=None, **others):
             "data": {"train_images": 10847, "official": False, "test_split": {"test_images.npy": "a"}},
             "cost": {"machine": "NVIDIA H200", "seconds": 1041.2, "at_once": 3},
             "best_on_test": best[i],
+            "seed": i,
             "epochs": 200,
             "backbone": "resnet32",
             "precision": "float32",
@@ -604,6 +605,13 @@ def test_seeds_of_two_machines_are_a_cell():
     (line,) = pd.read_csv(stage.ROWS).dropna(subset="top1").to_dict("records")
     said = (line["top1"], line["seeds"], line["seconds"], line["at_once"], line["machine"])
     assert said == (45, 3, 1360.8, "1 to 3", "NVIDIA H200 and CPU, 1 core")
+
+
+def test_a_copied_seed_is_no_other_seed():
+    path = put(cell(predictions(0.4, 0.42)))
+    path.with_name("seed7.json").write_text(path.read_text())
+    with pytest.raises(UserError, match=r"mixup/mislas/seed7\.json is a copy of seed 0: delete it and run"):
+        stage.main()
 
 
 def test_best_on_test_needs_every_seed():

@@ -108,6 +108,7 @@ class Run(RunNumbers):
     """One seed of a cell, as it was measured: a file of metrics/published/cells."""
 
     posthoc: dict[str, RunNumbers] = {}
+    seed: Annotated[int, Field(ge=0)]
     data: Data
     cost: Cost
     best_on_test: RunBest | None = None
@@ -248,7 +249,8 @@ def run_files(folder: Path, cell: CellName) -> dict[int, Path]:
 def read_measured(folder: Path) -> Cells:
     """Every cell measured below `folder`.
 
-    Raises UserError naming a file that is damaged, and a seed that was trained otherwise than the first of its cell.
+    Raises UserError naming a file that is damaged or another seed's, and a seed that was trained otherwise than the
+    first of its cell.
     """
     cells = sorted({path.parent.relative_to(folder).parts for path in folder.glob("*/*/*/*.json")})
     return {cell: join(run_files(folder, cell).values()) for cell in cells}
@@ -257,6 +259,9 @@ def read_measured(folder: Path) -> Cells:
 def join(paths: Iterable[Path]) -> Measured:
     """The cell whose seeds are in these files. Raises UserError as `read_measured` does."""
     runs = {path: read_run(path) for path in paths}
+    for path, run in runs.items():
+        if path.stem != f"seed{run.seed}":
+            raise UserError(f"{path} is a copy of seed {run.seed}: delete it and {AGAIN}")
     (first, expected), *others = [(path, run.shared()) for path, run in runs.items()]
     for path, shared in others:
         for key in sorted(expected.keys() | shared.keys()):
