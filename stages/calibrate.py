@@ -79,6 +79,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     device = train.prepare(p.runtime, p.precision)
     longtail = paths.longtail(dataset_name)
     meta = splits.read_meta(longtail)
+    splits.require_cut(longtail, meta, dataset)
     counts = torch.tensor(meta["train_counts"])
     data = read_images(longtail, "train", dataset, device, p.runtime.placement)
     stage1 = paths.representation(dataset_name, representation)

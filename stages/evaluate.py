@@ -20,6 +20,8 @@ from tailcal.metrics.cell import HEADLINE, measure, over_seeds
 from tailcal.metrics.scores import softmax
 from tailcal.predictions import Predictions
 
+LABELS = "train_labels.npy"  # which the counts are of, that groups and rules go by
+
 
 def read_cell(folder: Path, checksums: dict[str, str], seeds: list[int], K: int) -> list[Predictions]:
     """The predictions of every seed; all seeds must have been tested on the same samples."""
@@ -130,12 +132,19 @@ def evaluate(p: params.Params, where: dict[str, str]) -> None:
     """Measure the cell `where`, {axis: name}; write its numbers, tables and diagram. Raises UserError."""
     rules = posthoc.configure(p.evaluate.posthoc)
 
-    meta = splits.read_meta(paths.longtail(where["dataset"]))
+    longtail = paths.longtail(where["dataset"])
+    meta = splits.read_meta(longtail)
     names, counts_K = meta["class_names"], np.array(meta["train_counts"])
     folder = paths.predictions(**where)
     provenance = files.read_json(folder / "provenance.json")
     if not isinstance(provenance, dict) or not isinstance(checksums := provenance.pop("checksums", None), dict):
         raise UserError(f"{folder}/provenance.json is damaged (no checksums): delete it and run `dvc repro`")
+    trained_on = provenance.get("data")
+    if not isinstance(trained_on, dict) or trained_on.get(LABELS) != meta["checksums"].get(LABELS):
+        raise UserError(
+            f"{folder} is of networks that were trained on another training split than {longtail} holds: run `dvc "
+            "repro`, or without DVC stages.represent and stages.calibrate again"
+        )
     cell = read_cell(folder, checksums, p.seeds, len(names))
 
     plots = paths.cell_plots(**where)

@@ -162,7 +162,11 @@ def cells(
 
 
 def select(
-    chosen: plan.Plan, tables: list[str] | None, datasets: list[str] | None, representations: list[str] | None
+    chosen: plan.Plan,
+    tables: list[str] | None,
+    datasets: list[str] | None,
+    representations: list[str] | None,
+    classifiers: list[str] | None,
 ) -> dict[tuple[str, str, int], list[str]]:
     """{(data set, representation, late epochs): classifiers} of what is asked for; None asks for all of its kind.
 
@@ -170,21 +174,24 @@ def select(
     """
     _require_known("table", tables, chosen.tables)
     found = [
-        (table.late_epochs, *cells)
+        (*cells, classifier, table.late_epochs)
         for name, table in chosen.tables.items()
         if name in (tables or [name])
-        for cells in table.cells()
+        for *cells, each in table.cells()
+        for classifier in each
     ]
-    _require_known("dataset", datasets, [dataset for _, dataset, _, _ in found])
-    _require_known("representation", representations, [representation for _, _, representation, _ in found])
+    options = {"dataset": datasets, "representation": representations, "classifier": classifiers}
+    for i, (option, names) in enumerate(options.items()):
+        _require_known(option, names, [cell[i] for cell in found])
     asked: dict[tuple[str, str, int], list[str]] = {}
-    for late_epochs, dataset, representation, classifiers in found:
-        if dataset in (datasets or [dataset]) and representation in (representations or [representation]):
-            asked.setdefault((dataset, representation, late_epochs), []).extend(classifiers)
+    for *cell, late_epochs in found:
+        dataset, representation, classifier = cell
+        if all(name in (names or [name]) for name, names in zip(cell, options.values(), strict=True)):
+            asked.setdefault((dataset, representation, late_epochs), []).append(classifier)
     if not asked:
-        pairs = sorted({f"{dataset}/{representation}" for _, dataset, representation, _ in found})
+        known = sorted({"/".join(cell[:3]) for cell in found if cell[0] in (datasets or [cell[0]])})
         raise errors.UserError(
-            f"--dataset, --representation: none of these tables has such a pair: there are {', '.join(pairs)}"
+            f"--dataset, --representation, --classifier: these tables have no such cell: there are {', '.join(known)}"
         )
     return {training: list(dict.fromkeys(classifiers)) for training, classifiers in asked.items()}
 
@@ -211,23 +218,23 @@ def narrowed(p: params.Params, seeds: list[str] | None, precision: str | None) -
 
 
 def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[int]:
-    """The seeds of `p` that have no file of this cell in the precision of `p`, `with_best` on test or without."""
+    """The seeds of `p` that have no file of this cell, `with_best` on test or without."""
     return [
         seed
         for seed in p.seeds
         if not (file := measured.run_file(paths.PUBLISHED, cell, seed)).exists()
-        or (run := measured.read_run(file)).precision != p.precision
-        or (with_best and run.best_on_test is None)
+        or (with_best and measured.read_run(file).best_on_test is None)
     ]
 
 
 def require_one_precision(cell: measured.CellName, p: params.Params, replaced: list[int]) -> None:
     """Raise UserError naming a file of this cell that is in another precision, and of none of the seeds `replaced`."""
-    for seed, file in measured.run_files(paths.PUBLISHED, cell).items():
-        if seed not in replaced and (found := measured.read_run(file).precision) != p.precision:
+    for file in measured.run_files(paths.PUBLISHED, cell):
+        run = measured.read_run(file)
+        if run.seed not in replaced and run.precision != p.precision:
             raise errors.UserError(
-                f"{file} is in {found}, and the seeds of a cell must be in one precision: give --precision {found}, or "
-                "move it away"
+                f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give --precision "
+                f"{run.precision}, or move it away"
             )
 
 
@@ -236,7 +243,8 @@ def main() -> None:
     parser.add_argument("--table", action="append", help="only this table, or these (all)")
     parser.add_argument("--dataset", action="append", help="only this data set of them, or these (all)")
     parser.add_argument("--representation", action="append", help="only this representation of them, or these (all)")
-    parser.add_argument("--missing", action="store_true", help="leave out the cells that are there already, complete")
+    parser.add_argument("--classifier", action="append", help="only this classifier of them, or these (all)")
+    parser.add_argument("--missing", action="store_true", help="leave out what is there already, complete")
     parser.add_argument("--seed", action="append", help="only this seed of the plan, or these (all)")
     parser.add_argument("--precision", choices=get_args(params.Precision), help="of training (that of params.yaml)")
     workspace.accept_images(parser)
@@ -246,7 +254,7 @@ def main() -> None:
     p = narrowed(p, args.seed, args.precision)
     workspace.require_one_process(p.runtime)
     train.prepare(p.runtime, p.precision)  # refuses what this machine cannot do before anything is downloaded
-    asked = select(chosen, args.table, args.dataset, args.representation)
+    asked = select(chosen, args.table, args.dataset, args.representation, args.classifier)
     for (dataset, representation, _), classifiers in asked.items():
         settings.training(p, dataset, representation, "representations")
         for classifier in classifiers:
@@ -257,10 +265,11 @@ def main() -> None:
     for (dataset, representation, late_epochs), classifiers in asked.items():
         for name in classifiers:
             cell = (dataset, representation, name)
-            require_one_precision(cell, p, [] if args.precision else p.seeds)
             if args.missing:
-                chosen = settings.training(p, dataset, name, "classifiers")
-                classifiers[name] = missing(cell, p, bool(late_epochs) and has_epochs(chosen))
+                training = settings.training(p, dataset, name, "classifiers")
+                classifiers[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))
+            if classifiers[name] or args.precision:
+                require_one_precision(cell, p, [] if args.precision or args.missing else p.seeds)
 
     out, written = paths.PUBLISHED.resolve(), 0
     with workspace.inside(WORKSPACE):

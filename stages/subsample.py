@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from stages import paths
-from tailcal import duplicates, errors, files, lock, longtail, params, rows, splits
+from tailcal import duplicates, errors, files, lock, longtail, params, rows, sources, splits
 from tailcal.errors import UserError
 
 
@@ -117,6 +117,7 @@ def main() -> None:
 def subsample(name: str, dataset: params.Dataset) -> None:
     """Check the raw arrays, choose the images, write the three splits and meta.json."""
     meta, raw = read_raw(paths.raw(name))
+    sources.require(dataset, meta.source, paths.raw(name))
     class_names = meta.class_names
 
     splits.check_augmentation(dataset, *raw["train_images"].shape[1:])

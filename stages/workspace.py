@@ -99,7 +99,10 @@ def listing(config: sources.Source) -> str | None:
         return None
     digest = hashlib.sha256()
     for path in sorted(config.folder(folder).rglob("*")):
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError:  # a link to nothing: the source says so in its own words
+            stat = path.lstat()
         digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -10,6 +10,7 @@ import yaml
 
 from stages import paths
 from tailcal import figures
+from tailcal.duplicates import TWICE
 
 ROOT = Path(__file__).resolve().parent.parent
 REPRESENTATIONS = ("ce", "mixup", "balanced_softmax")
@@ -140,7 +141,7 @@ def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generato
         "seeds": seeds,
         "posthoc": {rule: numbers(generator, seeds) | {"transductive": rule in TRANSDUCTIVE} for rule in RULES},
         "posthoc_absent": {},
-        "images": {"skipped": {}, "duplicates": {"train": 0, "holdout": 0, "test": 0}},
+        "images": {"skipped": {}, "duplicates": dict.fromkeys(TWICE, 0)},
         "provenance": {
             "params": {
                 "dataset": {

@@ -274,6 +274,7 @@ def test_constants_are_no_part_of_a_checkpoint(name):
         ("logit_adjustment", "tau", -1.0),
         ("ldam_drw", "max_margin", -0.5),
         ("ldam_drw", "scale", 0.0),
+        ("ldam_drw", "scale", 1e7),
         ("ldam_drw", "beta", 1.0),
         ("ldam_drw", "drw_start", 1.1),
     ],

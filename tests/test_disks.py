@@ -23,6 +23,7 @@ import torch
 
 from stages import paths, subsample
 from tailcal import checkpoint, errors, files, rows, splits, train, weights
+from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
 from tests.conftest import ROOT, TINY, edit
 from tests.test_contract import run as train_tiny
@@ -553,8 +554,8 @@ def test_splits_that_their_own_description_does_not_fit_are_refused(tmp_path):
 
 def describe(folder: Path) -> None:
     checksums = {path.name: files.sha256(path) for path in folder.glob("*.npy")}
-    counts = {"class_names": list("abc"), "train_counts": [2, 2, 2], "source": {}, "skipped": {}, "duplicates": {}}
-    counts |= {"imbalance": {}, "holdout_per_class": 0}
+    counts = {"class_names": list("abc"), "train_counts": [2, 2, 2], "source": {}, "skipped": {}}
+    counts |= {"imbalance": {}, "holdout_per_class": 0, "duplicates": dict.fromkeys(TWICE, 0)}
     files.write_json(folder / "meta.json", counts | {"checksums": checksums})
 
 

@@ -25,7 +25,7 @@ ARGUMENTS = [part for axis, name in CELL.items() for part in (f"--{axis}", name)
 NAMES = ["zero", "one, a comma", "two", "three", "four", "five", "six"]
 COUNTS = [400, 150, 100, 60, 20, 19, 3]
 CUT = {"imbalance": {"profile": "natural", "seed": 0}, "holdout_per_class": 0}
-IMAGES = {"skipped": {"train": 1, "test": 0}, "duplicates": {"train": 0, "holdout": 2, "test": 3}}
+IMAGES = {"skipped": {"train": 1, "test": 0}, "duplicates": {"train": 0, "holdout": 2, "test": 3, "test_holdout": 0}}
 K = len(NAMES)
 RULES = {
     "temperature": {},
@@ -70,7 +70,9 @@ def seal() -> None:
     """Take down the checksums of the predictions that are there, as the stage calibrate does."""
     folder = paths.predictions(**CELL)
     checksums = {path.name: files.sha256(path) for path in folder.glob("*.npz")}
-    files.write_json(folder / "provenance.json", {"device": "none", "checksums": checksums})
+    files.write_json(
+        folder / "provenance.json", {"device": "none", "data": {"train_labels.npy": "a"}, "checksums": checksums}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +86,7 @@ def _project(tmp_path, monkeypatch):
         "class_names": NAMES,
         "train_counts": COUNTS,
         "source": {"kind": "made up"},
-        "checksums": {},
+        "checksums": {"train_labels.npy": "a"},
         **CUT,
         **IMAGES,
     }
@@ -255,7 +257,16 @@ def test_a_rule_is_fitted_without_the_test_labels():
 def test_an_empty_group_is_null():
     meta = paths.longtail("digits_lt") / "meta.json"
     meta.write_text(
-        json.dumps({"class_names": NAMES, "train_counts": [500] * K, "source": {}, "checksums": {}, **CUT, **IMAGES})
+        json.dumps(
+            {
+                "class_names": NAMES,
+                "train_counts": [500] * K,
+                "source": {},
+                "checksums": {"train_labels.npy": "a"},
+                **CUT,
+                **IMAGES,
+            }
+        )
     )
     numbers = measured()
     assert numbers["many"] is not None
@@ -318,6 +329,12 @@ def nan_logits() -> np.ndarray:
         (lambda: (paths.predictions(**CELL) / "provenance.json").unlink(), "provenance.json is missing"),
         (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{"), "provenance.json is damaged"),
         (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{}"), "json is damaged (no checksums)"),
+        (
+            lambda: (paths.predictions(**CELL) / "provenance.json").write_text(
+                '{"data": {"train_labels.npy": "b"}, "checksums": {}}'
+            ),
+            "is of networks that were trained on another training split than data/lt/digits_lt holds: run `dvc repro`",
+        ),
         (lambda: (paths.longtail("digits_lt") / "meta.json").unlink(), "meta.json is missing"),
         (
             lambda: (paths.longtail("digits_lt") / "meta.json").write_text("{}"),
@@ -326,7 +343,14 @@ def nan_logits() -> np.ndarray:
         (
             lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
                 json.dumps(
-                    {"class_names": NAMES, "train_counts": COUNTS[1:], "source": {}, "checksums": {}, **CUT, **IMAGES}
+                    {
+                        "class_names": NAMES,
+                        "train_counts": COUNTS[1:],
+                        "source": {},
+                        "checksums": {"train_labels.npy": "a"},
+                        **CUT,
+                        **IMAGES,
+                    }
                 )
             ),
             "meta.json: 7 class_names, but 6 train_counts",

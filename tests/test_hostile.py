@@ -53,6 +53,7 @@ from tailcal import (
     tables,
     weights,
 )
+from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
 from tailcal.models.imagenet import load_pretrained
 from tailcal.settings import training as resolve
@@ -324,7 +325,7 @@ META = {
     "holdout_per_class": 0,
     "checksums": {"train_images.npy": "0" * 64, "train_labels.npy": "1" * 64},
     "skipped": {"train": 0, "test": 0},
-    "duplicates": {"train": 0, "holdout": 0, "test": 0},
+    "duplicates": dict.fromkeys(TWICE, 0),
 }
 CARD = {
     "format": 1,

@@ -220,11 +220,22 @@ def test_without_dvc_stages_refuse_a_data_set_that_was_cut_otherwise_or_that_the
         r"digits_lt`\n",
         said,
     )
+    edit(p.root / "params.yaml", [("test_per_class: 50", "test_per_class: 40")])
+    for stage, folder in (("subsample", "raw"), ("represent", "lt")):
+        said = p.inside(stage, *CELL[: 2 if stage == "subsample" else None], ok=False)
+        assert said == (
+            f"error: data/{folder}/digits_lt was made with source.test_per_class 50, and params.yaml: "
+            "datasets.digits_lt.source.test_per_class is 40: run `dvc repro`, or without DVC `python -m stages.download "
+            "--dataset digits_lt` and `python -m stages.subsample --dataset digits_lt`\n"
+        )
+    edit(p.root / "params.yaml", [("test_per_class: 40", "test_per_class: 50")])
     edit(p.root / "params.yaml", [("factor: 50", "factor: 20"), ("holdout_per_class: 20", "holdout_per_class: 19")])
     assert "was cut with holdout_per_class 20, and params.yaml: datasets" in p.inside("represent", *CELL, ok=False)
     edit(p.root / "params.yaml", [("holdout_per_class: 19", "holdout_per_class: 20")])
     p.inside("represent", *CELL)
-    edit(p.root / "params.yaml", [("pad: 1", "pad: 8")])
+    edit(p.root / "params.yaml", [("factor: 20", "factor: 50")])
+    assert "was cut with imbalance" in p.inside("calibrate", *CELL, "--classifier", "joint", ok=False)
+    edit(p.root / "params.yaml", [("factor: 50", "factor: 20"), ("pad: 1", "pad: 8")])
     for stage, more in (("represent", []), ("calibrate", ["--classifier", "joint"])):
         said = p.inside(stage, *CELL, *more, ok=False)
         assert "datasets.digits_lt.augmentation.pad is 8: the images have 8x8 pixels, so must be at most 7\n" in said

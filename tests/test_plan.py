@@ -205,7 +205,12 @@ def test_a_cell_is_in_one_precision(run):
         UserError, match=r"joint/seed1\.json is in bf16, and the seeds of a cell must be in one .*--preci"
     ):
         run(*short, "--seed", "0")
-    found = run(*short, "--missing")  # all seeds: nothing is left in another precision
+    with pytest.raises(UserError, match=r"joint/seed1\.json is in bf16, .*: give --precision bf16, or move it"):
+        run(*short, "--missing")  # which replaces nothing
+    assert path.read_bytes() == said
+    run(*short, "--missing", "--seed", "1")  # nothing is missing
+    assert path.read_bytes() == said
+    found = run(*short)  # all seeds: nothing is left in another precision
     assert [read(path)["precision"] for path in found.values()] == ["float32", "float32"]
     with pytest.raises(UserError, match=r"joint/seed0\.json is in float32, .*: give --precision float32, or move it"):
         run(*short, "--precision", "bf16")
@@ -224,6 +229,16 @@ def test_images_that_change_and_splits_that_are_damaged_are_made_anew(run, proje
     split.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     run("--table", "later", "--images", "images")
     assert split.read_bytes() == content
+
+
+@pytest.mark.pipeline
+def test_one_classifier_alone_and_a_link_to_nothing_among_the_images(run):
+    short = ("--table", "mislas", "--images", "images", "--classifier", "tau_norm")
+    assert list(run(*short, "--seed", "0")) == ["small/ce/tau_norm/seed0.json"]
+    Path("images/cifar10/train/class0/broken.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"train/class0/broken\.png.* is missing") as caught:
+        run(*short)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.pipeline
@@ -381,6 +396,11 @@ def test_a_wrong_preset_of_a_variant_is_named(run, project, recipes):
     [
         (("--table", "marc"), "--table marc: there is none of that name: there are mislas, later"),
         (("--seed", "7"), "--seed 7: must be one of 0, 1, each named once at most"),
+        (("--classifier", "crt"), "--classifier crt: there is none of that name: there are joint, mislas, tau_norm"),
+        (
+            ("--representation", "mixup", "--classifier", "mislas"),
+            "--dataset, --representation, --classifier: these tables have no such cell: there are small/ce/joint, ",
+        ),
         (("--seed", "-1"), "--seed -1: must be one of 0, 1"),
         (("--seed", "0", "--seed", "0"), "--seed 0: must be one of 0, 1, each named once at most"),
         (("--precision", "tf32"), "precision: is tf32, which exists only on a GPU; use float32 or bf16"),

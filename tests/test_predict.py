@@ -27,6 +27,7 @@ from stages import paths
 from tailcal import errors, files, posthoc, predict
 from tailcal import export as exporting
 from tailcal.augment import normalise, plain
+from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
 from tailcal.export import export
 from tailcal.method import Batch, configure, load, resolve
@@ -81,7 +82,7 @@ def make_cell(
         "holdout_per_class": 0,
         "checksums": {},
         "skipped": {},
-        "duplicates": {"test": 0},
+        "duplicates": dict.fromkeys(TWICE, 0),
     }
     files.write_json(root / paths.longtail("made_up") / "meta.json", meta)
 
@@ -796,6 +797,14 @@ def test_a_model_that_gives_no_numbers_writes_nothing(tmp_path, model, pictures,
     with pytest.raises(UserError, match=r"the model's probabilities are no finite numbers: export the model again"):
         run(monkeypatch, "--model", model, "--out", tmp_path / "new/out.csv", pictures)
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_card_that_is_no_file_is_one_line(model, pictures, monkeypatch):
+    """A pipe would keep its reader waiting for ever."""
+    (model / "model.json").unlink()
+    os.mkfifo(model / "model.json")
+    with pytest.raises(UserError, match=r"model\.json is not a file: export the model again"):
+        run(monkeypatch, "--model", model, pictures)
 
 
 def test_when_no_image_can_be_read_nothing_is_written(tmp_path, model, monkeypatch):

@@ -582,13 +582,20 @@ def test_a_damaged_seed_is_named(change, message):
             {"data": {"train_images": 10847, "official": False, "test_split": {"test_images.npy": "b"}}},
             "its data.test_split.test_images.npy is b, that of seed0.json a",
         ),
+        ({"posthoc": {}}, "its rules is , that of seed0.json pn_transductive"),
+        ({"best_on_test": None}, "its late epochs is None, that of seed0.json 20"),
+        ({"best_on_test": {"epochs": 40, "top1": 0.5, "ece": 0.1}}, "its late epochs is 40, that of seed0.json 20"),
     ],
 )
 def test_seeds_that_were_not_trained_and_measured_alike_are_no_cell(change, message):
-    first, second = cell(predictions(0.4, 0.42))
+    rule = {"pn_transductive": numbers_of(predictions(0.51, 0.52), 0.04)}
+    first, second = cell(predictions(0.4, 0.42), posthoc=rule)
     put([first, second | change])
     with pytest.raises(
-        UserError, match=f"mixup/mislas/seed1.json: {message}.*: delete one of the two and run"
+        UserError,
+        match=f"mixup/mislas/seed1.json: {message}.*: delete the one that is not as params.yaml and your options say, "
+        "and run `python -m stages.published --missing --dataset cifar100_lt_100 --representation mixup --classifier "
+        "mislas --seed SEED`, with",
     ) as caught:
         stage.main()
     assert "\n" not in str(caught.value)
@@ -610,31 +617,72 @@ def test_seeds_of_two_machines_are_a_cell():
 def test_a_copied_seed_is_no_other_seed():
     path = put(cell(predictions(0.4, 0.42)))
     path.with_name("seed7.json").write_text(path.read_text())
-    with pytest.raises(UserError, match=r"mixup/mislas/seed7\.json is a copy of seed 0: delete it and run"):
+    with pytest.raises(UserError, match=r"mixup/mislas/seed7\.json is of seed 0: must be called seed0\.json: move it"):
         stage.main()
 
 
-def test_best_on_test_needs_every_seed():
-    runs = cell(predictions(0.44, 0.45, 0.46))
-    put([*runs[:2], runs[2] | {"best_on_test": None}])
+def test_seeds_of_other_code_and_versions_are_a_cell_and_told():
+    made = {"code": "0.1.0+a", "device": "cuda", "versions": {"torch": "2.11"}, "stage1": {"code": "0.1.0+c"}}
+    other = {"code": "0.1.0+b", "versions": {"torch": "2.12"}}
+    runs = cell(predictions(0.44, 0.45))
+    put([run | {"provenance": made | change} for run, change in zip(runs, ({}, {}), strict=True)])
+    stage.main()
+    assert "trained apart" not in section("MiSLAS")
+    put([run | {"provenance": made | change} for run, change in zip(runs, ({}, other), strict=True)])
+    stage.main()
+    assert (
+        "Of cifar100_lt_100, some seeds of a cell were trained apart, and their files differ in code, versions.torch."
+    ) in section("MiSLAS")
+
+
+def test_best_on_test_may_be_absent():
+    put([run | {"best_on_test": None} for run in cell(predictions(0.44, 0.45, 0.46))])
     stage.main()
     (row,) = [row for row in rows(section("MiSLAS"))[1:] if row[:2] == ["cifar100_lt_100", "MiSLAS"] and row[4] != "—"]
     assert row[4] == "45.00 ± 1.00"
     assert row[8:11] == ["—", "—", "—"]
 
 
-def test_a_rule_that_a_seed_lacks_has_no_number():
-    runs = cell(predictions(0.5, 0.51), posthoc={"pn_transductive": numbers_of(predictions(0.51, 0.52), 0.04)})
-    put([runs[0], runs[1] | {"posthoc": {}}], representation="bagmar", classifier="joint")
+def test_networks_behind_rows_are_counted_by_their_seeds():
+    """Two rows with two seeds each, of which they share one, have three networks."""
+    joint, crt = cell(predictions(0.44, 0.45)), cell(predictions(0.46, 0.47))
+    put(joint, classifier="joint")
+    put(crt, classifier="crt").rename(paths.PUBLISHED / "cifar100_lt_100/mixup/crt/seed2.json")
+    path = paths.PUBLISHED / "cifar100_lt_100/mixup/crt/seed2.json"
+    path.write_text(json.dumps(crt[0] | {"seed": 2}))
     stage.main()
-    ours = [row for row in rows(section("BaGMar"))[1:] if row[4] != "—"]
-    assert [row[1] for row in ours] == ["GALA loss (BaGMar)"]
+    assert "Behind these rows stand 3 networks of stage 1." in section("MiSLAS")
+
+
+def test_a_footing_tells_its_rows_seeds_apart():
+    put(cell(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
+    put(cell(predictions(0.4, 0.42)), "footing_cpu", "mixup", "mislas")
+    stage.main()
+    assert "Seeds: " not in section("Everything on one footing")
+    (paths.PUBLISHED / "footing_cpu/mixup/mislas/seed1.json").unlink()
+    stage.main()
+    assert "Seeds: 0, 1: ce/joint; 0: mixup/mislas." in section("Everything on one footing")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar100_lt_100/mixup/mislas.json", r"mislas\.json: must lie in <dataset>/.* as seed<k>\.json: move it away"),
+        ("cifar100_lt_100/stray/joint/seed0.json", "cells/cifar100_lt_100/stray/joint: no table of published/params"),
+    ],
+)
+def test_files_that_no_table_has_are_named(name, message):
+    path = paths.PUBLISHED / name
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(cell(predictions(0.4))[0]))
+    with pytest.raises(UserError, match=message):
+        stage.main()
 
 
 def test_a_file_of_another_name_among_the_seeds_is_named():
     path = put(cell(predictions(0.4)))
     path.rename(path.with_name("seed00.json"))
-    with pytest.raises(UserError, match=r"mixup/mislas/seed00\.json: must be called seed0\.json, seed1\.json, "):
+    with pytest.raises(UserError, match=r"mixup/mislas/seed00\.json is of seed 0: must be called seed0\.json: move"):
         stage.main()
 
 
@@ -644,7 +692,9 @@ def test_a_seed_that_is_cut_off_is_named_with_how_it_is_made():
     with pytest.raises(UserError) as caught:
         stage.main()
     assert re.fullmatch(
-        rf"{path} is damaged \(.+\): delete it and run `python -m stages\.published --missing`", str(caught.value)
+        rf"{path} is damaged \(.+\): delete it and run `python -m stages\.published --missing --dataset "
+        "cifar100_lt_100 --representation mixup --classifier mislas --seed 0`, with the --precision and --images of the other seeds",
+        str(caught.value),
     )
 
 

@@ -67,7 +67,7 @@ class Project:
             folder / "meta.json",
             {
                 "class_names": list(names),
-                "source": {"kind": "test"},
+                "source": {"kind": "digits", "test_per_class": 50, "seed": 0},
                 "checksums": {f"{part}.npy": files.sha256(folder / f"{part}.npy") for part in made},
             },
         )

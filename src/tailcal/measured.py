@@ -5,7 +5,6 @@ same way is checked when they are joined. Fractions throughout. Imports no torch
 """
 
 import base64
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from tailcal.errors import UserError
 from tailcal.metrics.cell import over_seeds
 from tailcal.plan import PLAIN
 from tailcal.tables import flat, span
-
-AGAIN = "run `python -m stages.published --missing`"  # how a file is made
 
 
 class _Part(BaseModel):
@@ -97,11 +94,16 @@ class Trainings(_Part):
 
 
 class Provenance(_Part):
-    """data: SHA-256 of the training split's files; evaluate: how it was measured, as in params.yaml."""
+    """data: SHA-256 of the training split's files; evaluate: how it was measured, as in params.yaml; code, device and
+    versions are of stage 2, and `stage1` has these of stage 1."""
 
     params: Trainings = Trainings()
     data: dict[str, str] = {}
     evaluate: dict[str, Any] = {}
+    code: str = ""
+    device: str = ""
+    versions: dict[str, str] = {}
+    stage1: dict[str, Any] = {}
 
 
 class Run(RunNumbers):
@@ -126,9 +128,15 @@ class Run(RunNumbers):
                 "backbone": self.backbone,
                 "epochs": self.epochs,
                 "data": self.data.model_dump(),
-                "provenance": self.provenance.model_dump(),
+                "rules": list(self.posthoc),
+                "late epochs": self.best_on_test and self.best_on_test.epochs,
+                "provenance": self.provenance.model_dump(include={"params", "data", "evaluate"}),
             }
         )
+
+    def made_by(self) -> dict[str, str]:
+        """Code, device and versions of libraries of both stages: these may differ, as seeds are trained in turn."""
+        return flat(self.provenance.model_dump(include={"code", "device", "versions", "stage1"}))
 
 
 @dataclass(frozen=True)
@@ -205,10 +213,15 @@ class Measured:
         )
 
     @property
+    def unlike(self) -> list[str]:
+        """The keys of `Run.made_by` that are not the same of all seeds."""
+        made = [run.made_by() for run in self.runs]
+        return sorted(key for key in set().union(*made) if len({one.get(key) for one in made}) > 1)
+
+    @property
     def late_epochs(self) -> int | None:
-        """Of how many epochs the best on test were found; None where they were not, in each seed alike."""
-        epochs = {run.best_on_test and run.best_on_test.epochs for run in self.runs}
-        return epochs.pop() if len(epochs) == 1 else None
+        """Of how many epochs the best on test were found; None where they were not."""
+        return self.one.best_on_test and self.one.best_on_test.epochs
 
     def best(self, rule: str) -> BestNumbers | None:
         """The numbers at the epoch that is best on test after a rule, as `after` has those of the last epoch."""
@@ -236,50 +249,61 @@ def run_file(folder: Path, cell: CellName, seed: int) -> Path:
     return folder.joinpath(*cell, f"seed{seed}.json")
 
 
-def run_files(folder: Path, cell: CellName) -> dict[int, Path]:
-    """The files of a cell, by seed. Raises UserError naming one that is called otherwise."""
-    found = {}
-    for path in folder.joinpath(*cell).glob("*.json"):
-        if not (name := re.fullmatch(r"seed(0|[1-9]\d*)", path.stem)):
-            raise UserError(f"{path}: must be called seed0.json, seed1.json, ...: move it away")
-        found[int(name[1])] = path
-    return dict(sorted(found.items()))
+def run_files(folder: Path, cell: CellName) -> list[Path]:
+    """The files of a cell, one a seed."""
+    return sorted(folder.joinpath(*cell).glob("*.json"), key=lambda path: (len(path.name), path.name))
+
+
+def again(cell: CellName, seed: int | str) -> str:
+    """How the file of one seed of a cell is made."""
+    dataset, representation, classifier = cell
+    return (
+        f"run `python -m stages.published --missing --dataset {dataset} --representation {representation} "
+        f"--classifier {classifier} --seed {seed}`, with the --precision and --images of the other seeds"
+    )
 
 
 def read_measured(folder: Path) -> Cells:
     """Every cell measured below `folder`.
 
-    Raises UserError naming a file that is damaged or another seed's, and a seed that was trained otherwise than the
-    first of its cell.
+    Raises UserError naming a file that is damaged or in another seed's or no seed's place, and a seed that was trained
+    otherwise than the first of its cell.
     """
+    for path in sorted(folder.rglob("*.json")):
+        if len(path.relative_to(folder).parts) != 4:
+            raise UserError(
+                f"{path}: must lie in <dataset>/<representation>/<classifier>/ as seed<k>.json: move it away"
+            )
     cells = sorted({path.parent.relative_to(folder).parts for path in folder.glob("*/*/*/*.json")})
-    return {cell: join(run_files(folder, cell).values()) for cell in cells}
+    return {cell: join(cell, run_files(folder, cell)) for cell in cells}
 
 
-def join(paths: Iterable[Path]) -> Measured:
+def join(cell: CellName, paths: Iterable[Path]) -> Measured:
     """The cell whose seeds are in these files. Raises UserError as `read_measured` does."""
     runs = {path: read_run(path) for path in paths}
     for path, run in runs.items():
         if path.stem != f"seed{run.seed}":
-            raise UserError(f"{path} is a copy of seed {run.seed}: delete it and {AGAIN}")
+            raise UserError(f"{path} is of seed {run.seed}: must be called seed{run.seed}.json: move it away")
     (first, expected), *others = [(path, run.shared()) for path, run in runs.items()]
     for path, shared in others:
         for key in sorted(expected.keys() | shared.keys()):
             if shared.get(key) != expected.get(key):
                 raise UserError(
                     f"{path}: its {key} is {shared.get(key)}, that of {first.name} {expected.get(key)}, and the seeds "
-                    f"of a cell must be trained and measured in the same way: delete one of the two and {AGAIN}"
+                    f"of a cell must be trained and measured in the same way: delete the one that is not as "
+                    f"{params.PARAMS} and your options say, and {again(cell, 'SEED')}"
                 )
     return Measured(list(runs.values()))
 
 
 def read_run(path: Path) -> Run:
     """One seed of a measured cell. Raises UserError naming the file when it is missing or damaged."""
-    content = files.read_json(path, AGAIN)
+    advice = again(path.parts[-4:-1], path.stem.removeprefix("seed"))
+    content = files.read_json(path, advice)
     try:
         return Run.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path} is damaged ({params.describe(error, '')}): delete it and {AGAIN}") from None
+        raise UserError(f"{path} is damaged ({params.describe(error, '')}): delete it and {advice}") from None
 
 
 def pack(hits: np.ndarray) -> str:

@@ -172,6 +172,8 @@ def load(folder: Path) -> tuple[Card, Predictor]:
     Raises UserError naming the file that is missing, damaged, or does not go with the others.
     """
     path = folder / CARD
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file: {AGAIN}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

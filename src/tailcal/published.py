@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import bootstrap
 
 from tailcal.errors import UserError
-from tailcal.measured import AGAIN, BestNumbers, Cells, Measured, Numbers, Run, unpack
+from tailcal.measured import BestNumbers, CellName, Cells, Measured, Numbers, Run, again, unpack
 from tailcal.metrics.cell import HEADLINE
 from tailcal.plan import AS_TRAINED, PLAIN, PLAN, Footing, Plan, cell_name
 from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
@@ -99,6 +99,13 @@ def require_known(references: Iterable[Reference], plan: Plan, rules: Iterable[s
                 raise UserError(f"{PLAN}: footing.{name}: there is no rule {row.rule}: use one of {', '.join(rules)}")
 
 
+def require_planned(cells: Cells, plan: Plan) -> None:
+    """Raise UserError naming a measured cell that no table of the plan trains."""
+    for cell in cells:
+        if not any(table.trains(*cell) for table in plan.tables.values()):
+            raise UserError(f"metrics/published/cells/{'/'.join(cell)}: no table of {PLAN} trains it: move it away")
+
+
 def comparison_rows(tables: dict[str, list[Comparison]]) -> pd.DataFrame:
     """One line per published row; accuracies and ECE in percent, nothing where there is no number."""
     return pd.DataFrame([_flat(row) for rows in tables.values() for row in rows], dtype=object)  # whole numbers stay so
@@ -164,7 +171,8 @@ def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], lis
     found, missing = [], []
     for row in footing.rows:
         name = row.name
-        cell = cells.get((footing.dataset, row.representation, row.classifier))
+        at = (footing.dataset, row.representation, row.classifier)
+        cell = cells.get(at)
         numbers = cell and cell.after(row.rule)
         if numbers is None:
             missing.append(name)
@@ -173,7 +181,7 @@ def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], lis
         if found:
             _require_common(where, cell.one, found[0])
         trained = cell_name(row.representation, row.classifier)
-        found.append(FootingRow(name, trained, cell, numbers, _correct(numbers, cell, where)))
+        found.append(FootingRow(name, trained, cell, numbers, _correct(numbers, cell, where, at)))
     return found, missing
 
 
@@ -206,17 +214,18 @@ def _shared(cell: Run, first: Run) -> Iterator[tuple[str, Any, Any]]:
         yield "the SHA-256 of its training images is", *digests
 
 
-def _correct(numbers: Numbers, cell: Measured, where: str) -> np.ndarray | None:
+def _correct(numbers: Numbers, cell: Measured, where: str, at: CellName) -> np.ndarray | None:
     if numbers.correct is None:
         return None
+    advice = f"delete the cell's files and, for each seed, {again(at, 'SEED')}"
     try:
         correct_SN = np.stack([unpack(text, cell.one.test_images) for text in numbers.correct])
     except ValueError as error:
-        raise UserError(f"{where}: `correct` is damaged ({error}): delete the cell's files and {AGAIN}") from None
+        raise UserError(f"{where}: `correct` is damaged ({error}): {advice}") from None
     if abs(correct_SN.mean() - numbers.top1) > ROUNDING:
         raise UserError(
             f"{where}: `correct` has an accuracy of {correct_SN.mean():.6f}, the numbers beside it {numbers.top1:.6f}: "
-            f"delete the cell's files and {AGAIN}"
+            f"{advice}"
         )
     return correct_SN
 

@@ -75,11 +75,9 @@ def _caption(rows: list[Comparison]) -> str:
 
 def _networks_behind(measured: list[Comparison]) -> str:
     """A sentence: how many networks of stage 1 there are, since rows that share one do not agree independently."""
-    seeds: dict[tuple[str, str], int] = {}
-    for row in measured:  # a classifier may lack seeds that another has
-        pair = (row.reference.dataset, row.reference.representation)
-        seeds[pair] = max(row.cell.seeds, seeds.get(pair, 0))
-    number = sum(seeds.values())
+    number = len(
+        {(row.reference.dataset, row.reference.representation, run.seed) for row in measured for run in row.cell.runs}
+    )
     return f"Behind these rows stand{'' if number > 1 else 's'} {_networks(number)} of stage 1."
 
 
@@ -97,9 +95,11 @@ def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
     if drawn:
         sentences.append(
             f"The training images of {', '.join(drawn)} were taken from a folder and not from the official archive, "
-            "whose order decides which images are kept. They are as many per class as in the published list, but "
-            "another draw."
+            "whose order decides which images are kept: they are another draw than the published list."
         )
+    for name, keys in {(name, ", ".join(cell.unlike)): None for name, cell in measured}:
+        if keys:
+            sentences.append(f"Of {name}, some seeds of a cell were trained apart, and their files differ in {keys}.")
     return " ".join(sentences)
 
 
@@ -264,7 +264,17 @@ def _footing_caption(table: FootingTable) -> str:
         f"100 and fewer than 20 training images. {DASH}: there is no such class, or no such number. "
         f"{_conditions((table.footing.dataset, cell) for cell in cells)}"
         + (f" Not the same for all rows: {table.footing.apart}" if table.footing.apart else "")
+        + _seeds(table.rows)
     )
+
+
+def _seeds(found: list[FootingRow]) -> str:
+    """A sentence that tells the rows' seeds apart; nothing where all have the same."""
+    rows: dict[str, list[str]] = {}
+    for row in found:
+        rows.setdefault(", ".join(str(run.seed) for run in row.cell.runs), []).append(row.name)
+    each = "; ".join(f"{seeds}: {', '.join(names)}" for seeds, names in rows.items())
+    return f" Seeds: {each}." if len(rows) > 1 else ""
 
 
 def _stage2(found: list[FootingRow]) -> str:

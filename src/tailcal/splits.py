@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from tailcal import sources
+from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
 from tailcal.files import read_array, read_json, verify
 from tailcal.params import Dataset, Strict, validate
@@ -41,6 +43,13 @@ class Meta(Strict):
             raise ValueError(f"{len(self.class_names)} class_names, but {len(self.train_counts)} train_counts")
         return self
 
+    @field_validator("duplicates")
+    @classmethod
+    def _each_kind(cls, found: Counts) -> Counts:
+        if lacking := [which for which in TWICE if which not in found]:
+            raise ValueError(f"lacks {', '.join(lacking)}")
+        return found
+
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """Class names, counts and checksums of the data set in `folder`. Raises UserError naming the file and the key."""
@@ -54,7 +63,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def require_cut(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:
-    """Raise UserError unless the data set in `folder` was cut as the parameters say now."""
+    """Raise UserError unless the data set in `folder` was made and cut as the parameters say now."""
+    sources.require(dataset, meta["source"], folder)
     for key, now in (("imbalance", dataset.imbalance.record()), ("holdout_per_class", dataset.holdout_per_class)):
         if meta[key] != now:
             raise UserError(

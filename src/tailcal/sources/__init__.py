@@ -157,7 +157,20 @@ def record(config: Source) -> dict[str, Any]:
 
     A change of those runs the download again, and when that gives the same bytes, no training.
     """
-    return config.model_dump(exclude=getattr(config, "UNRECORDED", frozenset()))
+    return config.model_dump(mode="json", exclude=getattr(config, "UNRECORDED", frozenset()))
+
+
+def require(dataset: Dataset, recorded: dict[str, Any], folder: Path) -> None:
+    """Raise UserError unless what is in `folder`, whose source was `recorded`, comes from the data set's `source`
+    block as it is now."""
+    now = record(configure(dataset))
+    for key in sorted(now.keys() | recorded.keys()):
+        if now.get(key) != recorded.get(key):
+            raise UserError(
+                f"{folder} was made with source.{key} {recorded.get(key)}, and {dataset.key(f'source.{key}')} is "
+                f"{now.get(key)}: run `dvc repro`, or without DVC `python -m stages.download --dataset {folder.name}` "
+                f"and `python -m stages.subsample --dataset {folder.name}`"
+            )
 
 
 def load(config: Source, downloads: Path) -> Raw | Listing:
