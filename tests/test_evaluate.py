@@ -25,6 +25,7 @@ ARGUMENTS = [part for axis, name in CELL.items() for part in (f"--{axis}", name)
 NAMES = ["zero", "one, a comma", "two", "three", "four", "five", "six"]
 COUNTS = [400, 150, 100, 60, 20, 19, 3]
 CUT = {"imbalance": {"profile": "natural", "seed": 0}, "holdout_per_class": 0}
+TRAINED_ON = {"train_labels.npy": "a"}
 IMAGES = {"skipped": {"train": 1, "test": 0}, "duplicates": {"train": 0, "holdout": 2, "test": 3, "test_holdout": 0}}
 K = len(NAMES)
 RULES = {
@@ -70,9 +71,8 @@ def seal() -> None:
     """Take down the checksums of the predictions that are there, as the stage calibrate does."""
     folder = paths.predictions(**CELL)
     checksums = {path.name: files.sha256(path) for path in folder.glob("*.npz")}
-    files.write_json(
-        folder / "provenance.json", {"device": "none", "data": {"train_labels.npy": "a"}, "checksums": checksums}
-    )
+    made = {"device": "none", "data": TRAINED_ON, "checksums": checksums}
+    files.write_json(folder / "provenance.json", made)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def _project(tmp_path, monkeypatch):
         "class_names": NAMES,
         "train_counts": COUNTS,
         "source": {"kind": "made up"},
-        "checksums": {"train_labels.npy": "a"},
+        "checksums": TRAINED_ON,
         **CUT,
         **IMAGES,
     }
@@ -262,7 +262,7 @@ def test_an_empty_group_is_null():
                 "class_names": NAMES,
                 "train_counts": [500] * K,
                 "source": {},
-                "checksums": {"train_labels.npy": "a"},
+                "checksums": TRAINED_ON,
                 **CUT,
                 **IMAGES,
             }
@@ -347,7 +347,7 @@ def nan_logits() -> np.ndarray:
                         "class_names": NAMES,
                         "train_counts": COUNTS[1:],
                         "source": {},
-                        "checksums": {"train_labels.npy": "a"},
+                        "checksums": TRAINED_ON,
                         **CUT,
                         **IMAGES,
                     }

@@ -693,7 +693,8 @@ def test_a_seed_that_is_cut_off_is_named_with_how_it_is_made():
         stage.main()
     assert re.fullmatch(
         rf"{path} is damaged \(.+\): delete it and run `python -m stages\.published --missing --dataset "
-        "cifar100_lt_100 --representation mixup --classifier mislas --seed 0`, with the --precision and --images of the other seeds",
+        "cifar100_lt_100 --representation mixup --classifier mislas --seed 0`, with the --precision and "
+        "--images of the other seeds",
         str(caught.value),
     )
 
