@@ -21,6 +21,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +36,7 @@ from tailcal.errors import UserError
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece, ece_floor
 from tailcal.metrics.scores import log_softmax, softmax
+from tailcal.models import Network
 from tailcal.params import PARAMS, Augmentation, Strict, validate
 from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Measured, Predictor, alone, build
 from tailcal.weights import load_weights, save_weights
@@ -74,8 +76,10 @@ def read_trained(path: Path) -> ClassifierRecord:
         raise UserError(f"{error}; run `dvc repro` to make it with this version of tailcal") from None
 
 
-def require_finished(made: Path, root: Path) -> None:
-    """Raise UserError naming the cells below `root` that are finished, when the one whose record is `made` is not."""
+def require_finished(cell: Path, root: Path) -> None:
+    """Raise UserError naming the cells below `root` that are finished, when the one with the predictions `cell` is
+    not."""
+    made = cell / "provenance.json"
     folder = root / "data/predictions"
     if not folder.is_dir():
         raise UserError(
@@ -85,7 +89,7 @@ def require_finished(made: Path, root: Path) -> None:
     if not made.is_file():
         finished = ", ".join(str(path.parent.relative_to(folder)) for path in sorted(folder.glob("*/*/*/" + made.name)))
         raise UserError(
-            f"{made.parent.relative_to(folder)} is not finished here: put it on the grid of {PARAMS} and run "
+            f"{cell.relative_to(folder)} is not finished here: put it on the grid of {PARAMS} and run "
             f"`dvc repro`; finished are: {finished or 'none'}"
         )
 
@@ -102,27 +106,11 @@ def check_out(out: Path, cell: Cell) -> None:
         raise UserError(f"--out {out}: holds other files: choose a folder of its own")
 
 
-def check_images(images: np.ndarray, path: Path) -> tuple[int, int]:
-    """Side and channels of the data set's images [N, H, W, C]. Raises UserError naming the file of other ones."""
+def check_images(images: np.ndarray, path: Path) -> None:
+    """Raise UserError naming the file of images [N, H, W, C] that no exported model takes."""
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
         raise UserError(
             f"{path} holds images {list(images.shape)}: only square ones of 1 or 3 channels can be exported"
-        )
-    return images.shape[2], images.shape[3]
-
-
-@torch.inference_mode()
-def check_logits(model: Predictor, images: np.ndarray, logits: np.ndarray, path: Path) -> None:
-    """Compare the rebuilt network with the logits [N, K] that the pipeline saved for its images [N, H, W, C].
-
-    Raises UserError naming the weights when they differ: they are not those that were measured, or were made otherwise.
-    """
-    found = model.logits(torch.from_numpy(np.array(images[:CHECKED]))).numpy()
-    saved = logits[:CHECKED]
-    if found.shape != saved.shape or not np.abs(found - saved).max() <= TOLERANCE * np.abs(saved).max():
-        raise UserError(
-            f"{path} does not give the logits that were saved with it: a file has changed since, or the code has; "
-            "delete it and run `dvc repro`"
         )
 
 
@@ -222,24 +210,38 @@ def to_onnx(model: Predictor, size: int, channels: int) -> bytes:
     return proto.SerializeToString()
 
 
-def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) -> Card:
-    """Write the folder `out` from the artefacts of a finished cell below `root`; model.json comes last.
+@dataclass(frozen=True)
+class Finished:
+    """One seed's network of a finished cell, with the predictions that the pipeline saved of it, and the files of both,
+    `weights` and `logits`. `images` are those of `split`."""
 
-    rule: temperature, none, or None for temperature where something is held out. Raises UserError naming the file that
-    is missing, damaged or not of this cell; nothing is written then.
-    """
+    meta: dict[str, Any]
+    record: dict[str, Any]  # of the network
+    trained: ClassifierRecord
+    provenance: dict[str, Any]
+    network: Network
+    images: np.ndarray
+    saved: predictions.Predictions
+    weights: Path
+    logits: Path
+
+    @property
+    def split(self) -> str:
+        """The hold-out, or the test split where there is none."""
+        return "holdout" if len(self.saved.holdout_labels) else "test"
+
+
+def read_finished(cell: Cell, root: Path) -> Finished:
+    """The network of a finished cell below `root`. Raises UserError naming the file that is missing, damaged or not of
+    this cell."""
     where = f"{cell.dataset}/{cell.representation}"
     longtail = root / f"data/lt/{cell.dataset}"
-    stage1 = root / f"data/representations/{where}/provenance.json"
     weights = root / f"data/classifiers/{where}/{cell.classifier}/seed{cell.seed}.safetensors"
     predicted = root / f"data/predictions/{where}/{cell.classifier}"
-
     made = predicted / "provenance.json"
-    require_finished(made, root)
-    check_out(out, cell)
+
     meta = splits.read_meta(longtail)
-    names, counts = meta["class_names"], meta["train_counts"]
-    record = read_field(stage1, "network")
+    record = read_field(root / f"data/representations/{where}/provenance.json", "network")
     trained = read_trained(made)
     checksums = read_field(made, "checksums")
     if not isinstance(checksums, dict):
@@ -250,50 +252,84 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
             sorted(name.removeprefix("seed").removesuffix(".npz") for name in checksums if ".npz" in name)
         )
         raise UserError(f"--seed {cell.seed}: {predicted.relative_to(root)} has the seeds {seeds}")
-    saved = predictions.read(logits, checksums.get(logits.name), len(names))
-    split = "holdout" if len(saved.holdout_labels) else "test"
-    if rule == "temperature" and split == "test":
-        raise UserError(f"--rule temperature is fitted on held-out images, and {cell.dataset} holds none out: use none")
+    saved = predictions.read(logits, checksums[logits.name], len(meta["class_names"]))
 
-    network = build(record, trained.method, trained.settings, counts, made)
+    network = build(record, trained.method, trained.settings, meta["train_counts"], made)
     load_weights(network, weights, checksums.get(weights.name))
-    images_path = longtail / f"{split}_images.npy"
-    images = files.read_array(images_path, mmap=True)
-    size, channels = check_images(images, images_path)
+    path = longtail / ("holdout_images.npy" if len(saved.holdout_labels) else "test_images.npy")
+    images = files.read_array(path, mmap=True)
+    check_images(images, path)
+    return Finished(meta, record, trained, files.read_json(made), network, images, saved, weights, logits)
+
+
+@torch.inference_mode()
+def check_logits(finished: Finished) -> None:
+    """Compare the rebuilt network with the logits that the pipeline saved for its images.
+
+    Raises UserError naming the weights when they differ: they are not those that were measured, or were made otherwise.
+    """
+    model = Predictor(finished.network, finished.trained.augmentation, 1.0)
+    found = model.logits(torch.from_numpy(np.array(finished.images[:CHECKED]))).numpy()
+    saved = getattr(finished.saved, f"{finished.split}_logits")[:CHECKED]
+    if found.shape != saved.shape or not np.abs(found - saved).max() <= TOLERANCE * np.abs(saved).max():
+        raise UserError(
+            f"{finished.weights} does not give the logits that were saved with it: a file has changed since, or "
+            "the code has; delete it and run `dvc repro`"
+        )
+
+
+def describe(cell: Cell, finished: Finished, rule: str) -> Card:
+    """The card of an export that is still to be written. `rule`: temperature or none. Raises UserError naming the file
+    of the predictions that no temperature can be fitted on."""
+    meta, trained, saved = finished.meta, finished.trained, finished.saved
+    fitted, counts = {}, meta["train_counts"]
+    if rule == "temperature":
+        fitted = {rule: fit_temperature(counts, saved.holdout_logits, saved.holdout_labels, finished.logits)}
     described = {
         "format": 1,
-        "class_names": names,
+        "class_names": meta["class_names"],
         "train_counts": counts,
-        "image_size": size,
-        "channels": channels,
+        "image_size": finished.images.shape[2],
+        "channels": finished.images.shape[3],
         "augmentation": trained.augmentation,
-        "network": record,
+        "network": finished.record,
         "classifier": trained.method,
         "settings": trained.settings,
-        "rule": "none",
-        "fitted": {},
+        "rule": rule,
+        "fitted": fitted,
         "cell": cell,
+        "measured": measure(saved, fitted.get(rule, 1.0), meta["duplicates"]["test"]),
         "weights": "",
         "onnx": None,
         "versions": {"tailcal": tailcal.__version__, **provenance.versions()},
-        "provenance": files.read_json(made),
+        "provenance": finished.provenance,
     }
-    card = validate(Card, described, "", made)
-    check_logits(Predictor(network, trained.augmentation, 1.0), images, getattr(saved, f"{split}_logits"), weights)
+    return validate(Card, described, "", finished.logits.with_name("provenance.json"))
 
-    if split == "holdout" and rule != "none":
-        temperature = fit_temperature(counts, saved.holdout_logits, saved.holdout_labels, logits)
-        card = card.model_copy(update={"rule": "temperature", "fitted": {"temperature": temperature}})
-    model = Predictor(network, trained.augmentation, card.temperature)
-    card = card.model_copy(update={"measured": measure(saved, card.temperature, meta["duplicates"]["test"])})
+
+def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) -> Card:
+    """Write the folder `out` from the artefacts of a finished cell below `root`; model.json comes last.
+
+    rule: temperature, none, or None for temperature where something is held out. Raises UserError as `read_finished`
+    and `describe` do; nothing is written then.
+    """
+    require_finished(root / f"data/predictions/{cell.dataset}/{cell.representation}/{cell.classifier}", root)
+    check_out(out, cell)
+    finished = read_finished(cell, root)
+    if rule == "temperature" and finished.split == "test":
+        raise UserError(f"--rule temperature is fitted on held-out images, and {cell.dataset} holds none out: use none")
+    card = describe(cell, finished, rule or ("temperature" if finished.split == "holdout" else "none"))
+    check_logits(finished)
     try:
         with interruptible():
-            onnx = to_onnx(model, size, channels)
+            onnx = to_onnx(
+                Predictor(finished.network, card.augmentation, card.temperature), card.image_size, card.channels
+            )
     except UserError as error:
         onnx = None
         print(f"{out / ONNX} is left out: {error}", file=sys.stderr)
 
-    written = {"weights": save_weights(network, out / WEIGHTS)}
+    written = {"weights": save_weights(finished.network, out / WEIGHTS)}
     if onnx is None:
         (out / ONNX).unlink(missing_ok=True)  # of an earlier export
     else:
