@@ -5,7 +5,7 @@ same way is checked when they are joined. Fractions throughout. Imports no torch
 """
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,6 +133,13 @@ class Run(RunNumbers):
                 "provenance": self.provenance.model_dump(include={"params", "data", "evaluate"}),
             }
         )
+
+    def differences(self, other: "Run", parts: tuple[str, ...] = ("",)) -> Iterator[tuple[str, str | None, str | None]]:
+        """The keys of `shared` that begin with one of `parts` and are not the same of both, with the two values."""
+        ours, theirs = self.shared(), other.shared()
+        for key in sorted(ours.keys() | theirs.keys()):
+            if key.startswith(parts) and ours.get(key) != theirs.get(key):
+                yield key, ours.get(key), theirs.get(key)
 
     def made_by(self) -> dict[str, str]:
         """Code, device and versions of libraries of both stages: these may differ, as seeds are trained in turn."""
@@ -284,15 +291,14 @@ def join(cell: CellName, paths: Iterable[Path]) -> Measured:
     for path, run in runs.items():
         if path.stem != f"seed{run.seed}":
             raise UserError(f"{path} is of seed {run.seed}: must be called seed{run.seed}.json: move it away")
-    (first, expected), *others = [(path, run.shared()) for path, run in runs.items()]
-    for path, shared in others:
-        for key in sorted(expected.keys() | shared.keys()):
-            if shared.get(key) != expected.get(key):
-                raise UserError(
-                    f"{path}: its {key} is {shared.get(key)}, that of {first.name} {expected.get(key)}, and the seeds "
-                    f"of a cell must be trained and measured in the same way: delete the one that is not as "
-                    f"{params.PARAMS} and your options say, and {again(cell, 'SEED')}"
-                )
+    (first, one), *others = runs.items()
+    for path, run in others:
+        for key, ours, theirs in run.differences(one):
+            raise UserError(
+                f"{path}: its {key} is {ours}, that of {first.name} {theirs}, and the seeds of a cell must be trained "
+                f"and measured in the same way: delete the one that is not as {params.PARAMS} and your options say, "
+                f"and {again(cell, 'SEED')}"
+            )
     return Measured(list(runs.values()))
 
 

@@ -3,7 +3,7 @@
 Fractions in the measurements, percent in the references and in whatever is read. Imports no torch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from tailcal.measured import BestNumbers, CellName, Cells, Measured, Numbers, Ru
 from tailcal.metrics.cell import HEADLINE
 from tailcal.plan import AS_TRAINED, PLAIN, PLAN, Footing, Plan, cell_name
 from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
-from tailcal.tables import flat
 
 MISS = 1.0  # points beyond the spread of the seeds from which on a difference is marked
 RESAMPLES = 2000  # of the test images, by the bootstrap
 CONFIDENCE = 0.95
 SEEDS = 3  # of each of two methods, below which nothing is known of the spread of their difference
+ALIKE = ("precision", "backbone", "epochs", "data.train_images", "data.test_split", "provenance.evaluate")
+ALIKE += ("provenance.data.train_images.npy",)  # which keys of `Run.shared` the rows of a footing have in common
 ROUNDING = 1e-5  # by which a stored accuracy may differ from that of the predictions beside it
 
 
@@ -187,31 +188,11 @@ def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], lis
 
 def _require_common(where: str, cell: Run, first: FootingRow) -> None:
     """Raise UserError when a cell cannot stand in one table with the first row's."""
-    for what, ours, theirs in _shared(cell, first.cell.one):
-        if ours != theirs:
-            raise UserError(
-                f"{where}: {what} {ours}, that of {first.name} {theirs}: that is no common footing, make one of "
-                "the two again"
-            )
-    if cell.data.test_split != first.cell.one.data.test_split:
+    for key, ours, theirs in cell.differences(first.cell.one, ALIKE):
         raise UserError(
-            f"{where}: was measured on another test split than {first.name}, other images or another order of "
-            "them: make one of the two again"
+            f"{where}: its {key} is {ours}, that of {first.name} {theirs}: that is no common footing, make one of the "
+            "two again"
         )
-
-
-def _shared(cell: Run, first: Run) -> Iterator[tuple[str, Any, Any]]:
-    """What two rows of a footing must share, in words: what it is, and what it is of the one and of the other."""
-    yield "the precision of its training is", cell.precision, first.precision
-    yield "its backbone is", cell.backbone, first.backbone
-    yield "its number of epochs of stage 1 is", cell.epochs, first.epochs
-    yield "its number of training images is", cell.data.train_images, first.data.train_images
-    evaluated = [flat(each.provenance.evaluate) for each in (cell, first)]
-    for key in sorted(set().union(*evaluated)):
-        yield f"its evaluate.{key} is", *(each.get(key) for each in evaluated)
-    digests = [each.provenance.data.get("train_images.npy") for each in (cell, first)]
-    if None not in digests:
-        yield "the SHA-256 of its training images is", *digests
 
 
 def _correct(numbers: Numbers, cell: Measured, where: str, at: CellName) -> np.ndarray | None:
