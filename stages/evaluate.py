@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from stages import paths
-from tailcal import errors, files, lock, params, posthoc, predictions, splits
+from tailcal import errors, files, lineage, lock, params, posthoc, predictions, splits
 from tailcal.errors import UserError
 from tailcal.longtail import shot_groups
 from tailcal.metrics.accuracy import confusion, per_class_accuracy
@@ -19,8 +19,6 @@ from tailcal.metrics.calibration import reliability_bins
 from tailcal.metrics.cell import HEADLINE, measure, over_seeds
 from tailcal.metrics.scores import softmax
 from tailcal.predictions import Predictions
-
-LABELS = "train_labels.npy"  # which the counts are of, that groups and rules go by
 
 
 def read_cell(folder: Path, checksums: dict[str, str], seeds: list[int], K: int) -> list[Predictions]:
@@ -120,31 +118,27 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{axis}", required=True, help="a name on the grid of params.yaml")
     where = vars(parser.parse_args(arguments))
     p = params.load()
-    params.dataset(p, where["dataset"])
+    dataset = params.dataset(p, where["dataset"])
     for axis in ("representation", "classifier"):
         params.chosen(getattr(p, f"{axis}s"), where[axis], f"{axis}s")
     outputs = [place(**where) for place in (paths.cell_plots, paths.metrics, paths.headline)]
     with lock.alone(paths.LOCKS, *outputs):
-        evaluate(p, where)
+        evaluate(p, dataset, where)
 
 
-def evaluate(p: params.Params, where: dict[str, str]) -> None:
+def evaluate(p: params.Params, dataset: params.Dataset, where: dict[str, str]) -> None:
     """Measure the cell `where`, {axis: name}; write its numbers, tables and diagram. Raises UserError."""
     rules = posthoc.configure(p.evaluate.posthoc)
 
     longtail = paths.longtail(where["dataset"])
     meta = splits.read_meta(longtail)
+    splits.require_cut(longtail, meta, dataset)
     names, counts_K = meta["class_names"], np.array(meta["train_counts"])
     folder = paths.predictions(**where)
     provenance = files.read_json(folder / "provenance.json")
     if not isinstance(provenance, dict) or not isinstance(checksums := provenance.pop("checksums", None), dict):
         raise UserError(f"{folder}/provenance.json is damaged (no checksums): delete it and run `dvc repro`")
-    trained_on = provenance.get("data")
-    if not isinstance(trained_on, dict) or trained_on.get(LABELS) != meta["checksums"].get(LABELS):
-        raise UserError(
-            f"{folder} is of networks that were trained on another training split than {longtail} holds: run `dvc "
-            "repro`, or without DVC stages.represent and stages.calibrate again"
-        )
+    lineage.require_same_training(provenance, meta, folder, longtail)
     cell = read_cell(folder, checksums, p.seeds, len(names))
 
     plots = paths.cell_plots(**where)

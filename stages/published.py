@@ -218,23 +218,36 @@ def narrowed(p: params.Params, seeds: list[str] | None, precision: str | None) -
 
 
 def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[int]:
-    """The seeds of `p` that have no file of this cell, `with_best` on test or without."""
+    """The seeds of `p` that have no file of this cell; and, where best on test is asked for, those whose file lacks
+    it. Raises UserError as `measured.read_run` does."""
     return [
         seed
         for seed in p.seeds
         if not (file := measured.run_file(paths.PUBLISHED, cell, seed)).exists()
-        or (with_best and measured.read_run(file).best_on_test is None)
+        or (measured.read_run(file).best_on_test is None and with_best)
     ]
 
 
-def require_one_precision(cell: measured.CellName, p: params.Params, replaced: list[int]) -> None:
-    """Raise UserError naming a file of this cell that is in another precision, and of none of the seeds `replaced`."""
+def require_alike(cell: measured.CellName, p: params.Params, replaced: list[int]) -> None:
+    """Raise UserError naming a file of this cell, of none of the seeds `replaced`, that is in another precision or of
+    images from elsewhere than what is about to be trained. The rest is compared when the seeds are joined."""
+    dataset, representation, classifier = cell
+    narrow = f"--dataset {dataset} --representation {representation} --classifier {classifier}"
+    official = params.dataset(p, dataset).source["kind"] != "folder"
     for file in measured.run_files(paths.PUBLISHED, cell):
         run = measured.read_run(file)
-        if run.seed not in replaced and run.precision != p.precision:
+        if run.seed in replaced:
+            continue
+        if run.precision != p.precision:
             raise errors.UserError(
-                f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give --precision "
-                f"{run.precision}, or move it away"
+                f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give {narrow} "
+                f"--precision {run.precision}, or move it away"
+            )
+        if run.data.official != official:
+            raise errors.UserError(
+                f"{file} is of images from {'an official archive' if run.data.official else 'a folder'}, and the seeds "
+                f"of a cell must be of the same: {'leave --images out' if run.data.official else 'give --images'}, or "
+                "move it away"
             )
 
 
@@ -269,7 +282,7 @@ def main() -> None:
                 training = settings.training(p, dataset, name, "classifiers")
                 classifiers[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))
             if classifiers[name] or args.precision:
-                require_one_precision(cell, p, [] if args.precision or args.missing else p.seeds)
+                require_alike(cell, p, [] if args.missing else p.seeds)
 
     out, written = paths.PUBLISHED.resolve(), 0
     with workspace.inside(WORKSPACE):

@@ -43,7 +43,7 @@ def tables() -> None:
 
 
 def _command(table: str) -> str:
-    return f"python -m stages.published --table {table}"
+    return f"python -m stages.published --table {table} --missing"
 
 
 def _write(path: Path, frame: pd.DataFrame) -> None:

@@ -24,7 +24,11 @@ CELL = {"dataset": "digits_lt", "representation": "ce", "classifier": "joint"}
 ARGUMENTS = [part for axis, name in CELL.items() for part in (f"--{axis}", name)]
 NAMES = ["zero", "one, a comma", "two", "three", "four", "five", "six"]
 COUNTS = [400, 150, 100, 60, 20, 19, 3]
-CUT = {"imbalance": {"profile": "natural", "seed": 0}, "holdout_per_class": 0}
+CUT = {
+    "source": {"kind": "digits", "test_per_class": 50, "seed": 0},
+    "imbalance": {"profile": "exponential", "factor": 20.0, "seed": 0},
+    "holdout_per_class": 20,
+}
 TRAINED_ON = {"train_labels.npy": "a"}
 IMAGES = {"skipped": {"train": 1, "test": 0}, "duplicates": {"train": 0, "holdout": 2, "test": 3, "test_holdout": 0}}
 K = len(NAMES)
@@ -85,7 +89,6 @@ def _project(tmp_path, monkeypatch):
     meta = {
         "class_names": NAMES,
         "train_counts": COUNTS,
-        "source": {"kind": "made up"},
         "checksums": TRAINED_ON,
         **CUT,
         **IMAGES,

@@ -205,15 +205,32 @@ def test_a_cell_is_in_one_precision(run):
         UserError, match=r"joint/seed1\.json is in bf16, and the seeds of a cell must be in one .*--preci"
     ):
         run(*short, "--seed", "0")
-    with pytest.raises(UserError, match=r"joint/seed1\.json is in bf16, .*: give --precision bf16, or move it"):
+    with pytest.raises(
+        UserError, match=r"seed1\.json is in bf16, .*: give .* --classifier joint --precision bf16, or move it"
+    ):
         run(*short, "--missing")  # which replaces nothing
     assert path.read_bytes() == said
     run(*short, "--missing", "--seed", "1")  # nothing is missing
     assert path.read_bytes() == said
     found = run(*short)  # all seeds: nothing is left in another precision
     assert [read(path)["precision"] for path in found.values()] == ["float32", "float32"]
-    with pytest.raises(UserError, match=r"joint/seed0\.json is in float32, .*: give --precision float32, or move it"):
-        run(*short, "--precision", "bf16")
+    with pytest.raises(UserError, match=r"joint/seed0\.json is in float32, .* --precision float32, or move it"):
+        run(*short, "--seed", "1", "--precision", "bf16")
+    found = run(*short, "--precision", "bf16")
+    assert [read(path)["precision"] for path in found.values()] == ["bf16", "bf16"]
+
+
+@pytest.mark.pipeline
+def test_a_seed_of_other_images_is_refused_before_it_is_trained(run):
+    short = ("--table", "later", "--images", "images")
+    path = run(*short, "--seed", "0")["small/mixup/joint/seed0.json"]
+    content = read(path)
+    path.write_text(json.dumps(content | {"data": content["data"] | {"official": True}}))
+    with pytest.raises(UserError, match=r"seed0\.json is of images from an official archive, .*: leave --images out"):
+        run(*short, "--missing")
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(UserError, match=r"joint/seed0\.json is damaged"):
+        run(*short, "--missing")
 
 
 @pytest.mark.pipeline

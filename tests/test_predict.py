@@ -72,15 +72,18 @@ def make_cell(
     for split, n in (("train", 21), ("holdout", holdout), ("test", 30)):
         arrays[f"{split}_images"] = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
         arrays[f"{split}_labels"] = np.arange(n) % 4
+    checksums = {}
     for name, array in arrays.items():
-        files.write_array(root / paths.longtail("made_up") / f"{name}.npy", array)
+        path = root / paths.longtail("made_up") / f"{name}.npy"
+        files.write_array(path, array)
+        checksums[path.name] = files.sha256(path)
     meta = {
         "class_names": NAMES,
         "train_counts": COUNTS,
         "source": {},
         "imbalance": {},
         "holdout_per_class": 0,
-        "checksums": {},
+        "checksums": checksums,
         "skipped": {},
         "duplicates": dict.fromkeys(TWICE, 0),
     }
@@ -112,7 +115,7 @@ def make_cell(
 
     files.write_json(root / paths.representation("made_up", representation) / "provenance.json", {"network": record})
     training = {"name": classifier, "method": chosen, "settings": own, "augmentation": augmentation}
-    provenance = {"code": "0+0", "params": {"classifier": training}}
+    provenance = {"code": "0+0", "data": checksums, "params": {"classifier": training}}
     model = Predictor(network, config, 1.0)
     with torch.no_grad():
         logits = {
@@ -416,10 +419,11 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
     files.write_array(colours, np.zeros((40, 8, 8, 3), np.uint8))
     made = logits.with_name("provenance.json")
     checksums = json.loads(made.read_text())["checksums"]
-    trained = json.loads(made.read_text())["params"]["classifier"]
+    trained, data = json.loads(made.read_text())["params"]["classifier"], json.loads(made.read_text())["data"]
 
     def provenance(checksums: object = checksums, **changed) -> bytes:
-        return json.dumps({"params": {"classifier": trained | changed}, "checksums": checksums}).encode()
+        content = {"data": data, "params": {"classifier": trained | changed}, "checksums": checksums}
+        return json.dumps({key: value for key, value in content.items() if value is not None}).encode()
 
     def counted(**changed) -> bytes:
         return json.dumps(described | changed).encode()
@@ -433,7 +437,7 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
         "wider weights": (weights, wider.read_bytes(), "of another network"),
         "no logits": (logits, None, "is missing: run `dvc repro`"),
         "cut logits": (logits, logits.read_bytes()[:200], "is damaged"),
-        "no checksums": (made, b'{"params": {"classifier": %s}}' % json.dumps(trained).encode(), "(no checksums)"),
+        "no checksums": (made, provenance(checksums=None), "(no checksums)"),
         "a number for checksums": (made, provenance(checksums=5), "is damaged (checksums is no mapping): delete it"),
         "a list for checksums": (made, provenance(checksums=["seed0.npz"]), "is damaged (checksums is no mapping)"),
         "old record": (made, provenance(augmentation={"pad": 1}), "params.classifier.augmentation"),
@@ -447,8 +451,17 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
         "no counts": (meta, counted(train_counts=None), "train_counts: input should be a valid list"),
         "a class of none": (meta, counted(train_counts=[9, 6, 4, 0]), "train_counts.3: input should be greater than"),
         "a number for names": (meta, counted(class_names=5), "class_names: input should be a valid list, got 5"),
+        "other training images": (
+            meta,
+            counted(checksums=described["checksums"] | {"train_images.npy": "0"}),
+            "ce/joint is of networks that were trained on another training split than",
+        ),
         "no images": (longtail / "holdout_images.npy", None, "is missing"),
-        "other images": (longtail / "holdout_images.npy", colours.read_bytes(), "network.channels must be 3, got 1"),
+        "other images": (
+            longtail / "holdout_images.npy",
+            colours.read_bytes(),
+            "holdout_images.npy is damaged: its SHA-256 is",
+        ),
     }
 
 

@@ -250,9 +250,9 @@ def test_nothing_has_been_run():
     for name, title in references.TITLES.items():
         text = section(title)
         assert "Nothing of this table has been run yet." in text
-        assert f"rows have not been measured. `python -m stages.published --table {name}` runs them." in text
+        assert f"rows have not been measured. `python -m stages.published --table {name} --missing` runs them." in text
         assert {tuple(row[4:12]) for row in rows(text)[1:]} == {("—",) * 8}
-    assert section("Not run").endswith("Not run yet: `python -m stages.published --table short` runs it.\n")
+    assert section("Not run").endswith("Not run yet: `python -m stages.published --table short --missing` runs it.\n")
     assert len(pd.read_csv(stage.ROWS)) == len(references.read_references(REFERENCES))
     assert pd.read_csv(stage.ROWS)["top1"].isna().all()
     assert pd.read_csv(stage.PAIRS).empty
@@ -427,6 +427,15 @@ def test_seconds_of_unlike_conditions_say_theirs():
             "its provenance.data.train_images.npy is b, that of ce/joint a",
         ),
         (
+            {
+                "provenance": {
+                    "data": {"train_images.npy": "a"},
+                    "params": {"representation": {"recipe": {"lr": 0.5, "sam_rho": 0.05}}},
+                }
+            },
+            "its provenance.params.representation.recipe.lr is 0.5, that of ce/joint None",
+        ),
+        (
             {"provenance": {"data": {"train_images.npy": "a"}, "evaluate": {"bins": 20}}},
             "its provenance.evaluate.bins is 20, that of ce/joint None",
         ),
@@ -472,7 +481,7 @@ def test_a_footing_table():
         ["3", "mixup/mislas + temperature", "62.33 ± 2.52", *rest],
         ["4", "ce/joint + pn_transductive †", "62.33 ± 2.52", *rest],
     ]
-    assert "Not run yet: fsgl/joint. `python -m stages.published --table short`" in above
+    assert "Not run yet: fsgl/joint. `python -m stages.published --table short --missing`" in above
     head, *matrix = rows(below)
     assert head == ["no.", "method", "1", "2"]
     assert [row[:2] for row in matrix] == [["2", "mixup/mislas"], ["3", "mixup/mislas + temperature"]]
@@ -586,6 +595,7 @@ def test_a_damaged_seed_is_named(change, message):
             "its data.test_split.test_images.npy is b, that of seed0.json a",
         ),
         ({"posthoc": {}}, "its rules is , that of seed0.json pn_transductive"),
+        ({"test_images": 999}, "its test_images is 999, that of seed0.json"),
         ({"best_on_test": None}, "its late epochs is None, that of seed0.json 20"),
         ({"best_on_test": {"epochs": 40, "top1": 0.5, "ece": 0.1}}, "its late epochs is 40, that of seed0.json 20"),
     ],
@@ -620,7 +630,7 @@ def test_seeds_of_two_machines_are_a_cell():
 def test_a_copied_seed_is_no_other_seed():
     path = put(cell(predictions(0.4, 0.42)))
     path.with_name("seed7.json").write_text(path.read_text())
-    with pytest.raises(UserError, match=r"mixup/mislas/seed7\.json is of seed 0: must be called seed0\.json: move it"):
+    with pytest.raises(UserError, match=r"mixup/mislas/seed7\.json is of seed 0: must be called seed0\.json: rename"):
         stage.main()
 
 
@@ -670,6 +680,23 @@ def test_a_footing_tells_its_rows_seeds_apart():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ({"classifier": "joint"}, "mixup/joint/seed0.json is of mislas, and lies in a folder of joint: move it away"),
+        ({"representation": "ce"}, "ce/mislas/seed0.json is of mixup, and lies in a folder of ce: move it away"),
+    ],
+)
+def test_files_in_another_cells_folder_are_named(name, message):
+    names = {"representation": {"name": "mixup"}, "classifier": {"name": "mislas"}}
+    runs = cell(predictions(0.4, 0.42), provenance={"params": names})
+    put(runs)
+    stage.main()
+    put(runs, **name)
+    with pytest.raises(UserError, match=message):
+        stage.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
         ("cifar100_lt_100/mixup/mislas.json", r"mislas\.json: must lie in <dataset>/.* as seed<k>\.json: move it away"),
         ("cifar100_lt_100/stray/joint/seed0.json", "cells/cifar100_lt_100/stray/joint: no table of published/params"),
     ],
@@ -685,7 +712,7 @@ def test_files_that_no_table_has_are_named(name, message):
 def test_a_file_of_another_name_among_the_seeds_is_named():
     path = put(cell(predictions(0.4)))
     path.rename(path.with_name("seed00.json"))
-    with pytest.raises(UserError, match=r"mixup/mislas/seed00\.json is of seed 0: must be called seed0\.json: move"):
+    with pytest.raises(UserError, match=r"mixup/mislas/seed00\.json is of seed 0: must be called seed0\.json: rename"):
         stage.main()
 
 

@@ -31,7 +31,7 @@ import torch
 from pydantic import ConfigDict
 
 import tailcal
-from tailcal import errors, files, posthoc, predictions, provenance, splits
+from tailcal import errors, files, lineage, posthoc, predictions, provenance, splits
 from tailcal.errors import UserError
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece, ece_floor
@@ -243,6 +243,8 @@ def read_finished(cell: Cell, root: Path) -> Finished:
     meta = splits.read_meta(longtail)
     record = read_field(root / f"data/representations/{where}/provenance.json", "network")
     trained = read_trained(made)
+    described_by = files.read_json(made)
+    lineage.require_same_training(described_by, meta, predicted, longtail)
     checksums = read_field(made, "checksums")
     if not isinstance(checksums, dict):
         raise UserError(f"{made} is damaged (checksums is no mapping): delete it and run `dvc repro`")
@@ -257,9 +259,10 @@ def read_finished(cell: Cell, root: Path) -> Finished:
     network = build(record, trained.method, trained.settings, meta["train_counts"], made)
     load_weights(network, weights, checksums.get(weights.name))
     path = longtail / ("holdout_images.npy" if len(saved.holdout_labels) else "test_images.npy")
+    files.verify(path, meta["checksums"].get(path.name))
     images = files.read_array(path, mmap=True)
     check_images(images, path)
-    return Finished(meta, record, trained, files.read_json(made), network, images, saved, weights, logits)
+    return Finished(meta, record, trained, described_by, network, images, saved, weights, logits)
 
 
 @torch.inference_mode()

@@ -77,11 +77,12 @@ class RunBest(RunBestNumbers):
     posthoc: dict[str, RunBestNumbers] = {}
 
 
-class Stage2(_Part):
-    """What stage 2 trained by: its `recipe` has `epochs` or `iterations`; a method that takes no step has none."""
+class Stage(_Part):
+    """What a stage trained by: its `recipe` has `epochs` or `iterations`; a method that takes no step has none."""
 
     model_config = ConfigDict(extra="allow")
 
+    name: str | None = None
     recipe: dict[str, Any] = {}
 
 
@@ -90,7 +91,8 @@ class Trainings(_Part):
 
     model_config = ConfigDict(extra="allow")
 
-    classifier: Stage2 = Stage2()
+    representation: Stage = Stage()
+    classifier: Stage = Stage()
 
 
 class Provenance(_Part):
@@ -128,7 +130,8 @@ class Run(RunNumbers):
                 "backbone": self.backbone,
                 "epochs": self.epochs,
                 "data": self.data.model_dump(),
-                "rules": list(self.posthoc),
+                "test_images": self.test_images,
+                "rules": sorted(self.posthoc),
                 "late epochs": self.best_on_test and self.best_on_test.epochs,
                 "provenance": self.provenance.model_dump(include={"params", "data", "evaluate"}),
             }
@@ -273,8 +276,8 @@ def again(cell: CellName, seed: int | str) -> str:
 def read_measured(folder: Path) -> Cells:
     """Every cell measured below `folder`.
 
-    Raises UserError naming a file that is damaged or in another seed's or no seed's place, and a seed that was trained
-    otherwise than the first of its cell.
+    Raises UserError naming a file that is damaged or not in its place, and a seed that was trained otherwise than the
+    first of its cell.
     """
     for path in sorted(folder.rglob("*.json")):
         if len(path.relative_to(folder).parts) != 4:
@@ -288,9 +291,6 @@ def read_measured(folder: Path) -> Cells:
 def join(cell: CellName, paths: Iterable[Path]) -> Measured:
     """The cell whose seeds are in these files. Raises UserError as `read_measured` does."""
     runs = {path: read_run(path) for path in paths}
-    for path, run in runs.items():
-        if path.stem != f"seed{run.seed}":
-            raise UserError(f"{path} is of seed {run.seed}: must be called seed{run.seed}.json: move it away")
     (first, one), *others = runs.items()
     for path, run in others:
         for key, ours, theirs in run.differences(one):
@@ -303,13 +303,21 @@ def join(cell: CellName, paths: Iterable[Path]) -> Measured:
 
 
 def read_run(path: Path) -> Run:
-    """One seed of a measured cell. Raises UserError naming the file when it is missing or damaged."""
+    """One seed of a measured cell. Raises UserError naming the file when it is missing or damaged, or when what is in
+    it is of another seed or cell than its name says."""
     advice = again(path.parts[-4:-1], path.stem.removeprefix("seed"))
     content = files.read_json(path, advice)
     try:
-        return Run.model_validate(content)
+        run = Run.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{path} is damaged ({params.describe(error, '')}): delete it and {advice}") from None
+    if path.stem != f"seed{run.seed}":
+        raise UserError(f"{path} is of seed {run.seed}: must be called seed{run.seed}.json: rename it, or move it away")
+    trained = run.provenance.params
+    for stage, folder in ((trained.representation, path.parts[-3]), (trained.classifier, path.parts[-2])):
+        if stage.name not in (None, folder):
+            raise UserError(f"{path} is of {stage.name}, and lies in a folder of {folder}: move it away")
+    return run
 
 
 def pack(hits: np.ndarray) -> str:

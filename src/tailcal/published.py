@@ -22,7 +22,11 @@ RESAMPLES = 2000  # of the test images, by the bootstrap
 CONFIDENCE = 0.95
 SEEDS = 3  # of each of two methods, below which nothing is known of the spread of their difference
 ALIKE = ("precision", "backbone", "epochs", "data.train_images", "data.test_split", "provenance.evaluate")
-ALIKE += ("provenance.data.train_images.npy",)  # which keys of `Run.shared` the rows of a footing have in common
+ALIKE += ("provenance.data.train_images.npy", "provenance.params.representation.settings.augmentation")
+ALIKE += tuple(  # but for sam_rho, which is the method's own
+    f"provenance.params.representation.recipe.{key}"
+    for key in ("batch_size", "last_batch", "lr", "momentum", "weight_decay", "schedule")
+)  # which keys of `Run.shared` the rows of a footing have in common
 ROUNDING = 1e-5  # by which a stored accuracy may differ from that of the predictions beside it
 
 
