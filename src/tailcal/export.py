@@ -243,8 +243,8 @@ def read_finished(cell: Cell, root: Path) -> Finished:
     meta = splits.read_meta(longtail)
     record = read_field(root / f"data/representations/{where}/provenance.json", "network")
     trained = read_trained(made)
-    described_by = files.read_json(made)
-    lineage.require_same_training(described_by, meta, predicted, longtail)
+    origin = files.read_json(made)
+    lineage.require_same_training(origin, meta, predicted, longtail)
     checksums = read_field(made, "checksums")
     if not isinstance(checksums, dict):
         raise UserError(f"{made} is damaged (checksums is no mapping): delete it and run `dvc repro`")
@@ -262,7 +262,7 @@ def read_finished(cell: Cell, root: Path) -> Finished:
     files.verify(path, meta["checksums"].get(path.name))
     images = files.read_array(path, mmap=True)
     check_images(images, path)
-    return Finished(meta, record, trained, described_by, network, images, saved, weights, logits)
+    return Finished(meta, record, trained, origin, network, images, saved, weights, logits)
 
 
 @torch.inference_mode()
