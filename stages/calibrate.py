@@ -17,6 +17,7 @@ from tailcal import (
     distributed,
     errors,
     files,
+    lineage,
     lock,
     method,
     models,
@@ -29,8 +30,6 @@ from tailcal import (
     train,
     weights,
 )
-
-TRAINING_SPLIT = ("train_images.npy", "train_labels.npy")
 
 
 def main() -> None:
@@ -62,9 +61,9 @@ def read_upstream(path: Path) -> dict[str, Any]:
     }
     for key, kind in parts.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-            raise errors.UserError(f"{path} is damaged (no {key}): delete {path.parent} and run `dvc repro`")
+            raise errors.UserError(f"{path} is damaged (no {key}): delete {path.parent} and {files.REPRO}")
     if not {"dataset", "representation"} <= record["params"].keys():
-        raise errors.UserError(f"{path} is damaged (params lacks a part): delete {path.parent} and run `dvc repro`")
+        raise errors.UserError(f"{path} is damaged (params lacks a part): delete {path.parent} and {files.REPRO}")
     return record
 
 
@@ -84,10 +83,8 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     data = read_images(longtail, "train", dataset, device, p.runtime.placement)
     stage1 = paths.representation(dataset_name, representation)
     upstream = read_upstream(stage1 / "provenance.json")
-    if any(upstream["data"].get(name) != meta["checksums"].get(name) for name in TRAINING_SPLIT):
-        raise errors.UserError(
-            f"{stage1} was trained on another training split than {longtail} holds: delete it and run `dvc repro`"
-        )
+    represented = settings.training(p, dataset_name, representation, "representations")
+    lineage.require_stage1(upstream, represented.record() | {"precision": p.precision}, meta, stage1, longtail)
 
     record = {
         "code": provenance.code_version("stages.calibrate", method.module(training.method)),
@@ -137,7 +134,9 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
                 )
         made = predictions.Predictions(logits["test"][i], labels["test"], logits["holdout"][i], labels["holdout"])
         checksums[f"seed{seed}.npz"] = made.write(folder / f"seed{seed}.npz")
-    files.write_json(folder / "provenance.json", record | distributed.record() | {"checksums": checksums})
+    predicted = {name: meta["checksums"][name] for name in lineage.PREDICTED}
+    made = {"predicted": predicted, "checksums": checksums}
+    files.write_json(folder / "provenance.json", record | distributed.record() | made)
     checkpoint.keep_only(scratch)
     return scratch
 

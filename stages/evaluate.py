@@ -27,11 +27,12 @@ def read_cell(folder: Path, checksums: dict[str, str], seeds: list[int], K: int)
     for seed, run in zip(seeds, cell, strict=True):
         if not np.array_equal(run.test_labels, cell[0].test_labels):
             raise UserError(
-                f"{folder}/seed{seed}.npz: its test labels differ from seed {seeds[0]}'s: delete both, run `dvc repro`"
+                f"{folder}/seed{seed}.npz: its test labels differ from seed {seeds[0]}'s: delete both and {files.REPRO}"
             )
         if bool(len(run.holdout_labels)) != bool(len(cell[0].holdout_labels)):
             raise UserError(
-                f"{folder}/seed{seed}.npz: one of it and seed {seeds[0]}'s has a hold-out: delete both, run `dvc repro`"
+                f"{folder}/seed{seed}.npz: one of it and seed {seeds[0]}'s has a hold-out: delete both and "
+                f"{files.REPRO}"
             )
     return cell
 
@@ -137,8 +138,8 @@ def evaluate(p: params.Params, dataset: params.Dataset, where: dict[str, str]) -
     folder = paths.predictions(**where)
     provenance = files.read_json(folder / "provenance.json")
     if not isinstance(provenance, dict) or not isinstance(checksums := provenance.pop("checksums", None), dict):
-        raise UserError(f"{folder}/provenance.json is damaged (no checksums): delete it and run `dvc repro`")
-    lineage.require_same_training(provenance, meta, folder, longtail)
+        raise UserError(f"{folder}/provenance.json is damaged (no checksums): delete it and {files.REPRO}")
+    lineage.require_predictions(provenance, meta, folder, longtail)
     cell = read_cell(folder, checksums, p.seeds, len(names))
 
     plots = paths.cell_plots(**where)

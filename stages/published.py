@@ -21,7 +21,9 @@ from stages.seeds import read_images
 from tailcal import (
     errors,
     files,
+    lineage,
     measured,
+    models,
     params,
     plan,
     posthoc,
@@ -59,7 +61,8 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     """
     longtail = paths.longtail(where["dataset"])
     counts = np.array(splits.read_meta(longtail)["train_counts"])
-    stage1 = read_upstream(paths.representation(where["dataset"], where["representation"]) / "provenance.json")
+    stage1 = paths.representation(where["dataset"], where["representation"]) / "provenance.json"
+    record = read_upstream(stage1)["network"]
     training = settings.training(p, where["dataset"], where["classifier"], "classifiers")
     block = training.settings.model_dump()
     dataset = params.dataset(p, where["dataset"])
@@ -72,7 +75,8 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
         late = late_of(folder, seed)
         networks = []
         for path in late:
-            networks.append(predict.build(stage1["network"], training.method, block, counts.tolist(), path))
+            network = models.rebuild(record, stage1)
+            networks.append(predict.set_up(network, training.method, block, counts.tolist(), path))
             weights.read_weights(networks[-1], path, f"delete {folder} to train again")
         logits = train.predict(networks, data, p.runtime)
         found[seed] = (
@@ -228,16 +232,35 @@ def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[
     ]
 
 
-def require_alike(cell: measured.CellName, p: params.Params, replaced: list[int]) -> None:
-    """Raise UserError naming a file of this cell, of none of the seeds `replaced`, that is in another precision or of
-    images from elsewhere than what is about to be trained. The rest is compared when the seeds are joined."""
+def now(cell: measured.CellName, p: params.Params) -> dict[str, Any]:
+    """What `provenance` of a seed of this cell says of parameters if it is trained by `p`, but for where images are."""
+    dataset, representation, classifier = cell
+    described = params.dataset(p, dataset)
+    trainings = ((representation, "representations"), (classifier, "classifiers"))
+    by = [settings.training(p, dataset, *each).record() | {"precision": p.precision} for each in trainings]
+    return {
+        "params": {
+            "dataset": {
+                "imbalance": described.imbalance.record(),
+                "holdout_per_class": described.holdout_per_class,
+            },
+            "representation": by[0],
+            "classifier": by[1],
+        },
+        "evaluate": p.evaluate.model_dump(),
+    }
+
+
+def require_alike(cell: measured.CellName, p: params.Params, seeds: Iterable[int]) -> None:
+    """Raise UserError naming a file of one of these seeds of a cell that is in another precision, of images from
+    elsewhere or of other parameters than what is about to be trained by `p`."""
     dataset, representation, classifier = cell
     narrow = f"--dataset {dataset} --representation {representation} --classifier {classifier}"
     official = params.dataset(p, dataset).source["kind"] != "folder"
-    for file in measured.run_files(paths.PUBLISHED, cell):
-        run = measured.read_run(file)
-        if run.seed in replaced:
+    for seed in seeds:
+        if not (file := measured.run_file(paths.PUBLISHED, cell, seed)).exists():
             continue
+        run = measured.read_run(file)
         if run.precision != p.precision:
             raise errors.UserError(
                 f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give {narrow} "
@@ -248,6 +271,13 @@ def require_alike(cell: measured.CellName, p: params.Params, replaced: list[int]
                 f"{file} is of images from {'an official archive' if run.data.official else 'a folder'}, and the seeds "
                 f"of a cell must be of the same: {'leave --images out' if run.data.official else 'give --images'}, or "
                 "move it away"
+            )
+        by = run.provenance.model_dump(include={"params", "evaluate"})
+        by["params"].get("dataset", {}).pop("source", None)  # of which the above is what matters
+        for key, then, wanted in lineage.differences(by, now(cell, p)):
+            raise errors.UserError(
+                f"{file} is of {key} {then}, and the parameters say {wanted}: the seeds of a cell must be trained and "
+                "measured in the same way: set it back, or move the file away"
             )
 
 
@@ -274,25 +304,25 @@ def main() -> None:
             settings.training(p, dataset, classifier, "classifiers")
     p = workspace.with_images(p, (name for name, _, _ in asked), args.images)
 
-    asked = {training: {name: list(p.seeds) for name in classifiers} for training, classifiers in asked.items()}
-    for (dataset, representation, late_epochs), classifiers in asked.items():
-        for name in classifiers:
+    lacking = {training: dict.fromkeys(classifiers, p.seeds) for training, classifiers in asked.items()}
+    for (dataset, representation, late_epochs), seeds in lacking.items():
+        for name in seeds:
             cell = (dataset, representation, name)
             if args.missing:
                 training = settings.training(p, dataset, name, "classifiers")
-                classifiers[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))
-            if classifiers[name] or args.precision:
-                require_alike(cell, p, [] if args.missing else p.seeds)
+                seeds[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))
+            if seeds[name] or args.precision:
+                require_alike(cell, p, (seed for seed in chosen.seeds if args.missing or seed not in p.seeds))
 
     out, written = paths.PUBLISHED.resolve(), 0
     with workspace.inside(WORKSPACE):
-        for (dataset, representation, late_epochs), lacking in asked.items():
-            seeds = sorted(set(chain.from_iterable(lacking.values())), key=p.seeds.index)
-            names = [name for name, each in lacking.items() if each]
-            if seeds:
-                cells(p.model_copy(update={"seeds": seeds}), late_epochs, dataset, representation, names, out)
+        for (dataset, representation, late_epochs), seeds in lacking.items():
+            together = sorted(set(chain.from_iterable(seeds.values())), key=p.seeds.index)
+            names = [name for name, each in seeds.items() if each]
+            if together:
+                cells(p.model_copy(update={"seeds": together}), late_epochs, dataset, representation, names, out)
             written += len(names)
-    print(f"{paths.PUBLISHED}: {written} cells written; `python -m stages.tables` makes the tables")
+    print(f"{paths.PUBLISHED}: cells written: {written}; `python -m stages.tables` makes the tables")
 
 
 if __name__ == "__main__":

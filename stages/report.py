@@ -12,7 +12,7 @@ from pydantic import AliasPath, ConfigDict, Field
 from stages import paths
 from tailcal import costs, figures, lock, page, params, splits, tables
 from tailcal.errors import UserError, run
-from tailcal.files import read_json, write_json, write_text
+from tailcal.files import REPRO, read_json, write_json, write_text
 from tailcal.params import Strict
 from tailcal.tables import Cell
 
@@ -165,9 +165,7 @@ def _require_same_classes(cells: list[Cell]) -> None:
     for cell in cells:
         if sorted(cell.classes["class"]) != classes:
             path = paths.cell_plots(cell.dataset, cell.representation, cell.classifier) / "per_class.csv"
-            raise UserError(
-                f"{path} is damaged (not each of {len(classes)} classes once): delete it and run `dvc repro`"
-            )
+            raise UserError(f"{path} is damaged (not each of {len(classes)} classes once): delete it and {REPRO}")
 
 
 def _metrics(path: Path) -> dict[str, Any]:
@@ -176,7 +174,7 @@ def _metrics(path: Path) -> dict[str, Any]:
     try:
         params.validate(Metrics, content, "", path)
     except UserError as error:
-        raise UserError(f"{error}; delete it and run `dvc repro`") from None
+        raise UserError(f"{error}; delete it and {REPRO}") from None
     return content
 
 
@@ -187,9 +185,9 @@ def _history(dataset: str, representation: str) -> pd.DataFrame:
 def _diagram(cell: Cell) -> Path:
     path = paths.cell_plots(cell.dataset, cell.representation, cell.classifier) / "reliability.png"
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `dvc repro` to make it")
+        raise UserError(f"{path} is missing: {REPRO}")
     if not path.read_bytes().startswith(b"\x89PNG"):
-        raise UserError(f"{path} is damaged (it is no PNG): delete it and run `dvc repro`")
+        raise UserError(f"{path} is damaged (it is no PNG): delete it and {REPRO}")
     return path
 
 
@@ -198,17 +196,16 @@ def _frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
         # Only an empty field is an absent value: a class may be called NA, null or 7.
         frame = pd.read_csv(path, dtype={"name": str}, keep_default_na=False, na_values=[""])
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
+        raise UserError(f"{path} is missing: {REPRO}") from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
+        raise UserError(f"{path} is damaged ({error}): delete it and {REPRO}") from None
     if frame.empty or not set(columns) <= set(frame.columns):
         raise UserError(
-            f"{path} is damaged (it must have rows, and the columns {', '.join(columns)}): "
-            "delete it and run `dvc repro`"
+            f"{path} is damaged (it must have rows, and the columns {', '.join(columns)}): delete it and {REPRO}"
         )
     for column in set(columns) - TEXTS:
         if not pd.api.types.is_numeric_dtype(frame[column]) or (column in WHOLE and frame[column].isna().any()):
-            raise UserError(f"{path} is damaged ({column} has what is no number): delete it and run `dvc repro`")
+            raise UserError(f"{path} is damaged ({column} has what is no number): delete it and {REPRO}")
     return frame
 
 

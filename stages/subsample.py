@@ -34,7 +34,7 @@ def read_raw(folder: Path) -> tuple[RawMeta, dict[str, np.ndarray]]:
     try:
         meta = params.validate(RawMeta, content, "", described)
     except UserError as error:
-        raise UserError(f"{error}; delete {folder} and run `dvc repro`") from None
+        raise UserError(f"{error}; delete {folder} and {files.REPRO}") from None
     arrays = {}
     for part in ("train_images", "train_labels", "test_images", "test_labels"):
         path = folder / f"{part}.npy"

@@ -27,9 +27,9 @@ def main() -> None:
 
 def tables() -> None:
     """Write the five files. Raises UserError when one that is read is missing or wrong."""
-    cells, chosen = measured.read_measured(paths.PUBLISHED), plan.read()
+    chosen = plan.read()
+    cells = measured.read_measured(paths.PUBLISHED, chosen)
     printed = references.read_references(references.REFERENCES)
-    published.require_planned(cells, chosen)
     published.require_known(printed, chosen, params.load().evaluate.posthoc)
     papers = published.compare(printed, cells)
     footings = [published.footing_table(name, footing, cells) for name, footing in chosen.footing.items()]

@@ -29,7 +29,8 @@ CUT = {
     "imbalance": {"profile": "exponential", "factor": 20.0, "seed": 0},
     "holdout_per_class": 20,
 }
-TRAINED_ON = {"train_labels.npy": "a"}
+CHECKSUMS = {"train_labels.npy": "a", "test_labels.npy": "b"}
+NAMED = {axis: {"name": CELL[axis]} for axis in ("representation", "classifier")}
 IMAGES = {"skipped": {"train": 1, "test": 0}, "duplicates": {"train": 0, "holdout": 2, "test": 3, "test_holdout": 0}}
 K = len(NAMES)
 RULES = {
@@ -75,8 +76,13 @@ def seal() -> None:
     """Take down the checksums of the predictions that are there, as the stage calibrate does."""
     folder = paths.predictions(**CELL)
     checksums = {path.name: files.sha256(path) for path in folder.glob("*.npz")}
-    made = {"device": "none", "data": TRAINED_ON, "checksums": checksums}
-    files.write_json(folder / "provenance.json", made)
+    record(checksums=checksums)
+
+
+def record(**changed: object) -> None:
+    """The provenance of the predictions."""
+    made = {"device": "none", "params": NAMED, "data": CHECKSUMS, "predicted": CHECKSUMS, "checksums": {}} | changed
+    files.write_json(paths.predictions(**CELL) / "provenance.json", made)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +95,7 @@ def _project(tmp_path, monkeypatch):
     meta = {
         "class_names": NAMES,
         "train_counts": COUNTS,
-        "checksums": TRAINED_ON,
+        "checksums": CHECKSUMS,
         **CUT,
         **IMAGES,
     }
@@ -265,7 +271,7 @@ def test_an_empty_group_is_null():
                 "class_names": NAMES,
                 "train_counts": [500] * K,
                 "source": {},
-                "checksums": TRAINED_ON,
+                "checksums": CHECKSUMS,
                 **CUT,
                 **IMAGES,
             }
@@ -333,10 +339,21 @@ def nan_logits() -> np.ndarray:
         (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{"), "provenance.json is damaged"),
         (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{}"), "json is damaged (no checksums)"),
         (
-            lambda: (paths.predictions(**CELL) / "provenance.json").write_text(
-                '{"data": {"train_labels.npy": "b"}, "checksums": {}}'
-            ),
-            "is of networks that were trained on another training split than data/lt/digits_lt holds: run `dvc repro`",
+            lambda: record(data={"train_labels.npy": "b"}),
+            "is of networks that were trained on another training split than data/lt/digits_lt holds: run `dvc repro`, "
+            "or without DVC `python -m stages.represent --dataset digits_lt --representation ce` and `python -m "
+            "stages.calibrate --dataset digits_lt --representation ce --classifier joint`",
+        ),
+        (
+            lambda: record(predicted=CHECKSUMS | {"test_labels.npy": "c"}),
+            "is of other held-out or test images than data/lt/digits_lt holds: run `dvc repro`, or without DVC `python "
+            "-m stages.calibrate --dataset digits_lt --representation ce --classifier joint`",
+        ),
+        (lambda: record(predicted=None), "is of other held-out or test images than data/lt/digits_lt holds"),
+        (lambda: record(params={}), "provenance.json is damaged (no params.representation.name): delete it and run"),
+        (
+            lambda: record(params=NAMED | {"classifier": {"name": "crt"}}),
+            "data/predictions/digits_lt/ce/joint is of the classifier crt: run `dvc repro`",
         ),
         (lambda: (paths.longtail("digits_lt") / "meta.json").unlink(), "meta.json is missing"),
         (
@@ -350,7 +367,7 @@ def nan_logits() -> np.ndarray:
                         "class_names": NAMES,
                         "train_counts": COUNTS[1:],
                         "source": {},
-                        "checksums": TRAINED_ON,
+                        "checksums": CHECKSUMS,
                         **CUT,
                         **IMAGES,
                     }
@@ -393,4 +410,4 @@ def test_from_the_command_line_an_error_is_one_line():
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout) == (1, "")
     missing = "data/predictions/digits_lt/ce/joint/seed2.npz"
-    assert done.stderr == f"error: {missing} is missing: run `dvc repro` to make it\n"
+    assert done.stderr == f"error: {missing} is missing: {files.REPRO}\n"

@@ -44,6 +44,7 @@ from tailcal import (
     files,
     images,
     method,
+    models,
     params,
     posthoc,
     predict,
@@ -372,7 +373,9 @@ METRICS = {
 def save_model(folder: Path) -> str:
     """Write the weights that CARD describes; returns their SHA-256."""
     torch.manual_seed(0)
-    network = predict.build(CARD["network"], CARD["classifier"], CARD["settings"], CARD["train_counts"], folder)
+    network = predict.set_up(
+        models.rebuild(CARD["network"], folder), CARD["classifier"], CARD["settings"], CARD["train_counts"], folder
+    )
     weights.save_weights(network, folder / predict.WEIGHTS)
     return files.sha256(folder / predict.WEIGHTS)
 

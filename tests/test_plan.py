@@ -234,6 +234,41 @@ def test_a_seed_of_other_images_is_refused_before_it_is_trained(run):
 
 
 @pytest.mark.pipeline
+def test_a_seed_of_other_parameters_is_refused_before_it_is_trained(run):
+    short = ("--table", "later", "--images", "images")
+    path = run(*short, "--seed", "0")["small/mixup/joint/seed0.json"]
+    said = path.read_bytes()
+
+    def longer(content):
+        content["datasets"]["small"]["recipes"] = {"mislas": SHORT | {"epochs": 3}}
+
+    change(longer)
+    for options in (("--missing",), ("--seed", "1")):
+        with pytest.raises(
+            UserError,
+            match=r"^metrics/published/cells/small/mixup/joint/seed0\.json is of params\.representation\.recipe\."
+            "epochs 2, and the parameters say 3: the seeds of a cell must .*: set it back, or move the file away$",
+        ):
+            run(*short, *options)
+    plan.PLAN.write_text(yaml.safe_dump(PLAN, sort_keys=False))
+    Path("params.yaml").unlink()
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text().replace("bins: 15", "bins: 10"))
+    with pytest.raises(UserError, match=r"seed0\.json is of evaluate\.bins 15, and the parameters say 10: "):
+        run(*short, "--missing")
+    assert path.read_bytes() == said
+
+
+def test_the_committed_cells_are_what_would_be_trained_today(tmp_path, monkeypatch):
+    """But for code, device and versions, which each of them names: no result stands under parameters it is not of."""
+    monkeypatch.chdir(ROOT)
+    chosen, p = plan.load(params.load())
+    for cell, found in measured.read_measured(paths.PUBLISHED, chosen).items():
+        by = workspace.with_images(p, cell[:1], None if found.one.data.official else tmp_path)
+        by = by.model_copy(update={"precision": found.one.precision})
+        stage.require_alike(cell, by, [run.seed for run in found.runs])
+
+
+@pytest.mark.pipeline
 def test_images_that_change_and_splits_that_are_damaged_are_made_anew(run, project):
     path = run("--table", "later", "--images", "images")["small/mixup/joint/seed0.json"]
     first = read(path)["data"]

@@ -116,15 +116,24 @@ def test_a_method_that_peeks_ends_its_stage(stage, method, step, project, monkey
 
 
 @pytest.mark.pipeline
-def test_stage_2_trains_on_no_other_split_than_stage_1(project):
+def test_stage_2_takes_no_stage_1_of_other_parameters_or_of_another_split(project):
     p = project(cut=True)
     cell = ("--dataset", "digits_lt", "--representation", "ce")
+    stage1 = "data/representations/digits_lt/ce"
+    advice = f"run `dvc repro`, or without DVC `python -m stages.represent {' '.join(cell)}`"
     p.inside("represent", *cell)
-    edit(p.root / "params.yaml", [("factor: 20", "factor: 10")])
-    p.inside("subsample", "--dataset", "digits_lt")
-    said = p.inside("calibrate", *cell, "--classifier", "joint", ok=False)
-    where = "data/representations/digits_lt/ce was trained on another training split than data/lt/digits_lt holds"
-    assert said == f"error: {where}: delete it and run `dvc repro`\n"
+    for before, after, what in (
+        ("epochs: 8\n", "epochs: 9\n", "recipe.epochs 8, and the parameters say 9"),
+        ("precision: float32", "precision: bf16", "precision float32, and the parameters say bf16"),
+        ("factor: 20", "factor: 10", None),
+    ):
+        whole = (p.root / "params.yaml").read_text()
+        edit(p.root / "params.yaml", [(before, after)])
+        p.inside("subsample", "--dataset", "digits_lt")
+        said = p.inside("calibrate", *cell, "--classifier", "joint", ok=False)
+        what = f"with {what}" if what else "on another training split than data/lt/digits_lt holds"
+        assert said == f"error: {stage1} was trained {what}: {advice}\n"
+        (p.root / "params.yaml").write_text(whole)
 
 
 def test_shot_groups_have_one_definition(monkeypatch):

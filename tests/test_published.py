@@ -298,7 +298,8 @@ def test_the_numbers_of_a_row():
 )
 def test_the_border_of_a_miss(top1, deviation, misses):
     steps = [0.0] if deviation is None else [-deviation / 2**0.5, deviation / 2**0.5]
-    runs = [measured.Run.model_validate(cell(predictions(0.4))[0] | {"top1": top1 + step}) for step in steps]
+    run = cell(predictions(0.4))[0] | {"correct": None}
+    runs = [measured.Run.model_validate(run | {"top1": top1 + step}) for step in steps]
     (reference,) = [
         row for row in references.read_references(REFERENCES) if row.top1 == 47.0 and row.classifier == "mislas"
     ]
@@ -370,6 +371,14 @@ def test_a_classifier_may_lack_seeds_that_another_has():
     put(cell(predictions(0.47)))
     stage.main()
     assert "Behind these rows stand 3 networks of stage 1." in section("MiSLAS")
+
+
+def test_networks_of_one_name_that_were_trained_otherwise_are_two():
+    for i, classifier in enumerate(("joint", "crt")):
+        trained = {"representation": {"name": "mixup", "recipe": {"epochs": 200 + i}}}
+        put(cell(predictions(0.44), provenance={"params": trained}), classifier=classifier)
+    stage.main()
+    assert "Behind these rows stand 2 networks of stage 1." in section("MiSLAS")
 
 
 def test_a_row_of_which_an_ece_alone_was_printed_is_listed():
@@ -557,12 +566,10 @@ def test_damaged_bits_are_refused(text, N, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"top1": 0.6},
-            "footing_cpu/ce/joint: `correct` has an accuracy of 0.41.*, the numbers beside it 0.6.*: delete",
-        ),
-        ({"correct": "AAAA"}, "`correct` is damaged"),
-        ({"test_images": 500}, "`correct` is damaged .*50 bytes are not one bit for each of 500 images"),
+        ({"top1": 0.6}, r"seed0.json is damaged \(.*correct has an accuracy of 0.40*, and top1 is 0.60*\): delete it"),
+        ({"correct": "AAAA"}, r"joint/seed0.json is damaged \(.*3 bytes are not one bit"),
+        ({"test_images": 500}, "50 bytes are not one bit for each of 500 images"),
+        ({"posthoc": {"unused": {"top1": 0.5, "ece": 0.1, "nll": 1.0, "correct": "AAAA"}}}, "3 bytes are not one bit"),
         ({"epochs": "many"}, r"footing_cpu/ce/joint/seed0.json is damaged \(epochs: .*got 'many'"),
         ({"cost": {"machine": "a", "seconds": 1.0}}, r"is damaged \(cost.at_once: this key is missing"),
         ({"top1": 41.0}, r"is damaged \(top1: .*less than or equal to 1"),
@@ -595,7 +602,14 @@ def test_a_damaged_seed_is_named(change, message):
             "its data.test_split.test_images.npy is b, that of seed0.json a",
         ),
         ({"posthoc": {}}, "its rules is , that of seed0.json pn_transductive"),
-        ({"test_images": 999}, "its test_images is 999, that of seed0.json"),
+        (
+            {
+                "test_images": 999,
+                "correct": None,
+                "posthoc": {"pn_transductive": {"top1": 0.5, "ece": None, "nll": None}},
+            },
+            "its test_images is 999, that of seed0.json",
+        ),
         ({"best_on_test": None}, "its late epochs is None, that of seed0.json 20"),
         ({"best_on_test": {"epochs": 40, "top1": 0.5, "ece": 0.1}}, "its late epochs is 40, that of seed0.json 20"),
     ],
@@ -629,8 +643,8 @@ def test_seeds_of_two_machines_are_a_cell():
 
 def test_a_copied_seed_is_no_other_seed():
     path = put(cell(predictions(0.4, 0.42)))
-    path.with_name("seed7.json").write_text(path.read_text())
-    with pytest.raises(UserError, match=r"mixup/mislas/seed7\.json is of seed 0: must be called seed0\.json: rename"):
+    path.with_name("seed2.json").write_text(path.read_text())
+    with pytest.raises(UserError, match=r"mixup/mislas/seed2\.json is of seed 0: must be called seed0\.json: rename"):
         stage.main()
 
 
@@ -698,7 +712,10 @@ def test_files_in_another_cells_folder_are_named(name, message):
     ("name", "message"),
     [
         ("cifar100_lt_100/mixup/mislas.json", r"mislas\.json: must lie in <dataset>/.* as seed<k>\.json: move it away"),
-        ("cifar100_lt_100/stray/joint/seed0.json", "cells/cifar100_lt_100/stray/joint: no table of published/params"),
+        (
+            "cifar100_lt_100/stray/joint/seed0.json",
+            r"seed0\.json: no table of .* trains cifar100_lt_100/stray/joint: m",
+        ),
     ],
 )
 def test_files_that_no_table_has_are_named(name, message):
@@ -709,10 +726,32 @@ def test_files_that_no_table_has_are_named(name, message):
         stage.main()
 
 
-def test_a_file_of_another_name_among_the_seeds_is_named():
-    path = put(cell(predictions(0.4)))
-    path.rename(path.with_name("seed00.json"))
-    with pytest.raises(UserError, match=r"mixup/mislas/seed00\.json is of seed 0: must be called seed0\.json: rename"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("seed00.json", r"seed00\.json: must lie in <dataset>/.* as seed<k>\.json: move it away"),
+        ("notes.txt", r"notes\.txt: must lie in <dataset>/.* as seed<k>\.json: move it away"),
+        ("seed3.json", r"seed3\.json: published/params\.yaml: seeds are 0, 1, 2: move it away, or add 3"),
+    ],
+)
+def test_a_file_of_another_name_among_the_seeds_is_named(name, message):
+    path = put(cell(predictions(0.4, 0.42)))
+    path.rename(path.with_name(name))
+    with pytest.raises(UserError, match=f"mixup/mislas/{message}"):
+        stage.main()
+
+
+def test_what_is_no_seed_of_a_cell_is_named_or_passed_over():
+    path = put(cell(predictions(0.4, 0.42)))
+    path.with_name(".seed0.json.0a1b2c3d.part").write_text("{")  # what a killed process leaves
+    path.with_name(".seed2.json").write_text("{")
+    stage.main()
+    path.with_name("seed2.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"mixup/mislas/seed2\.json is a link to nothing: move it away"):
+        stage.main()
+    path.with_name("seed2.json").unlink()
+    path.parent.with_name("joint").write_text("")
+    with pytest.raises(UserError, match="cifar100_lt_100/mixup/joint: must lie in <dataset>/"):
         stage.main()
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from stages import paths, readme, report
-from tailcal import figures
+from tailcal import figures, files
 from tailcal.errors import UserError
 from tailcal.posthoc import RULES
 from tailcal.tables import signed
@@ -415,7 +415,7 @@ def test_page_escapes_what_it_is_given():
 )
 def test_missing_file_is_one_clear_line(path):
     path.unlink()
-    with pytest.raises(UserError, match=re.escape(f"{path} is missing: run `dvc repro` to make it")) as error:
+    with pytest.raises(UserError, match=re.escape(f"{path} is missing: {files.REPRO}")) as error:
         report.main()
     assert "\n" not in str(error.value)
 
@@ -440,7 +440,7 @@ def test_metrics_of_another_kind_are_one_clear_line(content, says):
     path.write_text(content)
     with pytest.raises(UserError) as caught:
         report.main()
-    assert str(caught.value) == f"{path}: {says}; delete it and run `dvc repro`"
+    assert str(caught.value) == f"{path}: {says}; delete it and {files.REPRO}"
 
 
 def _provenance(**imbalance):
@@ -485,7 +485,7 @@ def test_a_damaged_value_of_the_metrics_is_one_clear_line(change, says):
     report_inputs.change(path, **change)
     with pytest.raises(UserError) as caught:
         report.main()
-    assert str(caught.value) == f"{path}: {says}; delete it and run `dvc repro`"
+    assert str(caught.value) == f"{path}: {says}; delete it and {files.REPRO}"
 
 
 def test_report_imports_no_torch():

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -263,7 +264,7 @@ def test_flipped_bit_names_the_file(project, name, where):
     damaged = bytearray(path.read_bytes())
     damaged[where] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match=rf"^{path} is damaged.*run `dvc repro`$"):
+    with pytest.raises(UserError, match=rf"^{path} is damaged.*{re.escape(files.REPRO)}$"):
         project.cut()
     assert not paths.longtail(NAME).exists()
 
@@ -281,7 +282,7 @@ def test_missing_files(project):
 def test_damaged_meta(project, text):
     project.put_raw()
     (paths.raw(NAME) / "meta.json").write_text(text)
-    with pytest.raises(UserError, match=r"^data/raw/digits_lt/meta\.json.* delete .* run `dvc repro`$"):
+    with pytest.raises(UserError, match=r"^data/raw/digits_lt/meta\.json.* delete .* run `dvc repro`"):
         project.cut()
 
 
@@ -302,7 +303,7 @@ def test_a_key_of_meta_that_is_damaged_is_one_line(project, key, value, says):
     files.write_json(path, files.read_json(path) | {key: value})
     with pytest.raises(UserError) as error:
         project.cut()
-    assert str(error.value) == f"{path}: {says}; delete {path.parent} and run `dvc repro`"
+    assert str(error.value) == f"{path}: {says}; delete {path.parent} and {files.REPRO}"
 
 
 @pytest.mark.parametrize(
@@ -461,7 +462,7 @@ def test_command_line(tmp_path):
 
     before = stage("subsample")
     assert before.returncode == 1
-    assert before.stderr == f"error: data/raw/{NAME}/meta.json is missing: run `dvc repro` to make it\n"
+    assert before.stderr == f"error: data/raw/{NAME}/meta.json is missing: {files.REPRO}\n"
     assert stage("download").returncode == 0
     assert stage("subsample").returncode == 0
     assert len(json.loads((paths.longtail(NAME) / "meta.json").read_text())["train_counts"]) == 10

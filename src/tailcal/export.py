@@ -31,14 +31,14 @@ import torch
 from pydantic import ConfigDict
 
 import tailcal
-from tailcal import errors, files, lineage, posthoc, predictions, provenance, splits
+from tailcal import errors, files, lineage, models, posthoc, predictions, provenance, splits
 from tailcal.errors import UserError
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece, ece_floor
 from tailcal.metrics.scores import log_softmax, softmax
 from tailcal.models import Network
 from tailcal.params import PARAMS, Augmentation, Strict, validate
-from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Measured, Predictor, alone, build
+from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Measured, Predictor, alone, set_up
 from tailcal.weights import load_weights, save_weights
 
 CHECKED = 16  # images whose logits must be those that were saved when the cell was made
@@ -47,33 +47,45 @@ FEW = 50  # held-out images; a temperature fitted on fewer is a matter of chance
 SURE = 2.0  # standard errors from which on a difference is called one
 
 
-class ClassifierRecord(Strict):
-    """What the pipeline records of stage 2, as far as an exported model needs it."""
+class _Recorded(Strict):
+    """What an exported model needs of a file that the pipeline has written; there is more in it."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+class Represented(_Recorded):
+    """The provenance of stage 1."""
+
+    network: dict[str, Any]
+
+
+class Trained(_Recorded):
+    """What stage 2 trained by."""
 
     method: str
     settings: dict[str, Any]
     augmentation: Augmentation
 
 
-def read_field(path: Path, *keys: str) -> Any:
-    """A value of a JSON file of the pipeline. Raises UserError naming the file when it is missing or lacks the key."""
-    value = files.read_json(path)
-    for key in keys:
-        if not isinstance(value, dict) or key not in value:
-            raise UserError(f"{path} is damaged (no {'.'.join(keys)}): delete it and run `dvc repro`")
-        value = value[key]
-    return value
+class Trainings(_Recorded):
+    """The parameters of a cell."""
+
+    classifier: Trained
 
 
-def read_trained(path: Path) -> ClassifierRecord:
-    """Method, settings and augmentation of stage 2, of its provenance. Raises UserError naming the file and the key."""
-    record = read_field(path, "params", "classifier")
+class Predicted(_Recorded):
+    """The provenance of predictions."""
+
+    params: Trainings
+    checksums: dict[str, str]
+
+
+def require(model: type[Strict], content: Any, path: Path) -> Any:
+    """What the file `path` says. Raises UserError naming it and the key that is missing or wrong."""
     try:
-        return validate(ClassifierRecord, record, "params.classifier", path)
+        return validate(model, content, "", path)
     except UserError as error:
-        raise UserError(f"{error}; run `dvc repro` to make it with this version of tailcal") from None
+        raise UserError(f"{error}; it is damaged, or of another version: delete it and {files.REPRO}") from None
 
 
 def require_finished(cell: Path, root: Path) -> None:
@@ -102,8 +114,8 @@ def check_out(out: Path, cell: Cell) -> None:
         card = files.read_json(out / CARD, AGAIN)
         if not isinstance(card, dict) or card.get("cell") != cell.model_dump():
             raise UserError(f"--out {out}: holds the model of another cell: choose another folder")
-    elif out.is_dir() and not {path.name for path in out.iterdir()} <= {ONNX, WEIGHTS}:
-        raise UserError(f"--out {out}: holds other files: choose a folder of its own")
+    elif out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - {ONNX, WEIGHTS})):
+        raise UserError(f"--out {out}: holds another file, {others[0]}: choose a folder of its own")
 
 
 def check_images(images: np.ndarray, path: Path) -> None:
@@ -121,7 +133,7 @@ def fit_temperature(counts: list[int], logits: np.ndarray, labels: np.ndarray, p
         return rule.fit(rule.Config(), np.array(counts), logits, labels).numbers["temperature"]
     except ValueError as error:
         raise UserError(
-            f"{path}: the held-out predictions are of no use ({error}): delete it, run `dvc repro`"
+            f"{path}: the held-out predictions are of no use ({error}): delete it and {files.REPRO}"
         ) from None
 
 
@@ -217,7 +229,7 @@ class Finished:
 
     meta: dict[str, Any]
     record: dict[str, Any]  # of the network
-    trained: ClassifierRecord
+    trained: Trained
     provenance: dict[str, Any]
     network: Network
     images: np.ndarray
@@ -238,16 +250,15 @@ def read_finished(cell: Cell, root: Path) -> Finished:
     longtail = root / f"data/lt/{cell.dataset}"
     weights = root / f"data/classifiers/{where}/{cell.classifier}/seed{cell.seed}.safetensors"
     predicted = root / f"data/predictions/{where}/{cell.classifier}"
+    stage1 = root / f"data/representations/{where}/provenance.json"
     made = predicted / "provenance.json"
 
     meta = splits.read_meta(longtail)
-    record = read_field(root / f"data/representations/{where}/provenance.json", "network")
-    trained = read_trained(made)
+    record = require(Represented, files.read_json(stage1), stage1).network
     origin = files.read_json(made)
-    lineage.require_same_training(origin, meta, predicted, longtail)
-    checksums = read_field(made, "checksums")
-    if not isinstance(checksums, dict):
-        raise UserError(f"{made} is damaged (checksums is no mapping): delete it and run `dvc repro`")
+    recorded = require(Predicted, origin, made)
+    trained, checksums = recorded.params.classifier, recorded.checksums
+    lineage.require_predictions(origin, meta, predicted, longtail)
     logits = predicted / f"seed{cell.seed}.npz"
     if logits.name not in checksums:
         seeds = ", ".join(
@@ -256,7 +267,7 @@ def read_finished(cell: Cell, root: Path) -> Finished:
         raise UserError(f"--seed {cell.seed}: {predicted.relative_to(root)} has the seeds {seeds}")
     saved = predictions.read(logits, checksums[logits.name], len(meta["class_names"]))
 
-    network = build(record, trained.method, trained.settings, meta["train_counts"], made)
+    network = set_up(models.rebuild(record, stage1), trained.method, trained.settings, meta["train_counts"], made)
     load_weights(network, weights, checksums.get(weights.name))
     path = longtail / ("holdout_images.npy" if len(saved.holdout_labels) else "test_images.npy")
     files.verify(path, meta["checksums"].get(path.name))
@@ -277,7 +288,7 @@ def check_logits(finished: Finished) -> None:
     if found.shape != saved.shape or not np.abs(found - saved).max() <= TOLERANCE * np.abs(saved).max():
         raise UserError(
             f"{finished.weights} does not give the logits that were saved with it: a file has changed since, or "
-            "the code has; delete it and run `dvc repro`"
+            f"the code has; delete it and {files.REPRO}"
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from tailcal.errors import UserError
 
-REPRO = "run `dvc repro`"  # how most files are made
+REPRO = "run `dvc repro`, or without DVC the stage that makes it"  # how most files are made
 REASON = 200  # characters of a library's message that an error line repeats
 
 
@@ -139,7 +139,7 @@ def _whole(path: Path, again: str = REPRO) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {again} to make it") from None
+        raise UserError(f"{path} is missing: {again}") from None
     except PermissionError:
         raise
     except Exception as error:  # numpy and zipfile raise a different type for each way in which a file can be damaged
@@ -169,7 +169,7 @@ def verify(path: Path, expected: str | None, remove: Path | None = None, again: 
     default the file itself), `again` how such a file is made.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing: {again} to make it")
+        raise UserError(f"{path} is missing: {again}")
     if (found := sha256(path)) != expected:
         raise UserError(
             f"{path} is damaged: its SHA-256 is {found}, expected {expected}; delete {remove or 'it'} and {again}"

@@ -1,21 +1,80 @@
-"""Whether predictions go with the data set beside which they lie."""
+"""Whether artefacts that a stage takes were made of what lies beside them now.
 
+DVC sees to that where it runs the stages; without it, a stage that was left out is noticed here.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tailcal.errors import UserError
+from tailcal.files import REPRO
 
-TRAINING = ("train_images.npy", "train_labels.npy")
+AXES = ("dataset", "representation", "classifier")
+TRAINED_ON = ("train_images.npy", "train_labels.npy")
+PREDICTED = ("holdout_images.npy", "holdout_labels.npy", "test_images.npy", "test_labels.npy")
 
 
-def require_same_training(record: Any, meta: dict[str, Any], predicted: Path, longtail: Path) -> None:
-    """Raise UserError unless the predictions in the folder `predicted`, of the provenance `record`, are of networks
-    that were trained on the training split in `longtail`, which `meta` describes."""
-    trained_on = record.get("data") if isinstance(record, dict) else None
-    if not isinstance(trained_on, dict) or any(
-        trained_on.get(name) != meta["checksums"].get(name) for name in TRAINING
-    ):
+def flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    """A nested value as {dotted key: text}; lists and tuples are joined."""
+    if isinstance(tree, dict):
+        return {
+            name: text
+            for key, value in tree.items()
+            for name, text in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: ", ".join(map(str, tree)) if isinstance(tree, list | tuple) else str(tree)}
+
+
+def differences(ours: Any, theirs: Any) -> Iterator[tuple[str, str | None, str | None]]:
+    """The dotted keys of two nested values that are not the same of both, sorted, with the two as text; None where
+    there is none."""
+    a, b = flat(ours), flat(theirs)
+    return ((key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key))
+
+
+def again(**stages: tuple[str, ...]) -> str:
+    """How what these stages write is made anew: the end of an error line. {stage: data set, representation, ...}."""
+    commands = (
+        " ".join([f"`python -m stages.{stage}", *(f"--{axis} {name}" for axis, name in zip(AXES, names, strict=False))])
+        for stage, names in stages.items()
+    )
+    return f"run `dvc repro`, or without DVC {'` and '.join(commands)}`"
+
+
+def same_files(record: Any, meta: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether `record`, {file name: SHA-256}, has the same of these files of a data set as its `meta`."""
+    return isinstance(record, dict) and all(record.get(name) == meta["checksums"].get(name) for name in names)
+
+
+def require_stage1(
+    record: dict[str, Any], now: dict[str, Any], meta: dict[str, Any], stage1: Path, longtail: Path
+) -> None:
+    """Raise UserError unless stage 1 in the folder `stage1`, of the provenance `record`, was trained by the parameters
+    `now` of a representation, on the training split in `longtail`, which `meta` describes."""
+    advice = again(represent=stage1.parts[-2:])
+    if not same_files(record["data"], meta, TRAINED_ON):
+        raise UserError(f"{stage1} was trained on another training split than {longtail} holds: {advice}")
+    for key, then, wanted in differences(record["params"]["representation"], now):
+        raise UserError(f"{stage1} was trained with {key} {then}, and the parameters say {wanted}: {advice}")
+
+
+def require_predictions(record: Any, meta: dict[str, Any], predicted: Path, longtail: Path) -> None:
+    """Raise UserError unless the predictions in the folder `predicted`, of the provenance `record`, are of the cell
+    that the folder is named after and of the images in `longtail`, which `meta` describes, and their networks were
+    trained on the training split there."""
+    cell, facts = predicted.parts[-3:], flat(record)
+    for axis, name in zip(AXES[1:], cell[1:], strict=True):
+        if (key := f"params.{axis}.name") not in facts:
+            raise UserError(f"{predicted}/provenance.json is damaged (no {key}): delete it and {REPRO}")
+        if facts[key] != name:
+            raise UserError(f"{predicted} is of the {axis} {facts[key]}: {again(calibrate=cell)}")
+    if not same_files(record.get("data"), meta, TRAINED_ON):
         raise UserError(
-            f"{predicted} is of networks that were trained on another training split than {longtail} holds: run `dvc "
-            "repro`, or without DVC stages.represent and stages.calibrate again"
+            f"{predicted} is of networks that were trained on another training split than {longtail} holds: "
+            f"{again(represent=cell[:2], calibrate=cell)}"
+        )
+    if not same_files(record.get("predicted"), meta, PREDICTED):
+        raise UserError(
+            f"{predicted} is of other held-out or test images than {longtail} holds: {again(calibrate=cell)}"
         )

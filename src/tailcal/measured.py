@@ -5,19 +5,23 @@ same way is checked when they are joined. Fractions throughout. Imports no torch
 """
 
 import base64
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tailcal import files, params
 from tailcal.errors import UserError
+from tailcal.lineage import differences, flat
 from tailcal.metrics.cell import over_seeds
-from tailcal.plan import PLAIN
-from tailcal.tables import flat, span
+from tailcal.plan import PLAIN, PLAN, Plan
+from tailcal.tables import span
+
+ROUNDING = 1e-5  # by which a stored accuracy may differ from that of the predictions beside it
 
 
 class _Part(BaseModel):
@@ -122,27 +126,32 @@ class Run(RunNumbers):
     test_images: Annotated[int, Field(ge=2)]
     provenance: Provenance = Provenance()
 
-    def shared(self) -> dict[str, str]:
-        """What all seeds of a cell must have in common, in words."""
-        return flat(
-            {
-                "precision": self.precision,
-                "backbone": self.backbone,
-                "epochs": self.epochs,
-                "data": self.data.model_dump(),
-                "test_images": self.test_images,
-                "rules": sorted(self.posthoc),
-                "late epochs": self.best_on_test and self.best_on_test.epochs,
-                "provenance": self.provenance.model_dump(include={"params", "data", "evaluate"}),
-            }
-        )
+    @model_validator(mode="after")
+    def _correct_is_of_these_numbers(self) -> "Run":
+        for numbers in (self, *self.posthoc.values()):
+            if numbers.correct is None:
+                continue
+            accuracy = unpack(numbers.correct, self.test_images).mean()
+            if abs(accuracy - numbers.top1) > ROUNDING:
+                raise ValueError(f"correct has an accuracy of {accuracy:.6f}, and top1 is {numbers.top1:.6f}")
+        return self
+
+    def shared(self) -> dict[str, Any]:
+        """What all seeds of a cell must have in common."""
+        return {
+            "precision": self.precision,
+            "backbone": self.backbone,
+            "epochs": self.epochs,
+            "data": self.data.model_dump(),
+            "test_images": self.test_images,
+            "rules": sorted(self.posthoc),
+            "late epochs": self.best_on_test and self.best_on_test.epochs,
+            "provenance": self.provenance.model_dump(include={"params", "data", "evaluate"}),
+        }
 
     def differences(self, other: "Run", parts: tuple[str, ...] = ("",)) -> Iterator[tuple[str, str | None, str | None]]:
-        """The keys of `shared` that begin with one of `parts` and are not the same of both, with the two values."""
-        ours, theirs = self.shared(), other.shared()
-        for key in sorted(ours.keys() | theirs.keys()):
-            if key.startswith(parts) and ours.get(key) != theirs.get(key):
-                yield key, ours.get(key), theirs.get(key)
+        """`lineage.differences` of what they `shared`, of the keys that begin with one of `parts`."""
+        return (each for each in differences(self.shared(), other.shared()) if each[0].startswith(parts))
 
     def made_by(self) -> dict[str, str]:
         """Code, device and versions of libraries of both stages: these may differ, as seeds are trained in turn."""
@@ -259,9 +268,10 @@ def run_file(folder: Path, cell: CellName, seed: int) -> Path:
     return folder.joinpath(*cell, f"seed{seed}.json")
 
 
-def run_files(folder: Path, cell: CellName) -> list[Path]:
-    """The files of a cell, one a seed."""
-    return sorted(folder.joinpath(*cell).glob("*.json"), key=lambda path: (len(path.name), path.name))
+def seed_of(path: Path) -> int | None:
+    """The seed in the name of a file of `run_file`, None for any other name."""
+    found = re.fullmatch(r"seed(0|[1-9]\d*)\.json", path.name)
+    return int(found[1]) if found else None
 
 
 def again(cell: CellName, seed: int | str) -> str:
@@ -273,19 +283,29 @@ def again(cell: CellName, seed: int | str) -> str:
     )
 
 
-def read_measured(folder: Path) -> Cells:
+def read_measured(folder: Path, plan: Plan) -> Cells:
     """Every cell measured below `folder`.
 
-    Raises UserError naming a file that is damaged or not in its place, and a seed that was trained otherwise than the
-    first of its cell.
+    Raises UserError naming a file that is damaged, not in its place or not of the plan, and a seed that was trained
+    otherwise than the first of its cell. Hidden files are passed over: an interrupted write leaves such.
     """
-    for path in sorted(folder.rglob("*.json")):
-        if len(path.relative_to(folder).parts) != 4:
+    found: dict[CellName, dict[int, Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        *cell, _ = path.relative_to(folder).parts
+        if path.is_dir() or path.name.startswith("."):
+            continue
+        if len(cell) != 3 or (seed := seed_of(path)) is None:
             raise UserError(
                 f"{path}: must lie in <dataset>/<representation>/<classifier>/ as seed<k>.json: move it away"
             )
-    cells = sorted({path.parent.relative_to(folder).parts for path in folder.glob("*/*/*/*.json")})
-    return {cell: join(cell, run_files(folder, cell)) for cell in cells}
+        if not path.is_file():
+            raise UserError(f"{path} is a link to nothing: move it away")
+        if not any(table.trains(*cell) for table in plan.tables.values()):
+            raise UserError(f"{path}: no table of {PLAN} trains {'/'.join(cell)}: move it away")
+        if seed not in plan.seeds:
+            raise UserError(f"{path}: {PLAN}: seeds are {', '.join(map(str, plan.seeds))}: move it away, or add {seed}")
+        found.setdefault(tuple(cell), {})[seed] = path
+    return {cell: join(cell, [paths[seed] for seed in sorted(paths)]) for cell, paths in found.items()}
 
 
 def join(cell: CellName, paths: Iterable[Path]) -> Measured:

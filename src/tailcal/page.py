@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from tailcal import posthoc, tables
+from tailcal.lineage import flat
 from tailcal.tables import Cell
 
 CAPTIONS = {
@@ -29,7 +30,7 @@ def section(cells: list[Cell], epochs: list[int], figures: dict[str, Path], diag
     """
     classes, number = tables.class_table(cells), len(cells[0].classes)
     worst = f"the {len(classes.rows)} classes of the lowest accuracy, averaged over the cells, among the {number:,}"
-    provenance = [tables.flat(cell.metrics["provenance"]) for cell in cells]
+    provenance = [flat(cell.metrics["provenance"]) for cell in cells]
     common = set.intersection(*(set(facts.items()) for facts in provenance))
     shared = {key: value for key, value in provenance[0].items() if (key, value) in common}
     applied = [rule for rule in tables.rules(cells) if rule in posthoc.RULES]

@@ -149,21 +149,18 @@ class Predictor(nn.Module):
         return (self.logits(images) / self.temperature).softmax(dim=1)
 
 
-def build(
-    network: dict[str, Any], classifier: str, settings: dict[str, Any], counts: list[int], source: Path
-) -> Network:
-    """A network as stage 2 leaves it, but for its weights.
+def set_up(network: Network, classifier: str, settings: dict[str, Any], counts: list[int], source: Path) -> Network:
+    """Make of stage 1's network what stage 2 makes of it, but for the weights; returns it.
 
-    network: the arguments of `models.build`; classifier, settings: stage 2's method and its block; counts: training
-    images per class. Raises UserError naming `source`, the file that these come from, when there is no such network.
+    classifier, settings: stage 2's method and its block; counts: training images per class. Raises UserError naming
+    `source`, the file that these come from, when there is no such method.
     """
     if classifier not in method.names("classifiers"):
         raise UserError(f"{source}: this version of tailcal has no classifier {classifier!r}")
     Method = method.load(classifier)
     config = validate(Method.Config, settings, "settings", source)
-    built = models.rebuild(network, source)
-    Method(config, torch.tensor(counts)).setup(built)
-    return built
+    Method(config, torch.tensor(counts)).setup(network)
+    return network
 
 
 def load(folder: Path) -> tuple[Card, Predictor]:
@@ -181,7 +178,7 @@ def load(folder: Path) -> tuple[Card, Predictor]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {AGAIN}") from None
     card = validate(Card, content, "", path)
-    network = build(card.network, card.classifier, card.settings, card.train_counts, path)
+    network = set_up(models.rebuild(card.network, path), card.classifier, card.settings, card.train_counts, path)
     load_weights(network, folder / WEIGHTS, card.weights, again=AGAIN)
     return card, Predictor(network, card.augmentation, card.temperature)
 

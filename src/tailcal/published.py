@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import bootstrap
 
 from tailcal.errors import UserError
-from tailcal.measured import BestNumbers, CellName, Cells, Measured, Numbers, Run, again, unpack
+from tailcal.measured import BestNumbers, Cells, Measured, Numbers, Run, unpack
 from tailcal.metrics.cell import HEADLINE
 from tailcal.plan import AS_TRAINED, PLAIN, PLAN, Footing, Plan, cell_name
 from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
@@ -27,7 +27,6 @@ ALIKE += tuple(  # but for sam_rho, which is the method's own
     f"provenance.params.representation.recipe.{key}"
     for key in ("batch_size", "last_batch", "lr", "momentum", "weight_decay", "schedule")
 )  # which keys of `Run.shared` the rows of a footing have in common
-ROUNDING = 1e-5  # by which a stored accuracy may differ from that of the predictions beside it
 
 
 def _less(ours: float | None, published: float | None) -> float | None:
@@ -104,13 +103,6 @@ def require_known(references: Iterable[Reference], plan: Plan, rules: Iterable[s
                 raise UserError(f"{PLAN}: footing.{name}: there is no rule {row.rule}: use one of {', '.join(rules)}")
 
 
-def require_planned(cells: Cells, plan: Plan) -> None:
-    """Raise UserError naming a measured cell that no table of the plan trains."""
-    for cell in cells:
-        if not any(table.trains(*cell) for table in plan.tables.values()):
-            raise UserError(f"metrics/published/cells/{'/'.join(cell)}: no table of {PLAN} trains it: move it away")
-
-
 def comparison_rows(tables: dict[str, list[Comparison]]) -> pd.DataFrame:
     """One line per published row; accuracies and ECE in percent, nothing where there is no number."""
     return pd.DataFrame([_flat(row) for rows in tables.values() for row in rows], dtype=object)  # whole numbers stay so
@@ -170,23 +162,21 @@ class FootingRow:
 def measured_rows(footing: Footing, cells: Cells) -> tuple[list[FootingRow], list[str]]:
     """The measured rows of a footing table, and the names of those that have not been run.
 
-    Raises UserError naming the cell whose predictions are damaged, or which was trained or tested on other images than
-    the first one, in another precision, on another backbone or for another number of epochs.
+    Raises UserError naming the cell that was trained or tested on other images than the first one, in another
+    precision, on another backbone or by another recipe.
     """
     found, missing = [], []
     for row in footing.rows:
         name = row.name
-        at = (footing.dataset, row.representation, row.classifier)
-        cell = cells.get(at)
+        cell = cells.get((footing.dataset, row.representation, row.classifier))
         numbers = cell and cell.after(row.rule)
         if numbers is None:
             missing.append(name)
             continue
-        where = f"{footing.dataset}/{name}"
         if found:
-            _require_common(where, cell.one, found[0])
+            _require_common(f"{footing.dataset}/{name}", cell.one, found[0])
         trained = cell_name(row.representation, row.classifier)
-        found.append(FootingRow(name, trained, cell, numbers, _correct(numbers, cell, where, at)))
+        found.append(FootingRow(name, trained, cell, numbers, _correct(numbers, cell.one.test_images)))
     return found, missing
 
 
@@ -199,20 +189,8 @@ def _require_common(where: str, cell: Run, first: FootingRow) -> None:
         )
 
 
-def _correct(numbers: Numbers, cell: Measured, where: str, at: CellName) -> np.ndarray | None:
-    if numbers.correct is None:
-        return None
-    advice = f"delete the cell's files and, for each seed, {again(at, 'SEED')}"
-    try:
-        correct_SN = np.stack([unpack(text, cell.one.test_images) for text in numbers.correct])
-    except ValueError as error:
-        raise UserError(f"{where}: `correct` is damaged ({error}): {advice}") from None
-    if abs(correct_SN.mean() - numbers.top1) > ROUNDING:
-        raise UserError(
-            f"{where}: `correct` has an accuracy of {correct_SN.mean():.6f}, the numbers beside it {numbers.top1:.6f}: "
-            f"{advice}"
-        )
-    return correct_SN
+def _correct(numbers: Numbers, N: int) -> np.ndarray | None:
+    return None if numbers.correct is None else np.stack([unpack(text, N) for text in numbers.correct])
 
 
 @dataclass(frozen=True)

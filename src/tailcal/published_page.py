@@ -76,7 +76,16 @@ def _caption(rows: list[Comparison]) -> str:
 def _networks_behind(measured: list[Comparison]) -> str:
     """A sentence: how many networks of stage 1 there are, since rows that share one do not agree independently."""
     number = len(
-        {(row.reference.dataset, row.reference.representation, run.seed) for row in measured for run in row.cell.runs}
+        {
+            (
+                row.reference.dataset,
+                row.reference.representation,
+                run.provenance.params.representation.model_dump_json(),
+                run.seed,
+            )
+            for row in measured
+            for run in row.cell.runs
+        }
     )
     return f"Behind these rows stand{'' if number > 1 else 's'} {_networks(number)} of stage 1."
 

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from tailcal import sources
 from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
-from tailcal.files import read_array, read_json, verify
+from tailcal.files import REPRO, read_array, read_json, verify
 from tailcal.params import Dataset, Strict, validate
 
 Counts = dict[str, Annotated[int, Field(ge=0)]]
@@ -58,7 +58,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         validate(Meta, content, "", path)
     except UserError as error:
-        raise UserError(f"{error}; delete it and run `dvc repro`") from None
+        raise UserError(f"{error}; delete it and {REPRO}") from None
     return content
 
 
@@ -84,6 +84,8 @@ def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tupl
         verify(path, meta["checksums"].get(path.name))
     images, labels = read_array(images_path, mmap=True), read_array(labels_path)
     check(folder, split, images, labels, len(meta["class_names"]))
+    if split == "train" and np.bincount(labels, minlength=len(meta["class_names"])).tolist() != meta["train_counts"]:
+        raise UserError(f"{folder / 'meta.json'}: train_counts are not those of {labels_path.name}: {REPRO}")
     return images, labels
 
 

@@ -356,17 +356,6 @@ def markdown(cells: list[Cell], epochs: Iterable[int]) -> str:
     return "\n".join([caption(cells, epochs) + "\n", table(cells).markdown(), *(f"{note}\n" for note in notes(cells))])
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """A nested value as {dotted key: text}; lists are joined."""
-    if isinstance(tree, dict):
-        return {
-            name: text
-            for key, value in tree.items()
-            for name, text in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-    return {prefix: ", ".join(map(str, tree)) if isinstance(tree, list) else str(tree)}
-
-
 def spaced(rule: str) -> str:
     """A rule's name as it is written in a table."""
     return rule.replace("_", " ")
