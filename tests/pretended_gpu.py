@@ -72,6 +72,9 @@ class Watch(TorchDispatchMode):
             packet = getattr(aten, packet.__name__.rstrip("_"), packet)
         assert packet not in READS_BACK, f"{function} waits for the device"
         assert packet not in NOT_DETERMINISTIC, f"{function} is not deterministic on a GPU"
+        # Without atomic additions it is a sort, for which some versions of torch send strides from pageable memory:
+        # slow, and refused in a capture. It is the backward pass of `gather`.
+        assert packet not in (aten.scatter_add, aten.scatter_reduce), f"{function} sorts on a GPU"
         assert packet is not aten.cumsum or not args[0].is_floating_point(), "no deterministic sum of floats on a GPU"
         if packet in (aten.index, aten.index_put):
             masked = any(index is not None and index.dtype == torch.bool for index in args[1])
