@@ -23,6 +23,7 @@ from tailcal import (
     files,
     lineage,
     measured,
+    method,
     models,
     params,
     plan,
@@ -232,20 +233,23 @@ def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[
     ]
 
 
-def now(cell: measured.CellName, p: params.Params) -> dict[str, Any]:
-    """What `provenance` of a seed of this cell says of parameters if it is trained by `p`, but for where images are."""
+def trained_by(cell: measured.CellName, p: params.Params) -> dict[str, Any]:
+    """What the provenance of a seed of this cell says of parameters when it is trained by `p`, but for where its images
+    come from."""
     dataset, representation, classifier = cell
     described = params.dataset(p, dataset)
-    trainings = ((representation, "representations"), (classifier, "classifiers"))
-    by = [settings.training(p, dataset, *each).record() | {"precision": p.precision} for each in trainings]
+
+    def training(name: str, stage: method.Stage) -> dict[str, Any]:
+        return settings.training(p, dataset, name, stage).record() | {"precision": p.precision}
+
     return {
         "params": {
             "dataset": {
                 "imbalance": described.imbalance.record(),
                 "holdout_per_class": described.holdout_per_class,
             },
-            "representation": by[0],
-            "classifier": by[1],
+            "representation": training(representation, "representations"),
+            "classifier": training(classifier, "classifiers"),
         },
         "evaluate": p.evaluate.model_dump(),
     }
@@ -274,7 +278,7 @@ def require_alike(cell: measured.CellName, p: params.Params, seeds: Iterable[int
             )
         by = run.provenance.model_dump(include={"params", "evaluate"})
         by["params"].get("dataset", {}).pop("source", None)  # of which the above is what matters
-        for key, then, wanted in lineage.differences(by, now(cell, p)):
+        for key, then, wanted in lineage.differences(by, trained_by(cell, p)):
             raise errors.UserError(
                 f"{file} is of {key} {then}, and the parameters say {wanted}: the seeds of a cell must be trained and "
                 "measured in the same way: set it back, or move the file away"
