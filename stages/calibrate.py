@@ -84,14 +84,14 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     stage1 = paths.representation(dataset_name, representation)
     upstream = read_upstream(stage1 / "provenance.json")
     represented = settings.training(p, dataset_name, representation, "representations")
-    lineage.require_stage1(upstream, represented.record() | {"precision": p.precision}, meta, stage1, longtail)
+    lineage.require_stage1(upstream, represented.record(p.precision), meta, stage1, longtail)
 
     record = {
         "code": provenance.code_version("stages.calibrate", method.module(training.method)),
         "params": {
             "dataset": upstream["params"]["dataset"],
             "representation": upstream["params"]["representation"],
-            "classifier": training.record() | {"precision": p.precision},
+            "classifier": training.record(p.precision),
         },
         "data": upstream["data"],
         "device": train.described(device),
@@ -100,8 +100,8 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     }
     if late_epochs:
         record["diagnostics"] = {"late_epochs": late_epochs}
-    depends = {**record, "starts": upstream["weights"]}
-    scratch = paths.scratch("calibrate", *cell) / checkpoint.fingerprint(depends)
+    record["starts"] = upstream["weights"]
+    scratch = paths.scratch("calibrate", *cell) / checkpoint.fingerprint(record)
 
     def make(seed: int) -> tuple[models.Network, method.Method]:
         network = models.rebuild(upstream["network"], stage1 / "provenance.json")

@@ -51,7 +51,6 @@ def main() -> None:
         ("evaluate",): {"seeds": p.seeds, "evaluate": p.evaluate.model_dump()} | code("evaluate"),
         ("report",): {"grid": p.grid.model_dump()} | code("report", data=TEMPLATES.glob("*.html")),
     }
-    common = {"precision": p.precision, "seeds": p.seeds}
     for name in dict.fromkeys([*p.grid.datasets, *p.datasets]):
         dataset = params.dataset(p, name)
         source = sources.configure(dataset)
@@ -69,11 +68,11 @@ def main() -> None:
         for representation in p.representations:
             training = settings.training(p, name, representation, "representations")
             own = begins | code("represent", method.module(training.method))
-            resolved["represent", name, representation] = training.record() | common | own
+            resolved["represent", name, representation] = training.record(p.precision) | {"seeds": p.seeds} | own
         for classifier in p.classifiers:
             training = settings.training(p, name, classifier, "classifiers")
             own = code("calibrate", method.module(training.method))
-            resolved["calibrate", name, classifier] = training.record() | common | own
+            resolved["calibrate", name, classifier] = training.record(p.precision) | {"seeds": p.seeds} | own
 
     with lock.alone(paths.LOCKS, paths.SETTINGS):
         shutil.rmtree(paths.SETTINGS, ignore_errors=True)

@@ -149,7 +149,7 @@ def evaluate(p: params.Params, dataset: params.Dataset, where: dict[str, str]) -
     numbers = metrics(cell, counts_K, rules, p.evaluate.bins)
     about = {
         "images": {key: meta[key] for key in ("skipped", "duplicates")},
-        "provenance": provenance | {"evaluate": p.evaluate.model_dump()},
+        "provenance": provenance | {"evaluate": p.evaluate.model_dump(), "seeds": p.seeds},
     }
     files.write_json(paths.metrics(**where), numbers | about)
     files.write_json(paths.headline(**where), {name: numbers[name] for name in HEADLINE})

@@ -23,7 +23,6 @@ from tailcal import (
     files,
     lineage,
     measured,
-    method,
     models,
     params,
     plan,
@@ -233,28 +232,6 @@ def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[
     ]
 
 
-def trained_by(cell: measured.CellName, p: params.Params) -> dict[str, Any]:
-    """What the provenance of a seed of this cell says of parameters when it is trained by `p`, but for where its images
-    come from."""
-    dataset, representation, classifier = cell
-    described = params.dataset(p, dataset)
-
-    def training(name: str, stage: method.Stage) -> dict[str, Any]:
-        return settings.training(p, dataset, name, stage).record() | {"precision": p.precision}
-
-    return {
-        "params": {
-            "dataset": {
-                "imbalance": described.imbalance.record(),
-                "holdout_per_class": described.holdout_per_class,
-            },
-            "representation": training(representation, "representations"),
-            "classifier": training(classifier, "classifiers"),
-        },
-        "evaluate": p.evaluate.model_dump(),
-    }
-
-
 def require_alike(cell: measured.CellName, p: params.Params, seeds: Iterable[int]) -> None:
     """Raise UserError naming a file of one of these seeds of a cell that is in another precision, of images from
     elsewhere or of other parameters than what is about to be trained by `p`."""
@@ -276,11 +253,10 @@ def require_alike(cell: measured.CellName, p: params.Params, seeds: Iterable[int
                 f"of a cell must be of the same: {'leave --images out' if run.data.official else 'give --images'}, or "
                 "move it away"
             )
-        by = run.provenance.model_dump(include={"params", "evaluate"})
-        by["params"].get("dataset", {}).pop("source", None)  # of which the above is what matters
-        for key, then, wanted in lineage.differences(by, trained_by(cell, p)):
+        by = run.provenance.model_dump(exclude_defaults=True)
+        for key, of, wanted in lineage.outdated(by, settings.of_cell(p, *cell), p.evaluate.model_dump()):
             raise errors.UserError(
-                f"{file} is of {key} {then}, and the parameters say {wanted}: the seeds of a cell must be trained and "
+                f"{file} is of {key} {of}, and the parameters say {wanted}: the seeds of a cell must be trained and "
                 "measured in the same way: set it back, or move the file away"
             )
 

@@ -1,8 +1,8 @@
-"""Collect the cells that the grid names into tables, pictures and one page. Reads files only; imports no torch."""
+"""Collect the cells that the grid names into tables, pictures and one page. Reads files only."""
 
 import argparse
 import json
-from itertools import product
+from itertools import dropwhile, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ import pandas as pd
 from pydantic import AliasPath, ConfigDict, Field
 
 from stages import paths
-from tailcal import costs, figures, lock, page, params, splits, tables
+from tailcal import costs, figures, lineage, lock, page, params, settings, splits, tables
 from tailcal.errors import UserError, run
 from tailcal.files import REPRO, read_json, write_json, write_text
 from tailcal.params import Strict
@@ -22,7 +22,15 @@ HISTORY = ("epoch", "seed", "loss", "train_accuracy")
 TEXTS = {"name", "group"}  # of these columns; all others are numbers
 WHOLE = {"epoch", "seed", "class", "train_count", "test_count", "count"}  # which no line lacks
 
-
+CONCERNS = {  # what is not as in the provenance of a cell's numbers, and the first stage that is to run again
+    "params.dataset.source": "download",
+    "params.dataset": "subsample",
+    "params.representation": "represent",
+    "seeds": "represent",
+    "params.classifier": "calibrate",
+    "starts": "calibrate",
+    "evaluate": "evaluate",
+}
 DATASET = ("provenance", "params", "dataset")  # where a cell's metrics tell of the data set
 
 
@@ -78,7 +86,8 @@ def main() -> None:
 
 def report() -> None:
     """Everything under metrics/ and plots/ that speaks of more than one cell."""
-    grid = params.load().grid
+    p = params.load()
+    grid = p.grid
     cells = {
         dataset: [
             _cell(dataset, representation, classifier)
@@ -95,6 +104,8 @@ def report() -> None:
     }
     for group in cells.values():
         _require_same_classes(group)
+        for cell in group:
+            _require_current(p, cell)
     _write_numbers(cells, epochs)
     sections = [
         page.section(
@@ -166,6 +177,31 @@ def _require_same_classes(cells: list[Cell]) -> None:
         if sorted(cell.classes["class"]) != classes:
             path = paths.cell_plots(cell.dataset, cell.representation, cell.classifier) / "per_class.csv"
             raise UserError(f"{path} is damaged (not each of {len(classes)} classes once): delete it and {REPRO}")
+
+
+def _require_current(p: params.Params, cell: Cell) -> None:
+    """Raise UserError when a cell's numbers are of other parameters than those in force, of other seeds, or not of the
+    representation that lies there. (DVC sees to that; a stage that was left out without it is noticed here.)"""
+    where = (cell.dataset, cell.representation, cell.classifier)
+    path, provenance = paths.metrics(*where), cell.metrics["provenance"]
+    changed = [*lineage.outdated(provenance, settings.of_cell(p, *where), p.evaluate.model_dump())]
+    if provenance.get("seeds") != p.seeds:
+        changed.append(("seeds", provenance.get("seeds"), p.seeds))
+    for part in CONCERNS:
+        for key, of, wanted in changed:
+            if key.startswith(part):
+                raise UserError(f"{path} is of {key} {of}, and the parameters say {wanted}: {_again(where, part)}")
+    stage1 = paths.representation(*where[:2]) / "provenance.json"
+    represented = read_json(stage1)
+    if not isinstance(represented, dict) or represented.get("weights") != provenance.get("starts"):
+        raise UserError(f"{path} is not of the networks that {stage1.parent} holds: {_again(where, 'starts')}")
+
+
+def _again(where: tuple[str, str, str], part: str) -> str:
+    """How a cell is made anew where `part` of its provenance is out of date."""
+    stages = {"download": where[:1], "subsample": where[:1], "represent": where[:2], "calibrate": where}
+    stages["evaluate"] = where
+    return lineage.again(**dict(dropwhile(lambda stage: stage[0] != CONCERNS[part], stages.items())))
 
 
 def _metrics(path: Path) -> dict[str, Any]:

@@ -65,12 +65,8 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     record = {
         "code": provenance.code_version("stages.represent", method.module(training.method)),
         "params": {
-            "dataset": {
-                "source": meta["source"],
-                "imbalance": dataset.imbalance.record(),
-                "holdout_per_class": dataset.holdout_per_class,
-            },
-            "representation": training.record() | {"precision": p.precision},
+            "dataset": splits.cut(dataset),
+            "representation": training.record(p.precision),
         },
         "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")} | begins,
         "device": train.described(device),

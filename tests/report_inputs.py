@@ -9,8 +9,9 @@ import pandas as pd
 import yaml
 
 from stages import paths
-from tailcal import figures
+from tailcal import figures, settings
 from tailcal.duplicates import TWICE
+from tailcal.params import load
 
 ROOT = Path(__file__).resolve().parent.parent
 REPRESENTATIONS = ("ce", "mixup", "balanced_softmax")
@@ -23,6 +24,7 @@ RULES = (
     "pn_inductive",
     "pn_transductive",
 )
+STARTS = {"seed0": "0123456789abcdef"}
 TRANSDUCTIVE = ("pn_transductive",)
 NUMBERS = (
     "top1",
@@ -123,9 +125,12 @@ def write(
         "classifiers": list(classifiers),
     }
     params["datasets"] = dict.fromkeys(datasets, params["datasets"]["digits_lt"])
+    params["seeds"] = list(range(seeds))
     (root / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     for dataset, representation in product(datasets, representations):
-        _csv(root / paths.representation(dataset, representation) / "history.csv", history(generator, seeds=seeds))
+        stage1 = root / paths.representation(dataset, representation)
+        _csv(stage1 / "history.csv", history(generator, seeds=seeds))
+        (stage1 / "provenance.json").write_text(json.dumps({"weights": STARTS}))
         for classifier in classifiers:
             _write_cell(root, (dataset, representation, classifier), generator, number, seeds)
 
@@ -137,19 +142,16 @@ def change(path: Path, **values) -> None:
 
 def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generator, number: int, seeds: int) -> None:
     dataset, representation, classifier = cell
+    p = load(root / "params.yaml")
     metrics = numbers(generator, seeds) | {
         "seeds": seeds,
         "posthoc": {rule: numbers(generator, seeds) | {"transductive": rule in TRANSDUCTIVE} for rule in RULES},
         "posthoc_absent": {},
         "images": {"skipped": {}, "duplicates": dict.fromkeys(TWICE, 0)},
         "provenance": {
-            "params": {
-                "dataset": {
-                    "imbalance": {"seed": 0, "profile": "exponential", "factor": 20.0},
-                    "holdout_per_class": 20,
-                },
-                "classifier": {},
-            },
+            "params": settings.of_cell(p, *cell),
+            "evaluate": p.evaluate.model_dump(),
+            "starts": STARTS,
             "data": "sha256:0123456789abcdef",
             "code": "aa4ca0a",
             "device": "cpu",

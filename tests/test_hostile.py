@@ -623,7 +623,7 @@ def check_params(path: Path) -> None:
         sources.configure(dataset)
         for stage in ("representations", "classifiers"):
             for each in getattr(p, stage):
-                resolve(p, name, each, stage).record()
+                resolve(p, name, each, stage).record(p.precision)
 
 
 def dump_yaml(content: Any) -> str:

@@ -196,8 +196,8 @@ def test_a_variant_trains_with_the_file_that_it_names_and_its_own_settings():
     training = settings.training(p, "digits_lt", "late", "classifiers", ROOT)
     assert (training.name, training.method, training.settings.tau) == ("late", "tau_norm", 2.0)
     assert type(training.settings) is method.load("tau_norm").Config
-    assert training.record()["name"] == "late"
-    assert training.record()["method"] == "tau_norm"
+    assert training.record("float32")["name"] == "late"
+    assert training.record("float32")["method"] == "tau_norm"
     p.classifiers["late"]["method"] = "no_such"
     with pytest.raises(UserError, match=r"params\.yaml: classifiers\.late\.method: no such method: there are crt, "):
         settings.training(p, "digits_lt", "late", "classifiers", ROOT)
@@ -216,8 +216,11 @@ def test_the_blocks_of_mislas_are_its_ablation_on_every_data_set(name):
         "mislas_unsmoothed": unsmoothed | {"shifted_bn": False},
     }.items():
         found = settings.training(p, name, variant, "classifiers", ROOT)
-        expected = mislas.record() | {"name": variant, "settings": mislas.record()["settings"] | changes}
-        assert found.record() == expected
+        expected = mislas.record("float32") | {
+            "name": variant,
+            "settings": mislas.record("float32")["settings"] | changes,
+        }
+        assert found.record("float32") == expected
 
 
 def test_a_recipe_for_what_takes_no_step_is_a_mistake(tmp_path):

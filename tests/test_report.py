@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from stages import paths, readme, report
 from tailcal import figures, files
@@ -293,8 +295,14 @@ def test_caption_is_counted_in_the_files():
 
 
 def test_the_factor_of_a_natural_tail_is_counted():
+    edit(
+        Path("params.yaml"),
+        lambda content: content["datasets"]["digits_lt"].update(imbalance={"profile": "natural", "seed": 0}),
+    )
     for cell in product(("digits_lt",), *SMALL.values()):
-        report_inputs.change(paths.metrics(*cell), **_provenance(profile="natural", seed=0))
+        provenance = json.loads(paths.metrics(*cell).read_text())["provenance"]
+        provenance["params"]["dataset"]["imbalance"] = {"profile": "natural", "seed": 0}
+        report_inputs.change(paths.metrics(*cell), provenance=provenance)
         path, classes = _per_class(*cell[1:])
         classes.assign(train_count=[120, *[60] * 8, 16]).to_csv(path, index=False)
     report.main()
@@ -443,6 +451,62 @@ def test_metrics_of_another_kind_are_one_clear_line(content, says):
     assert str(caught.value) == f"{path}: {says}; delete it and {files.REPRO}"
 
 
+def edit(path, change):
+    """Change a YAML file that holds a mapping."""
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda p: p["recipes"]["digits"].update(lr=0.03),
+            "ce/joint.json is of params.representation.recipe.lr 0.1, and the parameters say 0.03: run `dvc repro`, or "
+            "without DVC `python -m stages.represent --dataset digits_lt --representation ce` and `python -m "
+            "stages.calibrate --dataset digits_lt --representation ce --classifier joint` and `python -m "
+            "stages.evaluate --dataset digits_lt --representation ce --classifier joint`",
+        ),
+        (
+            lambda p: p.update(precision="bf16"),
+            "is of params.representation.precision float32, and .* say bf16",
+        ),
+        (lambda p: p["datasets"]["digits_lt"]["imbalance"].update(factor=10), "imbalance.factor 20.0, and .* say 10.0"),
+        (
+            lambda p: p["evaluate"].update(bins=9),
+            "is of evaluate.bins 15, and the parameters say 9: run `dvc repro`, or without DVC `python -m "
+            "stages.evaluate --dataset digits_lt --representation ce --classifier joint`$",
+        ),
+        (
+            lambda p: p["datasets"]["digits_lt"]["source"].update(test_per_class=40),
+            "is of params.dataset.source.test_per_class 50, and .* say 40: .* without DVC `python -m stages.download "
+            "--dataset digits_lt` and `python -m stages.subsample --dataset digits_lt` and .*stages.evaluate",
+        ),
+        (
+            lambda p: p["evaluate"]["posthoc"].pop("temperature"),
+            r"is of evaluate.posthoc.temperature \{\}, and .* None",
+        ),
+        (lambda p: p.update(seeds=[0, 1, 4]), r"is of seeds \[0, 1, 2\], and the parameters say \[0, 1, 4\]: run"),
+    ],
+)
+def test_cells_of_other_parameters_are_not_reported(change, says):
+    edit(Path("params.yaml"), change)
+    with pytest.raises(UserError, match=says) as caught:
+        report.main()
+    assert "\n" not in str(caught.value)
+
+
+def test_cells_of_another_stage_1_are_not_reported():
+    path = paths.representation("digits_lt", "mixup") / "provenance.json"
+    path.write_text(json.dumps({"weights": {"seed0": "another"}}))
+    with pytest.raises(UserError, match=r"mixup/joint\.json is not of the networks that data/rep.*/mixup holds: run"):
+        report.main()
+    path.unlink()
+    with pytest.raises(UserError, match=r"mixup/provenance\.json is missing: run"):
+        report.main()
+
+
 def _provenance(**imbalance):
     return {"provenance": {"params": {"dataset": {"imbalance": imbalance}}}}
 
@@ -488,8 +552,8 @@ def test_a_damaged_value_of_the_metrics_is_one_clear_line(change, says):
     assert str(caught.value) == f"{path}: {says}; delete it and {files.REPRO}"
 
 
-def test_report_imports_no_torch():
-    code = "import sys; import stages.report, stages.readme; stages.report.main(); sys.exit('torch' in sys.modules)"
+def test_readme_imports_no_torch():
+    code = "import sys; import stages.readme; sys.exit('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(report_inputs.ROOT)},

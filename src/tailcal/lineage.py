@@ -15,21 +15,22 @@ TRAINED_ON = ("train_images.npy", "train_labels.npy")
 PREDICTED = ("holdout_images.npy", "holdout_labels.npy", "test_images.npy", "test_labels.npy")
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """A nested value as {dotted key: text}; lists and tuples are joined."""
-    if isinstance(tree, dict):
+def flat(tree: Any, prefix: str = "", empty: bool = False) -> dict[str, str]:
+    """A nested value as {dotted key: text}; lists and tuples are joined. An empty mapping leaves no trace, or with
+    `empty` is the text {}."""
+    if isinstance(tree, dict) and (tree or not empty):
         return {
             name: text
             for key, value in tree.items()
-            for name, text in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+            for name, text in flat(value, f"{prefix}.{key}" if prefix else str(key), empty).items()
         }
     return {prefix: ", ".join(map(str, tree)) if isinstance(tree, list | tuple) else str(tree)}
 
 
-def differences(ours: Any, theirs: Any) -> Iterator[tuple[str, str | None, str | None]]:
-    """The dotted keys of two nested values that are not the same of both, sorted, with the two as text; None where
-    there is none."""
-    a, b = flat(ours), flat(theirs)
+def differences(ours: Any, theirs: Any, empty: bool = False) -> Iterator[tuple[str, str | None, str | None]]:
+    """The dotted keys of two nested values that are not the same of both, sorted, with the two as `flat` has them; None
+    where there is none."""
+    a, b = flat(ours, empty=empty), flat(theirs, empty=empty)
     return ((key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key))
 
 
@@ -45,6 +46,16 @@ def again(**stages: tuple[str, ...]) -> str:
 def same_files(record: Any, meta: dict[str, Any], names: tuple[str, ...]) -> bool:
     """Whether `record`, {file name: SHA-256}, has the same of these files of a data set as its `meta`."""
     return isinstance(record, dict) and all(record.get(name) == meta["checksums"].get(name) for name in names)
+
+
+def outdated(
+    record: dict[str, Any], params: dict[str, Any], evaluate: dict[str, Any]
+) -> Iterator[tuple[str, str | None, str | None]]:
+    """The `differences` between the provenance `record` of a cell's numbers and the parameters: `params` are those of
+    its training, as `tailcal.settings.of_cell` has them."""
+    then = {key: value for key, value in record.items() if key in ("params", "evaluate")}
+    # Many a post-hoc rule has no settings, and is there or not.
+    return differences(then, {"params": params, "evaluate": evaluate}, empty=True)
 
 
 def require_stage1(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tailcal import method, models, params
+from tailcal import method, models, params, splits
 from tailcal.errors import UserError
 from tailcal.method import Stage
 from tailcal.models import imagenet
@@ -37,13 +37,23 @@ class Training:
     pretrained: Pretrained | None
     recipe_key: str | None  # file and key of the recipe, for an error line
 
-    def record(self) -> dict[str, Any]:
-        """As plain values, for a JSON file."""
-        return {
+    def record(self, precision: str) -> dict[str, Any]:
+        """As plain values, for a JSON file, with the precision that it trains in."""
+        own = {
             field.name: value.model_dump(exclude_none=True) if isinstance(value, Strict) else value
             for field in fields(self)
             if field.name != "recipe_key" and (value := getattr(self, field.name)) is not None
         }
+        return own | {"precision": precision}
+
+
+def of_cell(p: Params, dataset_name: str, representation: str, classifier: str) -> dict[str, Any]:
+    """All that a cell's training depends on of the parameters, as its provenance has it. Raises UserError."""
+    return {
+        "dataset": splits.cut(params.dataset(p, dataset_name)),
+        "representation": training(p, dataset_name, representation, "representations").record(p.precision),
+        "classifier": training(p, dataset_name, classifier, "classifiers").record(p.precision),
+    }
 
 
 def training(p: Params, dataset_name: str, name: str, stage: Stage, root: Path = Path()) -> Training:

@@ -62,6 +62,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return content
 
 
+def cut(dataset: Dataset) -> dict[str, Any]:
+    """What a data set is made and cut by, as its block says it now; provenance has it as params.dataset."""
+    return {
+        "source": sources.record(sources.configure(dataset)),
+        "imbalance": dataset.imbalance.record(),
+        "holdout_per_class": dataset.holdout_per_class,
+    }
+
+
 def require_cut(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:
     """Raise UserError unless the data set in `folder` was made and cut as the parameters say now."""
     sources.require(dataset, meta["source"], folder)
