@@ -444,7 +444,7 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
         "no logits": (logits, None, "is missing: run `dvc repro`"),
         "cut logits": (logits, logits.read_bytes()[:200], "is damaged"),
         "no checksums": (made, provenance(checksums=None), "checksums: this key is missing"),
-        "a number for checksums": (made, provenance(checksums=5), "checksums: input should be a valid dictionary"),
+        "a number for checksums": (made, provenance(checksums=5), "checksums: must be a mapping of keys to values"),
         "a list for checksums": (made, provenance(checksums=["seed0.npz"]), "checksums: input should be a valid dict"),
         "no name": (
             made,
@@ -458,7 +458,7 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
         "no network": (stage1, b"{}", "ce/provenance.json: network: this key is missing"),
         "unknown network": (stage1, b'{"network": {"backbone": "nope"}}', "made_up/ce/provenance.json: this version"),
         "other colours": (made, provenance(augmentation=DIGITS | coloured), "mean has 3 values: must be 1"),
-        "no meta": (meta, b"[]", "input should be a valid dictionary"),
+        "no meta": (meta, b"[]", "must be a mapping of keys to values"),
         "a word for a count": (meta, counted(train_counts=["a"]), "train_counts.0: input should be a valid integer"),
         "no counts": (meta, counted(train_counts=None), "train_counts: input should be a valid list"),
         "a class of none": (meta, counted(train_counts=[9, 6, 4, 0]), "train_counts.3: input should be greater than"),

@@ -440,7 +440,7 @@ def test_damaged_table_is_one_clear_line(content):
     ("content", "says"),
     [
         ("{}", "top1: this key is missing; few: this key is missing; ece: this key is missing (and 7 more)"),
-        ("[]", "input should be a valid dictionary or instance of Metrics"),
+        ("[]", "must be a mapping of keys to values"),
     ],
 )
 def test_metrics_of_another_kind_are_one_clear_line(content, says):
@@ -523,17 +523,17 @@ IMBALANCE = "provenance.params.dataset.imbalance"
         ({"nll": float("nan")}, "nll: input should be a finite number, got nan"),
         ({"seeds": 2.5}, "seeds: input should be a valid integer, got 2.5"),
         ({"seeds": 0}, "seeds: input should be greater than or equal to 1, got 0"),
-        ({"posthoc": [1]}, "posthoc: input should be a valid dictionary"),
+        ({"posthoc": [1]}, "posthoc: must be a mapping of keys to values"),
         (
             {"posthoc": {"platt": 0.1}},
-            "posthoc.platt: input should be a valid dictionary or instance of Numbers, got 0.1",
+            "posthoc.platt: must be a mapping of keys to values, got 0.1",
         ),
         ({"posthoc": {"platt": {"ece": "x"}}}, "posthoc.platt.ece: input should be a valid number, got 'x'"),
         (
             {"posthoc": {"platt": {"transductive": 1}}},
             "posthoc.platt.transductive: input should be a valid boolean, got 1",
         ),
-        ({"posthoc_absent": [1]}, "posthoc_absent: input should be a valid dictionary"),
+        ({"posthoc_absent": [1]}, "posthoc_absent: must be a mapping of keys to values"),
         ({"posthoc_absent": {"platt": 1}}, "posthoc_absent.platt: input should be a valid string, got 1"),
         ({"provenance": {}}, f"{IMBALANCE}: this key is missing"),
         ({"provenance": {"params": [1]}}, f"{IMBALANCE}: this key is missing"),

@@ -292,9 +292,9 @@ def test_damaged_meta(project, text):
         ("class_names", 5, "class_names: input should be a valid list, got 5"),
         ("class_names", ["ant", 5, "cat"], "class_names.1: input should be a valid string, got 5"),
         ("class_names", ["ant"], "class_names: must have 2 entry or more"),
-        ("source", "folder", "source: input should be a valid dictionary, got 'folder'"),
-        ("checksums", 5, "checksums: input should be a valid dictionary, got 5"),
-        ("checksums", ["train_images.npy"], "checksums: input should be a valid dictionary"),
+        ("source", "folder", "source: must be a mapping of keys to values, got 'folder'"),
+        ("checksums", 5, "checksums: must be a mapping of keys to values, got 5"),
+        ("checksums", ["train_images.npy"], "checksums: must be a mapping of keys to values"),
     ],
 )
 def test_a_key_of_meta_that_is_damaged_is_one_line(project, key, value, says):

@@ -383,9 +383,12 @@ def _problem(problem: Any, where: str) -> str:
         return f"{key}: this key is missing"
     if problem["type"] == "too_short":
         return f"{key}: must have {problem['ctx']['min_length']} entry or more"
-    message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], dict | list | BaseModel) else f", got {problem['input']!r}"
-    return f"{key + ': ' if key else ''}{message[0].lower() + message[1:]}{shown}"
+    said = f"{key}: " if key else ""
+    if problem["type"] in ("model_type", "dict_type"):  # pydantic's own words name our classes
+        return f"{said}must be a mapping of keys to values{shown}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{said}{message[0].lower() + message[1:]}{shown}"
 
 
 def validate(model: type[Strict], block: Any, where: str, file: Path = PARAMS) -> Any:
