@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-from pydantic import AliasPath, ConfigDict, Field
+from pydantic import AliasPath, ConfigDict, Field, model_validator
 
 from stages import paths
 from tailcal import costs, figures, lineage, lock, page, params, settings, splits, tables
@@ -41,6 +41,13 @@ class Numbers(Strict):
     __pydantic_extra__: dict[str, float | None]
 
     transductive: bool = False
+
+    @model_validator(mode="after")
+    def _no_deviation_is_negative(self) -> "Numbers":
+        for name, value in self.__pydantic_extra__.items():
+            if name.endswith("_std") and value is not None and value < 0:
+                raise ValueError(f"{name} is {value:g}: must be 0 or more")
+        return self
 
 
 class Images(Strict):

@@ -439,7 +439,7 @@ def test_a_wrong_preset_of_a_variant_is_named(run, project, recipes):
     shutil.copytree(ROOT / "presets", project / "presets")
     with (project / "presets/cifar10_lt_10.yaml").open("a") as preset:
         preset.write(f"\nrecipes:{recipes}\n")
-    with pytest.raises(UserError, match=r"^presets/cifar10_lt_10\.yaml: recipes: input should be a valid dict"):
+    with pytest.raises(UserError, match=r"^presets/cifar10_lt_10\.yaml: recipes: must be a mapping of keys"):
         run("--images", "images")
 
 

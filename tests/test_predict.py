@@ -445,7 +445,7 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
         "cut logits": (logits, logits.read_bytes()[:200], "is damaged"),
         "no checksums": (made, provenance(checksums=None), "checksums: this key is missing"),
         "a number for checksums": (made, provenance(checksums=5), "checksums: must be a mapping of keys to values"),
-        "a list for checksums": (made, provenance(checksums=["seed0.npz"]), "checksums: input should be a valid dict"),
+        "a list for checksums": (made, provenance(checksums=["seed0.npz"]), "checksums: must be a mapping of keys"),
         "no name": (
             made,
             json.dumps(recorded | {"params": {"classifier": recorded["params"]["classifier"]}}).encode(),

@@ -523,6 +523,7 @@ IMBALANCE = "provenance.params.dataset.imbalance"
         ({"nll": float("nan")}, "nll: input should be a finite number, got nan"),
         ({"seeds": 2.5}, "seeds: input should be a valid integer, got 2.5"),
         ({"seeds": 0}, "seeds: input should be greater than or equal to 1, got 0"),
+        ({"top1_std": -0.01}, "top1_std is -0.01: must be 0 or more"),
         ({"posthoc": [1]}, "posthoc: must be a mapping of keys to values"),
         (
             {"posthoc": {"platt": 0.1}},
