@@ -134,9 +134,8 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
                 )
         made = predictions.Predictions(logits["test"][i], labels["test"], logits["holdout"][i], labels["holdout"])
         checksums[f"seed{seed}.npz"] = made.write(folder / f"seed{seed}.npz")
-    predicted = {name: meta["checksums"][name] for name in lineage.PREDICTED}
-    made = {"predicted": predicted, "checksums": checksums}
-    files.write_json(folder / "provenance.json", record | distributed.record() | made)
+    record["predicted"] = {name: meta["checksums"][name] for name in lineage.PREDICTED}
+    files.write_json(folder / "provenance.json", record | distributed.record() | {"checksums": checksums})
     checkpoint.keep_only(scratch)
     return scratch
 

@@ -28,7 +28,6 @@ CONCERNS = {  # what is not as in the provenance of a cell's numbers, and the fi
     "params.representation": "represent",
     "seeds": "represent",
     "params.classifier": "calibrate",
-    "starts": "calibrate",
     "evaluate": "evaluate",
 }
 DATASET = ("provenance", "params", "dataset")  # where a cell's metrics tell of the data set
@@ -194,21 +193,21 @@ def _require_current(p: params.Params, cell: Cell) -> None:
     changed = [*lineage.outdated(provenance, settings.of_cell(p, *where), p.evaluate.model_dump())]
     if provenance.get("seeds") != p.seeds:
         changed.append(("seeds", provenance.get("seeds"), p.seeds))
-    for part in CONCERNS:
+    for part, first in CONCERNS.items():
         for key, of, wanted in changed:
             if key.startswith(part):
-                raise UserError(f"{path} is of {key} {of}, and the parameters say {wanted}: {_again(where, part)}")
+                raise UserError(f"{path} is of {key} {of}, and the parameters say {wanted}: {_again(where, first)}")
     stage1 = paths.representation(*where[:2]) / "provenance.json"
     represented = read_json(stage1)
     if not isinstance(represented, dict) or represented.get("weights") != provenance.get("starts"):
-        raise UserError(f"{path} is not of the networks that {stage1.parent} holds: {_again(where, 'starts')}")
+        raise UserError(f"{path} is not of the networks that {stage1.parent} holds: {_again(where, 'calibrate')}")
 
 
-def _again(where: tuple[str, str, str], part: str) -> str:
-    """How a cell is made anew where `part` of its provenance is out of date."""
+def _again(where: tuple[str, str, str], first: str) -> str:
+    """How a cell is made anew from the stage `first` on."""
     stages = {"download": where[:1], "subsample": where[:1], "represent": where[:2], "calibrate": where}
     stages["evaluate"] = where
-    return lineage.again(**dict(dropwhile(lambda stage: stage[0] != CONCERNS[part], stages.items())))
+    return lineage.again(**dict(dropwhile(lambda stage: stage[0] != first, stages.items())))
 
 
 def _metrics(path: Path) -> dict[str, Any]:

@@ -714,7 +714,8 @@ def test_files_in_another_cells_folder_are_named(name, message):
         ("cifar100_lt_100/mixup/mislas.json", r"mislas\.json: must lie in <dataset>/.* as seed<k>\.json: move it away"),
         (
             "cifar100_lt_100/stray/joint/seed0.json",
-            r"seed0\.json: no table of .* trains cifar100_lt_100/stray/joint: m",
+            r"cells/cifar100_lt_100/stray/joint/seed0\.json: no table of published/params\.yaml trains "
+            "cifar100_lt_100/stray/joint: move it away",
         ),
     ],
 )

@@ -282,7 +282,7 @@ def test_missing_files(project):
 def test_damaged_meta(project, text):
     project.put_raw()
     (paths.raw(NAME) / "meta.json").write_text(text)
-    with pytest.raises(UserError, match=r"^data/raw/digits_lt/meta\.json.* delete .* run `dvc repro`"):
+    with pytest.raises(UserError, match=rf"^data/raw/digits_lt/meta\.json.* delete .* {re.escape(files.REPRO)}$"):
         project.cut()
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from tailcal import sources
+from tailcal import lineage, sources
 from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
 from tailcal.files import REPRO, read_array, read_json, verify
@@ -77,8 +77,8 @@ def require_cut(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:
     for key, now in (("imbalance", dataset.imbalance.record()), ("holdout_per_class", dataset.holdout_per_class)):
         if meta[key] != now:
             raise UserError(
-                f"{folder} was cut with {key} {meta[key]}, and {dataset.key(key)} is {now}: run `dvc repro`, or "
-                f"without DVC `python -m stages.subsample --dataset {folder.name}`"
+                f"{folder} was cut with {key} {meta[key]}, and {dataset.key(key)} is {now}: "
+                f"{lineage.again(subsample=(folder.name,))}"
             )
 
 

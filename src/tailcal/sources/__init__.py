@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, PrivateAttr
 
+from tailcal import lineage
 from tailcal.errors import UserError
 from tailcal.params import Dataset, Strict
 
@@ -168,8 +169,7 @@ def require(dataset: Dataset, recorded: dict[str, Any], folder: Path) -> None:
         if now.get(key) != recorded.get(key):
             raise UserError(
                 f"{folder} was made with source.{key} {recorded.get(key)}, and {dataset.key(f'source.{key}')} is "
-                f"{now.get(key)}: run `dvc repro`, or without DVC `python -m stages.download --dataset {folder.name}` "
-                f"and `python -m stages.subsample --dataset {folder.name}`"
+                f"{now.get(key)}: {lineage.again(download=(folder.name,), subsample=(folder.name,))}"
             )
 
 
