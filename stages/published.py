@@ -21,7 +21,6 @@ from stages.seeds import read_images
 from tailcal import (
     errors,
     files,
-    lineage,
     measured,
     models,
     params,
@@ -232,16 +231,19 @@ def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[
     ]
 
 
-def require_alike(cell: measured.CellName, p: params.Params, seeds: Iterable[int]) -> None:
-    """Raise UserError naming a file of one of these seeds of a cell that is in another precision, of images from
-    elsewhere or of other parameters than what is about to be trained by `p`."""
+def beside(cell: measured.CellName, seeds: Iterable[int]) -> dict[Path, measured.Run]:
+    """What is there already of these seeds of a cell, by file. Raises UserError as `measured.read_run` does."""
+    every = (measured.run_file(paths.PUBLISHED, cell, seed) for seed in seeds)
+    return {file: measured.read_run(file) for file in every if file.exists()}
+
+
+def require_alike(cell: measured.CellName, p: params.Params, others: dict[Path, measured.Run]) -> None:
+    """Raise UserError naming a file of another seed of a cell that is in another precision, or of images from
+    elsewhere, than what is about to be trained by `p`."""
     dataset, representation, classifier = cell
     narrow = f"--dataset {dataset} --representation {representation} --classifier {classifier}"
     official = params.dataset(p, dataset).source["kind"] != "folder"
-    for seed in seeds:
-        if not (file := measured.run_file(paths.PUBLISHED, cell, seed)).exists():
-            continue
-        run = measured.read_run(file)
+    for file, run in others.items():
         if run.precision != p.precision:
             raise errors.UserError(
                 f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give {narrow} "
@@ -252,12 +254,6 @@ def require_alike(cell: measured.CellName, p: params.Params, seeds: Iterable[int
                 f"{file} is of images from {'an official archive' if run.data.official else 'a folder'}, and the seeds "
                 f"of a cell must be of the same: {'leave --images out' if run.data.official else 'give --images'}, or "
                 "move it away"
-            )
-        by = run.provenance.model_dump(exclude_defaults=True)
-        for key, of, wanted in lineage.outdated(by, settings.of_cell(p, *cell), p.evaluate.model_dump()):
-            raise errors.UserError(
-                f"{file} is of {key} {of}, and the parameters say {wanted}: the seeds of a cell must be trained and "
-                "measured in the same way: set it back, or move the file away"
             )
 
 
@@ -282,7 +278,7 @@ def main() -> None:
         settings.training(p, dataset, representation, "representations")
         for classifier in classifiers:
             settings.training(p, dataset, classifier, "classifiers")
-    p = workspace.with_images(p, (name for name, _, _ in asked), args.images)
+    planned, p = p, workspace.with_images(p, (name for name, _, _ in asked), args.images)
 
     lacking = {training: dict.fromkeys(classifiers, p.seeds) for training, classifiers in asked.items()}
     for (dataset, representation, late_epochs), seeds in lacking.items():
@@ -291,8 +287,11 @@ def main() -> None:
             if args.missing:
                 training = settings.training(p, dataset, name, "classifiers")
                 seeds[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))
+            others = beside(cell, (seed for seed in chosen.seeds if args.missing or seed not in p.seeds))
+            for file, run in others.items():
+                workspace.require_planned(file, run, planned)
             if seeds[name] or args.precision:
-                require_alike(cell, p, (seed for seed in chosen.seeds if args.missing or seed not in p.seeds))
+                require_alike(cell, p, others)
 
     out, written = paths.PUBLISHED.resolve(), 0
     with workspace.inside(WORKSPACE):

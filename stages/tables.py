@@ -1,6 +1,6 @@
 """Put what the papers printed beside what metrics/published holds, and compare methods on the same footing.
 
-Reads references/published.csv, published/params.yaml and the measured cells; imports no torch.
+Reads references/published.csv, the measured cells, and the parameters that these must be of.
 """
 
 import argparse
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages import paths
+from stages import paths, workspace
 from tailcal import lock, measured, params, plan, published, published_page, references
 from tailcal.errors import run
 from tailcal.files import write_json, write_text
@@ -27,10 +27,13 @@ def main() -> None:
 
 def tables() -> None:
     """Write the five files. Raises UserError when one that is read is missing or wrong."""
-    chosen = plan.read()
+    chosen, p = plan.load(params.load())
     cells = measured.read_measured(paths.PUBLISHED, chosen)
+    for cell, found in cells.items():
+        for one in found.runs:
+            workspace.require_planned(measured.run_file(paths.PUBLISHED, cell, one.seed), one, p)
     printed = references.read_references(references.REFERENCES)
-    published.require_known(printed, chosen, params.load().evaluate.posthoc)
+    published.require_known(printed, chosen, p.evaluate.posthoc)
     papers = published.compare(printed, cells)
     footings = [published.footing_table(name, footing, cells) for name, footing in chosen.footing.items()]
     sections = [published_page.paper(name, rows, _command(name)) for name, rows in papers.items()]

@@ -15,7 +15,7 @@ from stages.calibrate import calibrate
 from stages.download import download
 from stages.represent import represent
 from stages.subsample import subsample
-from tailcal import errors, files, lock, params, provenance, sources, splits
+from tailcal import errors, files, lock, measured, params, provenance, settings, sources, splits
 
 OFFICIAL = {"cifar10": 5000, "cifar100": 500}  # training images per class in the official archives
 
@@ -76,6 +76,15 @@ def with_images(p: params.Params, names: Iterable[str], images: Path | None) -> 
             f"{', '.join(chosen)} has one: leave it out"
         )
     return p.model_copy(update={"datasets": p.datasets | changed})
+
+
+def require_planned(file: Path, run: measured.Run, p: params.Params) -> None:
+    """Raise UserError unless one seed of a published cell, in this file, is of these parameters. Precision and source
+    of the images, which options may change, are its own."""
+    p, cell = p.model_copy(update={"precision": run.precision}), file.parts[-4:-1]
+    if not run.data.official and sources.configure(params.dataset(p, cell[0])).kind in OFFICIAL:
+        p = with_images(p, cell[:1], Path("images"))  # which folder, no record says
+    measured.require_planned(file, run, settings.of_cell(p, *cell), p.evaluate.model_dump())
 
 
 def _from_folder(p: params.Params, dataset: params.Dataset, images: Path, kind: str) -> params.Dataset:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from stages import paths, tables, workspace
 from stages import published as stage
-from tailcal import measured, params, plan, references, seal
+from tailcal import measured, params, plan, references, seal, splits
 from tailcal.errors import UserError
 from tailcal.methods import mixup
 from tests.conftest import ROOT
@@ -225,7 +226,10 @@ def test_a_seed_of_other_images_is_refused_before_it_is_trained(run):
     short = ("--table", "later", "--images", "images")
     path = run(*short, "--seed", "0")["small/mixup/joint/seed0.json"]
     content = read(path)
-    path.write_text(json.dumps(content | {"data": content["data"] | {"official": True}}))
+    official = plan.load(params.load())[1].datasets["small"]
+    content["data"]["official"] = True
+    content["provenance"]["params"]["dataset"] = splits.cut(official)
+    path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"seed0\.json is of images from an official archive, .*: leave --images out"):
         run(*short, "--missing")
     path.write_text(path.read_text()[:100])
@@ -243,13 +247,14 @@ def test_a_seed_of_other_parameters_is_refused_before_it_is_trained(run):
         content["datasets"]["small"]["recipes"] = {"mislas": SHORT | {"epochs": 3}}
 
     change(longer)
-    for options in (("--missing",), ("--seed", "1")):
+    for attempt in (partial(run, *short, "--missing"), partial(run, *short, "--seed", "1"), tables.main):
         with pytest.raises(
             UserError,
             match=r"^metrics/published/cells/small/mixup/joint/seed0\.json is of params\.representation\.recipe\."
-            "epochs 2, and the parameters say 3: the seeds of a cell must .*: set it back, or move the file away$",
+            r"epochs 2, and the parameters say 3: set it back, or move the file away and run `python -m stages\."
+            "published --missing --dataset small --representation mixup --classifier joint --seed 0`, with the",
         ):
-            run(*short, *options)
+            attempt()
     plan.PLAN.write_text(yaml.safe_dump(PLAN, sort_keys=False))
     Path("params.yaml").unlink()
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text().replace("bins: 15", "bins: 10"))
@@ -258,14 +263,29 @@ def test_a_seed_of_other_parameters_is_refused_before_it_is_trained(run):
     assert path.read_bytes() == said
 
 
-def test_the_committed_cells_are_what_would_be_trained_today(tmp_path, monkeypatch):
-    """But for code, device and versions, which each of them names: no result stands under parameters it is not of."""
-    monkeypatch.chdir(ROOT)
-    chosen, p = plan.load(params.load())
-    for cell, found in measured.read_measured(paths.PUBLISHED, chosen).items():
-        by = workspace.with_images(p, cell[:1], None if found.one.data.official else tmp_path)
-        by = by.model_copy(update={"precision": found.one.precision})
-        stage.require_alike(cell, by, [run.seed for run in found.runs])
+@pytest.mark.pipeline
+def test_a_cell_of_another_data_set_fills_no_row(run):
+    """A copied folder, and `--missing` where nothing is missing."""
+
+    def more(content):
+        content["datasets"]["other"] = {**content["datasets"]["small"], "preset": "cifar10_lt_100"}
+        content["tables"]["later"]["grids"][0]["datasets"].append("other")
+
+    change(more)
+    path = run("--table", "later", "--images", "images", "--dataset", "small")["small/mixup/joint/seed0.json"]
+    shutil.copytree(paths.PUBLISHED / "small", paths.PUBLISHED / "other")
+    message = r"other/mixup/joint/seed0\.json is of params\.dataset\.imbalance\.factor 10\.0, and .* say 100\.0: "
+    with pytest.raises(UserError, match=message):
+        tables.main()
+    with pytest.raises(UserError, match=message):
+        run("--table", "later", "--missing")
+    shutil.rmtree(paths.PUBLISHED / "other")
+    path.write_text(path.read_text().replace('"official": false', '"official": true'))
+    path.with_name("seed1.json").unlink()
+    with pytest.raises(
+        UserError, match=r"seed0\.json is of params\.dataset\.imbalance\.largest 20, and the parameters"
+    ):
+        tables.main()
 
 
 @pytest.mark.pipeline
