@@ -5,7 +5,6 @@ The classifiers are trained and written before the test split is opened.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,26 +46,6 @@ def main() -> None:
         calibrate(p, *cell)
 
 
-def read_upstream(path: Path) -> dict[str, Any]:
-    """What stage 1 has recorded of itself. Raises UserError naming the file when it is missing or damaged."""
-    record = files.read_json(path)
-    parts = {
-        "code": str,
-        "params": dict,
-        "data": dict,
-        "device": str,
-        "versions": dict,
-        "network": dict,
-        "weights": dict,
-    }
-    for key, kind in parts.items():
-        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-            raise errors.UserError(f"{path} is damaged (no {key}): delete {path.parent} and {files.REPRO}")
-    if not {"dataset", "representation"} <= record["params"].keys():
-        raise errors.UserError(f"{path} is damaged (params lacks a part): delete {path.parent} and {files.REPRO}")
-    return record
-
-
 def calibrate(p: params.Params, dataset_name: str, representation: str, classifier: str, late_epochs: int = 0) -> Path:
     """Train every seed's classifier and write it, then predict; write the logits with their provenance.
 
@@ -78,34 +57,34 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     device = train.prepare(p.runtime, p.precision)
     longtail = paths.longtail(dataset_name)
     meta = splits.read_meta(longtail)
-    splits.require_cut(longtail, meta, dataset)
+    splits.require_cut(longtail, meta, dataset, paths.raw(dataset_name))
     counts = torch.tensor(meta["train_counts"])
     data = read_images(longtail, "train", dataset, device, p.runtime.placement)
     stage1 = paths.representation(dataset_name, representation)
-    upstream = read_upstream(stage1 / "provenance.json")
+    upstream = lineage.read_represented(stage1)
     represented = settings.training(p, dataset_name, representation, "representations")
     lineage.require_stage1(upstream, represented.record(p.precision), meta, stage1, longtail)
 
     record = {
         "code": provenance.code_version("stages.calibrate", method.module(training.method)),
         "params": {
-            "dataset": upstream["params"]["dataset"],
-            "representation": upstream["params"]["representation"],
+            "dataset": upstream.params.dataset,
+            "representation": upstream.params.representation,
             "classifier": training.record(p.precision),
         },
-        "data": upstream["data"],
+        "data": upstream.data,
         "device": train.described(device),
         "versions": provenance.versions(),
-        "stage1": {key: upstream[key] for key in ("code", "device", "versions")},
+        "stage1": upstream.model_dump(include={"code", "device", "versions"}),
     }
     if late_epochs:
         record["diagnostics"] = {"late_epochs": late_epochs}
-    record["starts"] = upstream["weights"]
+    record["starts"] = upstream.weights
     scratch = paths.scratch("calibrate", *cell) / checkpoint.fingerprint(record)
 
     def make(seed: int) -> tuple[models.Network, method.Method]:
-        network = models.rebuild(upstream["network"], stage1 / "provenance.json")
-        weights.load_weights(network, stage1 / f"seed{seed}.safetensors", upstream["weights"].get(f"seed{seed}"))
+        network = models.rebuild(upstream.network, stage1 / "provenance.json")
+        weights.load_weights(network, stage1 / f"seed{seed}.safetensors", upstream.weights.get(f"seed{seed}"))
         return network, method.load(training.method)(training.settings, counts)
 
     with seal.training():

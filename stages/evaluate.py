@@ -133,14 +133,15 @@ def evaluate(p: params.Params, dataset: params.Dataset, where: dict[str, str]) -
 
     longtail = paths.longtail(where["dataset"])
     meta = splits.read_meta(longtail)
-    splits.require_cut(longtail, meta, dataset)
+    splits.require_cut(longtail, meta, dataset, paths.raw(where["dataset"]))
     names, counts_K = meta["class_names"], np.array(meta["train_counts"])
     folder = paths.predictions(**where)
-    provenance = files.read_json(folder / "provenance.json")
-    if not isinstance(provenance, dict) or not isinstance(checksums := provenance.pop("checksums", None), dict):
-        raise UserError(f"{folder}/provenance.json is damaged (no checksums): delete it and {files.REPRO}")
-    lineage.require_predictions(provenance, meta, folder, longtail)
-    cell = read_cell(folder, checksums, p.seeds, len(names))
+    made = folder / "provenance.json"
+    provenance = files.read_json(made)
+    record = params.recorded(lineage.Predicted, provenance, made)
+    stage1 = paths.representation(where["dataset"], where["representation"])
+    lineage.require_predictions(record, meta, folder, longtail, stage1)
+    cell = read_cell(folder, provenance.pop("checksums"), p.seeds, len(names))
 
     plots = paths.cell_plots(**where)
     write_table(plots / "reliability.csv", reliability_table(cell, p.seeds, p.evaluate.bins))

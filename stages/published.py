@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 
 from stages import paths, workspace
-from stages.calibrate import read_upstream
 from stages.seeds import read_images
 from tailcal import (
     errors,
     files,
+    lineage,
     measured,
     models,
     params,
@@ -60,8 +60,8 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     """
     longtail = paths.longtail(where["dataset"])
     counts = np.array(splits.read_meta(longtail)["train_counts"])
-    stage1 = paths.representation(where["dataset"], where["representation"]) / "provenance.json"
-    record = read_upstream(stage1)["network"]
+    stage1 = paths.representation(where["dataset"], where["representation"])
+    record = lineage.read_represented(stage1).network
     training = settings.training(p, where["dataset"], where["classifier"], "classifiers")
     block = training.settings.model_dump()
     dataset = params.dataset(p, where["dataset"])
@@ -74,7 +74,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
         late = late_of(folder, seed)
         networks = []
         for path in late:
-            network = models.rebuild(record, stage1)
+            network = models.rebuild(record, stage1 / "provenance.json")
             networks.append(predict.set_up(network, training.method, block, counts.tolist(), path))
             weights.read_weights(networks[-1], path, f"delete {folder} to train again")
         logits = train.predict(networks, data, p.runtime)

@@ -197,10 +197,9 @@ def _require_current(p: params.Params, cell: Cell) -> None:
         for key, of, wanted in changed:
             if key.startswith(part):
                 raise UserError(f"{path} is of {key} {of}, and the parameters say {wanted}: {_again(where, first)}")
-    stage1 = paths.representation(*where[:2]) / "provenance.json"
-    represented = read_json(stage1)
-    if not isinstance(represented, dict) or represented.get("weights") != provenance.get("starts"):
-        raise UserError(f"{path} is not of the networks that {stage1.parent} holds: {_again(where, 'calibrate')}")
+    stage1 = paths.representation(*where[:2])
+    if lineage.read_represented(stage1).weights != provenance.get("starts"):
+        raise UserError(f"{path} is not of the networks that {stage1} holds: {_again(where, 'calibrate')}")
 
 
 def _again(where: tuple[str, str, str], first: str) -> str:
@@ -213,10 +212,7 @@ def _again(where: tuple[str, str, str], first: str) -> str:
 def _metrics(path: Path) -> dict[str, Any]:
     """A cell's metrics. Raises UserError naming the file and the key."""
     content = read_json(path)
-    try:
-        params.validate(Metrics, content, "", path)
-    except UserError as error:
-        raise UserError(f"{error}; delete it and {REPRO}") from None
+    params.recorded(Metrics, content, path)
     return content
 
 

@@ -53,7 +53,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     device = train.prepare(p.runtime, p.precision)
     longtail = paths.longtail(dataset_name)
     meta = splits.read_meta(longtail)
-    splits.require_cut(longtail, meta, dataset)
+    splits.require_cut(longtail, meta, dataset, paths.raw(dataset_name))
     counts = torch.tensor(meta["train_counts"])
     data = read_images(longtail, "train", dataset, device, p.runtime.placement)
 

@@ -3,38 +3,20 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
-from pydantic import ConfigDict, Field
 
 from stages import paths
 from tailcal import duplicates, errors, files, lock, longtail, params, rows, sources, splits
 from tailcal.errors import UserError
 
 
-class RawMeta(params.Strict):
-    """What meta.json of a raw folder must have; it says more for readers."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    class_names: Annotated[list[str], Field(min_length=2)]
-    source: dict[str, Any]
-    checksums: dict[str, str]
-    skipped: splits.Counts = Field({})  # a source of arrays does not say it
-
-
-def read_raw(folder: Path) -> tuple[RawMeta, dict[str, np.ndarray]]:
+def read_raw(folder: Path) -> tuple[splits.RawMeta, dict[str, np.ndarray]]:
     """meta.json and the four arrays (memory-mapped) of a raw folder.
 
     Raises UserError naming the file that is missing, is not as it was downloaded, or is not images or labels.
     """
-    described = folder / "meta.json"
-    content = files.read_json(described)
-    try:
-        meta = params.validate(RawMeta, content, "", described)
-    except UserError as error:
-        raise UserError(f"{error}; delete {folder} and {files.REPRO}") from None
+    meta = splits.read_raw_meta(folder)
     arrays = {}
     for part in ("train_images", "train_labels", "test_images", "test_labels"):
         path = folder / f"{part}.npy"
@@ -159,6 +141,7 @@ def subsample(name: str, dataset: params.Dataset) -> None:
             "holdout_per_class": dataset.holdout_per_class,
             "measured_factor": float(counts.max() / counts.min()),
             "source": meta.source,
+            "raw": meta.checksums,
             "checksums": checksums,
         },
     )

@@ -30,6 +30,15 @@ from tailcal import errors
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+STAGE1 = {  # what the stages read of the provenance of stage 1
+    "code": "0+0",
+    "params": {"dataset": {}, "representation": {}},
+    "data": {},
+    "device": "cpu",
+    "versions": {},
+    "network": {},
+    "weights": {"seed0": "0123456789abcdef"},
+}
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `python` in dvc.yaml is this one
     "GIT_AUTHOR_NAME": "test",

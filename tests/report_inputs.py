@@ -12,8 +12,8 @@ from stages import paths
 from tailcal import figures, settings
 from tailcal.duplicates import TWICE
 from tailcal.params import load
+from tests.conftest import ROOT, STAGE1
 
-ROOT = Path(__file__).resolve().parent.parent
 REPRESENTATIONS = ("ce", "mixup", "balanced_softmax")
 CLASSIFIERS = ("joint", "crt", "lws", "tau_norm", "mislas", "mislas_shifted_bn")
 RULES = (
@@ -24,7 +24,6 @@ RULES = (
     "pn_inductive",
     "pn_transductive",
 )
-STARTS = {"seed0": "0123456789abcdef"}
 TRANSDUCTIVE = ("pn_transductive",)
 NUMBERS = (
     "top1",
@@ -130,7 +129,7 @@ def write(
     for dataset, representation in product(datasets, representations):
         stage1 = root / paths.representation(dataset, representation)
         _csv(stage1 / "history.csv", history(generator, seeds=seeds))
-        (stage1 / "provenance.json").write_text(json.dumps({"weights": STARTS}))
+        (stage1 / "provenance.json").write_text(json.dumps(STAGE1))
         for classifier in classifiers:
             _write_cell(root, (dataset, representation, classifier), generator, number, seeds)
 
@@ -151,7 +150,7 @@ def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generato
         "provenance": {
             "params": settings.of_cell(p, *cell),
             "evaluate": p.evaluate.model_dump(),
-            "starts": STARTS,
+            "starts": STAGE1["weights"],
             "data": "sha256:0123456789abcdef",
             "code": "aa4ca0a",
             "device": "cpu",

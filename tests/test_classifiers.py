@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from sklearn.neighbors import NearestCentroid
 from torch import nn
 
-from stages.calibrate import read_upstream
+from tailcal import lineage
 from tailcal.errors import UserError
 from tailcal.files import sha256
 from tailcal.losses import generalized_reweight
@@ -23,7 +24,7 @@ from tailcal.models import Network, build
 from tailcal.models.heads import HEADS
 from tailcal.samplers import instance
 from tailcal.weights import load_weights, save_weights
-from tests.conftest import ROOT
+from tests.conftest import ROOT, STAGE1
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(5, 4, generator=GENERATOR)
@@ -354,23 +355,16 @@ def test_a_wrong_setting_is_refused(name, settings):
         load(name).Config(**settings)
 
 
-RECORD = {
-    "code": "0+0",
-    "params": {"dataset": {}, "representation": {}},
-    "data": {},
-    "device": "cpu",
-    "versions": {},
-    "network": {},
-    "weights": {},
-}
-
-
 def test_the_record_of_stage_1_is_read_whole_or_named(tmp_path):
     path = tmp_path / "provenance.json"
-    path.write_text(json.dumps(RECORD))
-    assert read_upstream(path) == RECORD
-    lacking = [{k: v for k, v in RECORD.items() if k != key} for key in RECORD]
-    for content in ({}, [], None, 7, RECORD | {"params": {}}, RECORD | {"weights": "x"}, *lacking):
+    path.write_text(json.dumps(STAGE1 | {"more": 1}))
+    assert lineage.read_represented(tmp_path).model_dump() == STAGE1
+    lacking = [{k: v for k, v in STAGE1.items() if k != key} for key in STAGE1]
+    for content in ({}, [], None, 7, STAGE1 | {"params": {}}, STAGE1 | {"weights": "x"}, *lacking):
         path.write_text(json.dumps(content))
-        with pytest.raises(UserError, match=r"provenance\.json is damaged \(.*\): delete .* and run `dvc repro`"):
-            read_upstream(path)
+        with pytest.raises(UserError) as caught:
+            lineage.read_represented(tmp_path)
+        assert re.fullmatch(
+            rf"{path}: .+; it is damaged, or of another version: delete {tmp_path} and run `dvc repro`, .+",
+            str(caught.value),
+        )

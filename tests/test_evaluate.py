@@ -18,13 +18,14 @@ from tailcal import files, params
 from tailcal.errors import UserError
 from tailcal.metrics.calibration import ece
 from tailcal.metrics.scores import softmax
+from tests.conftest import ROOT, STAGE1
 
-ROOT = Path(__file__).resolve().parent.parent
 CELL = {"dataset": "digits_lt", "representation": "ce", "classifier": "joint"}
 ARGUMENTS = [part for axis, name in CELL.items() for part in (f"--{axis}", name)]
 NAMES = ["zero", "one, a comma", "two", "three", "four", "five", "six"]
 COUNTS = [400, 150, 100, 60, 20, 19, 3]
 CUT = {
+    "raw": {"train_images.npy": "c"},
     "source": {"kind": "digits", "test_per_class": 50, "seed": 0},
     "imbalance": {"profile": "exponential", "factor": 20.0, "seed": 0},
     "holdout_per_class": 20,
@@ -81,7 +82,14 @@ def seal() -> None:
 
 def record(**changed: object) -> None:
     """The provenance of the predictions."""
-    made = {"device": "none", "params": NAMED, "data": CHECKSUMS, "predicted": CHECKSUMS, "checksums": {}} | changed
+    made = {
+        "device": "none",
+        "params": NAMED,
+        "data": CHECKSUMS,
+        "predicted": CHECKSUMS,
+        "starts": {},
+        "checksums": {},
+    } | changed
     files.write_json(paths.predictions(**CELL) / "provenance.json", made)
 
 
@@ -337,7 +345,10 @@ def nan_logits() -> np.ndarray:
         (lambda: save(1, holdout=0), "seed1.npz: one of it and seed 0's has a hold-out"),
         (lambda: (paths.predictions(**CELL) / "provenance.json").unlink(), "provenance.json is missing"),
         (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{"), "provenance.json is damaged"),
-        (lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{}"), "json is damaged (no checksums)"),
+        (
+            lambda: (paths.predictions(**CELL) / "provenance.json").write_text("{}"),
+            "json: params: this key is missing; ",
+        ),
         (
             lambda: record(data={"train_labels.npy": "b"}),
             "is of networks that were trained on another training split than data/lt/digits_lt holds: run `dvc repro`, "
@@ -349,11 +360,26 @@ def nan_logits() -> np.ndarray:
             "is of other held-out or test images than data/lt/digits_lt holds: run `dvc repro`, or without DVC `python "
             "-m stages.calibrate --dataset digits_lt --representation ce --classifier joint`",
         ),
-        (lambda: record(predicted=None), "is of other held-out or test images than data/lt/digits_lt holds"),
-        (lambda: record(params={}), "provenance.json is damaged (no params.representation.name): delete it and run"),
+        (lambda: record(predicted={}), "is of other held-out or test images than data/lt/digits_lt holds"),
+        (lambda: record(params={}), "provenance.json: params.representation: this key is missing; params.cl"),
         (
             lambda: record(params=NAMED | {"classifier": {"name": "crt"}}),
             "data/predictions/digits_lt/ce/joint is of the classifier crt: run `dvc repro`",
+        ),
+        (
+            lambda: files.write_json(
+                paths.representation("digits_lt", "ce") / "provenance.json", STAGE1 | {"weights": {"a": "b"}}
+            ),
+            "data/predictions/digits_lt/ce/joint is not of the networks that data/representations/digits_lt/ce holds: "
+            "run `dvc repro`, or without DVC `python -m stages.calibrate --dataset digits_lt --representation ce "
+            "--classifier joint`",
+        ),
+        (
+            lambda: files.write_json(
+                paths.raw("digits_lt") / "meta.json", CUT | {"class_names": NAMES, "checksums": {"a": "b"}}
+            ),
+            "data/lt/digits_lt was cut from other images than data/raw/digits_lt holds: run `dvc repro`, or without "
+            "DVC `python -m stages.subsample --dataset digits_lt`",
         ),
         (lambda: (paths.longtail("digits_lt") / "meta.json").unlink(), "meta.json is missing"),
         (

@@ -323,6 +323,7 @@ META = {
     "holdout_counts": [0, 0, 0],
     "source": {"kind": "digits"},
     "imbalance": {"profile": "natural", "seed": 0},
+    "raw": {},
     "holdout_per_class": 0,
     "checksums": {"train_images.npy": "0" * 64, "train_labels.npy": "1" * 64},
     "skipped": {"train": 0, "test": 0},

@@ -38,7 +38,7 @@ from tailcal.models import build
 from tailcal.params import Strict, validate
 from tailcal.predict import Cell, Predictor
 from tailcal.weights import save_weights
-from tests.conftest import ROOT
+from tests.conftest import ROOT, STAGE1
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 DIGITS = PARAMS["datasets"]["digits_lt"]["augmentation"]
@@ -82,6 +82,7 @@ def make_cell(
         "train_counts": COUNTS,
         "source": {},
         "imbalance": {},
+        "raw": {},
         "holdout_per_class": 0,
         "checksums": checksums,
         "skipped": {},
@@ -113,12 +114,15 @@ def make_cell(
         method.fit(network, network.eval().backbone(prepared).detach(), labels)
     save_weights(network, root / paths.classifier(*where) / "seed0.safetensors")
 
-    files.write_json(root / paths.representation("made_up", representation) / "provenance.json", {"network": record})
+    files.write_json(
+        root / paths.representation("made_up", representation) / "provenance.json", STAGE1 | {"network": record}
+    )
     training = {"name": classifier, "method": chosen, "settings": own, "augmentation": augmentation}
     provenance = {
         "code": "0+0",
         "data": checksums,
         "predicted": checksums,
+        "starts": STAGE1["weights"],
         "params": {"representation": {"name": representation}, "classifier": training},
     }
     model = Predictor(network, config, 1.0)
@@ -449,14 +453,24 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
         "no name": (
             made,
             json.dumps(recorded | {"params": {"classifier": recorded["params"]["classifier"]}}).encode(),
-            "provenance.json is damaged (no params.representation.name)",
+            "provenance.json: params.representation: this key is missing; it is damaged, or of another version: delete",
         ),
         "of another cell": (made, provenance(name="joint2"), "ce/joint is of the classifier joint2: run `dvc repro`"),
         "old record": (made, provenance(augmentation={"pad": 1}), "params.classifier.augmentation"),
         "other method": (made, provenance(method="nope"), "no classifier 'nope'"),
         "other settings": (made, provenance(settings={"rho": 1.0}), "settings.rho"),
-        "no network": (stage1, b"{}", "ce/provenance.json: network: this key is missing"),
-        "unknown network": (stage1, b'{"network": {"backbone": "nope"}}', "made_up/ce/provenance.json: this version"),
+        "no network": (stage1, b"{}", "ce/provenance.json: code: this key is missing"),
+        "unknown network": (
+            stage1,
+            json.dumps(STAGE1 | {"network": {"backbone": "nope"}}).encode(),
+            "made_up/ce/provenance.json: this version",
+        ),
+        "another stage 1": (
+            stage1,
+            json.dumps(STAGE1 | {"weights": {"seed0": "another"}}).encode(),
+            f"ce/joint is not of the networks that {stage1.parent} holds: run `dvc repro`, or without DVC `python -m "
+            "stages.calibrate --dataset made_up ",
+        ),
         "other colours": (made, provenance(augmentation=DIGITS | coloured), "mean has 3 values: must be 1"),
         "no meta": (meta, b"[]", "must be a mapping of keys to values"),
         "a word for a count": (meta, counted(train_counts=["a"]), "train_counts.0: input should be a valid integer"),

@@ -24,6 +24,7 @@ FORBIDDEN = [
 OPEN = [
     "data/lt/digits_lt/train_images.npy",
     "data/lt/digits_lt/meta.json",
+    "data/raw/digits_lt/meta.json",
     "data/representations/d/ce/seed0.safetensors",
 ]
 READERS = {
@@ -72,7 +73,7 @@ def test_below_the_projects_data_neither_its_own_nor_the_projects_can_be_seen(fi
     monkeypatch.chdir(workspace)
     with seal.training():
         np.load(OPEN[0])
-        np.load(tmp_path / OPEN[2])
+        np.load(tmp_path / OPEN[-1])
         for path in (FORBIDDEN[0], tmp_path / FORBIDDEN[0], Path("../../") / FORBIDDEN[0]):
             with pytest.raises(seal.SealedError, match=f"{FORBIDDEN[0]}: must not be opened"):
                 np.load(path)

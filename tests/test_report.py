@@ -22,6 +22,7 @@ from tailcal.errors import UserError
 from tailcal.posthoc import RULES
 from tailcal.tables import signed
 from tests import report_inputs
+from tests.conftest import STAGE1
 
 SMALL = {"representations": ("ce", "mixup"), "classifiers": ("joint", "mislas")}
 OUTPUTS = (paths.TABLE, paths.TABLE_TEXT, paths.SUMMARY, paths.RELIABILITY, paths.REPORT)
@@ -448,7 +449,7 @@ def test_metrics_of_another_kind_are_one_clear_line(content, says):
     path.write_text(content)
     with pytest.raises(UserError) as caught:
         report.main()
-    assert str(caught.value) == f"{path}: {says}; delete it and {files.REPRO}"
+    assert str(caught.value) == f"{path}: {says}; it is damaged, or of another version: delete it and {files.REPRO}"
 
 
 def edit(path, change):
@@ -499,7 +500,7 @@ def test_cells_of_other_parameters_are_not_reported(change, says):
 
 def test_cells_of_another_stage_1_are_not_reported():
     path = paths.representation("digits_lt", "mixup") / "provenance.json"
-    path.write_text(json.dumps({"weights": {"seed0": "another"}}))
+    path.write_text(json.dumps(STAGE1 | {"weights": {"seed0": "another"}}))
     with pytest.raises(UserError, match=r"mixup/joint\.json is not of the networks that data/rep.*/mixup holds: run"):
         report.main()
     path.unlink()
@@ -550,7 +551,7 @@ def test_a_damaged_value_of_the_metrics_is_one_clear_line(change, says):
     report_inputs.change(path, **change)
     with pytest.raises(UserError) as caught:
         report.main()
-    assert str(caught.value) == f"{path}: {says}; delete it and {files.REPRO}"
+    assert str(caught.value) == f"{path}: {says}; it is damaged, or of another version: delete it and {files.REPRO}"
 
 
 def test_readme_imports_no_torch():
@@ -638,5 +639,5 @@ def test_a_picture_that_is_none_is_named():
 @pytest.mark.parametrize(("name", "value"), [("top1", 7), ("ece", None), ("few", -0.1), ("nll", -1)])
 def test_a_number_that_cannot_be_is_named(name, value):
     report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), **{name: value})
-    with pytest.raises(UserError, match=rf"ce/joint.json: {name}: .*; delete it and run `dvc repro`"):
+    with pytest.raises(UserError, match=rf"ce/joint.json: {name}: .*: delete it and run `dvc repro`"):
         report.main()

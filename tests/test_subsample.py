@@ -303,7 +303,8 @@ def test_a_key_of_meta_that_is_damaged_is_one_line(project, key, value, says):
     files.write_json(path, files.read_json(path) | {key: value})
     with pytest.raises(UserError) as error:
         project.cut()
-    assert str(error.value) == f"{path}: {says}; delete {path.parent} and {files.REPRO}"
+    advice = f"it is damaged, or of another version: delete {path.parent} and {files.REPRO}"
+    assert str(error.value) == f"{path}: {says}; {advice}"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 
 import tailcal
 from tailcal import errors, files, lineage, models, posthoc, predictions, provenance, splits
@@ -37,7 +36,7 @@ from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece, ece_floor
 from tailcal.metrics.scores import log_softmax, softmax
 from tailcal.models import Network
-from tailcal.params import PARAMS, Augmentation, Strict, validate
+from tailcal.params import PARAMS, Augmentation, recorded, validate
 from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Measured, Predictor, alone, set_up
 from tailcal.weights import load_weights, save_weights
 
@@ -47,19 +46,7 @@ FEW = 50  # held-out images; a temperature fitted on fewer is a matter of chance
 SURE = 2.0  # standard errors from which on a difference is called one
 
 
-class _Recorded(Strict):
-    """What an exported model needs of a file that the pipeline has written; there is more in it."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class Represented(_Recorded):
-    """The provenance of stage 1."""
-
-    network: dict[str, Any]
-
-
-class Trained(_Recorded):
+class Trained(lineage.Block):
     """What stage 2 trained by."""
 
     method: str
@@ -67,25 +54,16 @@ class Trained(_Recorded):
     augmentation: Augmentation
 
 
-class Trainings(_Recorded):
+class Trainings(lineage.Cell):
     """The parameters of a cell."""
 
     classifier: Trained
 
 
-class Predicted(_Recorded):
+class Predicted(lineage.Predicted):
     """The provenance of predictions."""
 
     params: Trainings
-    checksums: dict[str, str]
-
-
-def require(model: type[Strict], content: Any, path: Path) -> Any:
-    """What the file `path` says. Raises UserError naming it and the key that is missing or wrong."""
-    try:
-        return validate(model, content, "", path)
-    except UserError as error:
-        raise UserError(f"{error}; it is damaged, or of another version: delete it and {files.REPRO}") from None
 
 
 def require_finished(cell: Path, root: Path) -> None:
@@ -250,15 +228,15 @@ def read_finished(cell: Cell, root: Path) -> Finished:
     longtail = root / f"data/lt/{cell.dataset}"
     weights = root / f"data/classifiers/{where}/{cell.classifier}/seed{cell.seed}.safetensors"
     predicted = root / f"data/predictions/{where}/{cell.classifier}"
-    stage1 = root / f"data/representations/{where}/provenance.json"
+    stage1 = root / f"data/representations/{where}"
     made = predicted / "provenance.json"
 
     meta = splits.read_meta(longtail)
-    record = require(Represented, files.read_json(stage1), stage1).network
+    network_record = lineage.read_represented(stage1).network
     origin = files.read_json(made)
-    recorded = require(Predicted, origin, made)
-    trained, checksums = recorded.params.classifier, recorded.checksums
-    lineage.require_predictions(origin, meta, predicted, longtail)
+    record = recorded(Predicted, origin, made)
+    trained, checksums = record.params.classifier, record.checksums
+    lineage.require_predictions(record, meta, predicted, longtail, stage1)
     logits = predicted / f"seed{cell.seed}.npz"
     if logits.name not in checksums:
         seeds = ", ".join(
@@ -267,13 +245,14 @@ def read_finished(cell: Cell, root: Path) -> Finished:
         raise UserError(f"--seed {cell.seed}: {predicted.relative_to(root)} has the seeds {seeds}")
     saved = predictions.read(logits, checksums[logits.name], len(meta["class_names"]))
 
-    network = set_up(models.rebuild(record, stage1), trained.method, trained.settings, meta["train_counts"], made)
+    body = models.rebuild(network_record, stage1 / "provenance.json")
+    network = set_up(body, trained.method, trained.settings, meta["train_counts"], made)
     load_weights(network, weights, checksums.get(weights.name))
     path = longtail / ("holdout_images.npy" if len(saved.holdout_labels) else "test_images.npy")
     files.verify(path, meta["checksums"].get(path.name))
     images = files.read_array(path, mmap=True)
     check_images(images, path)
-    return Finished(meta, record, trained, origin, network, images, saved, weights, logits)
+    return Finished(meta, network_record, trained, origin, network, images, saved, weights, logits)
 
 
 @torch.inference_mode()

@@ -8,11 +8,62 @@ from pathlib import Path
 from typing import Any
 
 from tailcal.errors import UserError
-from tailcal.files import REPRO
+from tailcal.files import read_json
+from tailcal.params import Recorded, recorded
 
 AXES = ("dataset", "representation", "classifier")
 TRAINED_ON = ("train_images.npy", "train_labels.npy")
 PREDICTED = ("holdout_images.npy", "holdout_labels.npy", "test_images.npy", "test_labels.npy")
+
+
+class Settings(Recorded):
+    """The parameters of a representation."""
+
+    dataset: dict[str, Any]
+    representation: dict[str, Any]
+
+
+class Represented(Recorded):
+    """The provenance of stage 1."""
+
+    code: str
+    params: Settings
+    data: dict[str, str]
+    device: str
+    versions: dict[str, str]
+    network: dict[str, Any]
+    weights: dict[str, str]
+
+
+class Block(Recorded):
+    """A part of the parameters that has a name."""
+
+    name: str
+
+
+class Cell(Recorded):
+    """The parameters of predictions."""
+
+    representation: Block
+    classifier: Block
+
+
+class Predicted(Recorded):
+    """The provenance of predictions. data: checksums of the training split; predicted: of the images of which they are;
+    starts: of the networks of stage 1 that stage 2 began with."""
+
+    params: Cell
+    data: dict[str, str]
+    predicted: dict[str, str]
+    starts: dict[str, str]
+    checksums: dict[str, str]
+
+
+def read_represented(stage1: Path) -> Represented:
+    """What stage 1, in the folder `stage1`, has recorded of itself. Raises UserError naming the file when it is missing
+    or damaged."""
+    path = stage1 / "provenance.json"
+    return recorded(Represented, read_json(path), path, remove=stage1)
 
 
 def flat(tree: Any, prefix: str = "", empty: bool = False) -> dict[str, str]:
@@ -43,9 +94,9 @@ def again(**stages: tuple[str, ...]) -> str:
     return f"run `dvc repro`, or without DVC {'` and '.join(commands)}`"
 
 
-def same_files(record: Any, meta: dict[str, Any], names: tuple[str, ...]) -> bool:
+def same_files(record: dict[str, str], meta: dict[str, Any], names: tuple[str, ...]) -> bool:
     """Whether `record`, {file name: SHA-256}, has the same of these files of a data set as its `meta`."""
-    return isinstance(record, dict) and all(record.get(name) == meta["checksums"].get(name) for name in names)
+    return all(record.get(name) == meta["checksums"].get(name) for name in names)
 
 
 def outdated(
@@ -59,33 +110,33 @@ def outdated(
 
 
 def require_stage1(
-    record: dict[str, Any], now: dict[str, Any], meta: dict[str, Any], stage1: Path, longtail: Path
+    record: Represented, now: dict[str, Any], meta: dict[str, Any], stage1: Path, longtail: Path
 ) -> None:
     """Raise UserError unless stage 1 in the folder `stage1`, of the provenance `record`, was trained by the parameters
     `now` of a representation, on the training split in `longtail`, which `meta` describes."""
     advice = again(represent=stage1.parts[-2:])
-    if not same_files(record["data"], meta, TRAINED_ON):
+    if not same_files(record.data, meta, TRAINED_ON):
         raise UserError(f"{stage1} was trained on another training split than {longtail} holds: {advice}")
-    for key, then, wanted in differences(record["params"]["representation"], now):
+    for key, then, wanted in differences(record.params.representation, now):
         raise UserError(f"{stage1} was trained with {key} {then}, and the parameters say {wanted}: {advice}")
 
 
-def require_predictions(record: Any, meta: dict[str, Any], predicted: Path, longtail: Path) -> None:
+def require_predictions(record: Predicted, meta: dict[str, Any], predicted: Path, longtail: Path, stage1: Path) -> None:
     """Raise UserError unless the predictions in the folder `predicted`, of the provenance `record`, are of the cell
     that the folder is named after and of the images in `longtail`, which `meta` describes, and their networks were
-    trained on the training split there."""
-    cell, facts = predicted.parts[-3:], flat(record)
+    trained on the training split there and begin with those of the folder `stage1`, where this is there."""
+    cell = predicted.parts[-3:]
     for axis, name in zip(AXES[1:], cell[1:], strict=True):
-        if (key := f"params.{axis}.name") not in facts:
-            raise UserError(f"{predicted}/provenance.json is damaged (no {key}): delete it and {REPRO}")
-        if facts[key] != name:
-            raise UserError(f"{predicted} is of the {axis} {facts[key]}: {again(calibrate=cell)}")
-    if not same_files(record.get("data"), meta, TRAINED_ON):
+        if (found := getattr(record.params, axis).name) != name:
+            raise UserError(f"{predicted} is of the {axis} {found}: {again(calibrate=cell)}")
+    if not same_files(record.data, meta, TRAINED_ON):
         raise UserError(
             f"{predicted} is of networks that were trained on another training split than {longtail} holds: "
             f"{again(represent=cell[:2], calibrate=cell)}"
         )
-    if not same_files(record.get("predicted"), meta, PREDICTED):
+    if not same_files(record.predicted, meta, PREDICTED):
         raise UserError(
             f"{predicted} is of other held-out or test images than {longtail} holds: {again(calibrate=cell)}"
         )
+    if stage1.exists() and read_represented(stage1).weights != record.starts:
+        raise UserError(f"{predicted} is not of the networks that {stage1} holds: {again(calibrate=cell)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from tailcal import files, params
 from tailcal.errors import UserError
@@ -24,17 +24,11 @@ from tailcal.tables import span
 ROUNDING = 1e-5  # by which a stored accuracy may differ from that of the predictions beside it
 
 
-class _Part(BaseModel):
-    """A part of a measurement. It has keys beside those that are used here."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
-
-
 Count = Annotated[int, Field(ge=1)]
 Line = Annotated[str, Field(pattern=r"^[^|\n]+$")]  # what stands in a cell of a Markdown table
 
 
-class RunNumbers(_Part):
+class RunNumbers(params.Recorded):
     """What one seed's network does on the test split, fractions; None where there is none. `correct` says which images
     it gets right, as `unpack` reads it."""
 
@@ -48,7 +42,7 @@ class RunNumbers(_Part):
     correct: str | None = None
 
 
-class Data(_Part):
+class Data(params.Recorded):
     """official: the images come as they were published, and so in the published order, and not from a folder.
     test_split: SHA-256 of the test split's files."""
 
@@ -57,7 +51,7 @@ class Data(_Part):
     test_split: dict[str, str]
 
 
-class Cost(_Part):
+class Cost(params.Recorded):
     """seconds: training one network, stage 1 and 2, with `at_once` networks side by side."""
 
     machine: Line
@@ -65,7 +59,7 @@ class Cost(_Part):
     at_once: Count
 
 
-class RunBestNumbers(_Part):
+class RunBestNumbers(params.Recorded):
     """At the late epoch that is best on the test split; and the least and the most ECE of any late epoch."""
 
     top1: params.Fraction
@@ -78,19 +72,19 @@ class RunBest(RunBestNumbers):
     """The best of the last `epochs` epochs, as trained and after post-hoc rules: a diagnostic."""
 
     epochs: Count
-    posthoc: dict[str, RunBestNumbers] = {}
+    posthoc: dict[str, RunBestNumbers] = Field({})
 
 
-class Stage(_Part):
+class Stage(params.Recorded):
     """What a stage trained by: its `recipe` has `epochs` or `iterations`; a method that takes no step has none."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str | None = None
-    recipe: dict[str, Any] = {}
+    recipe: dict[str, Any] = Field({})
 
 
-class Trainings(_Part):
+class Trainings(params.Recorded):
     """The parameters of a cell."""
 
     model_config = ConfigDict(extra="allow")
@@ -99,23 +93,23 @@ class Trainings(_Part):
     classifier: Stage = Stage()
 
 
-class Provenance(_Part):
+class Provenance(params.Recorded):
     """data: SHA-256 of the training split's files; evaluate: how it was measured, as in params.yaml; code, device and
     versions are of stage 2, and `stage1` has these of stage 1."""
 
     params: Trainings = Trainings()
-    data: dict[str, str] = {}
-    evaluate: dict[str, Any] = {}
+    data: dict[str, str] = Field({})
+    evaluate: dict[str, Any] = Field({})
     code: str = ""
     device: str = ""
-    versions: dict[str, str] = {}
-    stage1: dict[str, Any] = {}
+    versions: dict[str, str] = Field({})
+    stage1: dict[str, Any] = Field({})
 
 
 class Run(RunNumbers):
     """One seed of a cell, as it was measured: a file of metrics/published/cells."""
 
-    posthoc: dict[str, RunNumbers] = {}
+    posthoc: dict[str, RunNumbers] = Field({})
     seed: Annotated[int, Field(ge=0)]
     data: Data
     cost: Cost

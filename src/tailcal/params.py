@@ -14,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from tailcal.errors import UserError
+from tailcal.files import REPRO
 
 PARAMS = Path("params.yaml")
 PRESETS = Path("presets")
@@ -27,6 +28,12 @@ class Strict(BaseModel):
     """Base of every block: no unknown keys, no coercion of types, no change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Recorded(Strict):
+    """Base of what is needed of a file that the pipeline has written: there is more in it."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 def _word(name: str) -> str:
@@ -397,6 +404,18 @@ def validate(model: type[Strict], block: Any, where: str, file: Path = PARAMS) -
         return model.model_validate(block)
     except ValidationError as error:
         raise UserError(f"{file}: {describe(error, where)}") from None
+
+
+def recorded(model: type[Strict], content: Any, path: Path, remove: Path | None = None) -> Any:
+    """What is needed of `content`, of the JSON file `path` that the pipeline has written.
+
+    Raises UserError naming the file and the key that is missing or wrong; `remove` is what to delete then (by default
+    the file itself).
+    """
+    try:
+        return validate(model, content, "", path)
+    except UserError as error:
+        raise UserError(f"{error}; it is damaged, or of another version: delete {remove or 'it'} and {REPRO}") from None
 
 
 def read(path: Path) -> dict[str, Any]:

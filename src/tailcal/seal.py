@@ -1,8 +1,8 @@
 """The honest protocol, enforced: while a training runs, the process cannot open what it must not see.
 
-Below data/ a training may read its own split, the weights it begins from and its settings. Everything else there (the
-test split and the hold-out, the source's own images, predictions, which hold test labels) raises an error in whatever
-code tries to open it: in a method, in a library, in the stage itself.
+Below data/ a training may read its own split, the meta.json of data sets, the weights it begins from and its settings.
+Everything else there (the test split and the hold-out, the source's own images, predictions, which hold test labels)
+raises an error in whatever code tries to open it: in a method, in a library, in the stage itself.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 DATA = "data/"
 ALLOWED = re.compile(
-    r"data/(lt/[^/]+/(meta\.json|train_(images|labels)\.npy)|(settings|pretrained|representations|classifiers|costs)/.*)"
+    r"data/((lt|raw)/[^/]+/meta\.json|lt/[^/]+/train_(images|labels)\.npy|(settings|pretrained|representations|classifiers|costs)/.*)"
 )
 
 

@@ -8,29 +8,38 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tailcal import lineage, sources
 from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
 from tailcal.files import REPRO, read_array, read_json, verify
-from tailcal.params import Dataset, Strict, validate
+from tailcal.params import Dataset, Recorded, recorded
 
 Counts = dict[str, Annotated[int, Field(ge=0)]]
 
 
-class Meta(Strict):
-    """What meta.json must have; it says more for readers.
+class RawMeta(Recorded):
+    """What meta.json of a raw folder must have."""
 
-    imbalance, holdout_per_class: how it was cut, as the data set's block says it; skipped: images that could not be
-    read, by split of the source ({} for a source of arrays); duplicates: those of `tailcal.duplicates.count`.
+    class_names: Annotated[list[str], Field(min_length=2)]
+    source: dict[str, Any]
+    checksums: dict[str, str]
+    skipped: Counts = Field({})  # a source of arrays does not say it
+
+
+class Meta(Recorded):
+    """What meta.json of a long-tailed data set must have.
+
+    raw: checksums of the raw folder that it was cut from; imbalance, holdout_per_class: how, as the data set's block
+    says it; skipped: images that could not be read, by split of the source ({} for a source of arrays); duplicates:
+    those of `tailcal.duplicates.count`.
     """
-
-    model_config = ConfigDict(extra="ignore")
 
     class_names: Annotated[list[str], Field(min_length=2)]
     train_counts: list[Annotated[int, Field(ge=1, lt=2**31)]]
     source: dict[str, Any]
+    raw: dict[str, str]
     imbalance: dict[str, Any]
     holdout_per_class: Annotated[int, Field(ge=0)]
     checksums: dict[str, str]
@@ -55,11 +64,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Class names, counts and checksums of the data set in `folder`. Raises UserError naming the file and the key."""
     path = folder / "meta.json"
     content = read_json(path)
-    try:
-        validate(Meta, content, "", path)
-    except UserError as error:
-        raise UserError(f"{error}; delete it and {REPRO}") from None
+    recorded(Meta, content, path)
     return content
+
+
+def read_raw_meta(folder: Path) -> RawMeta:
+    """The same of the raw folder `folder`."""
+    path = folder / "meta.json"
+    return recorded(RawMeta, read_json(path), path, remove=folder)
 
 
 def cut(dataset: Dataset) -> dict[str, Any]:
@@ -71,15 +83,16 @@ def cut(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def require_cut(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:
-    """Raise UserError unless the data set in `folder` was made and cut as the parameters say now."""
+def require_cut(folder: Path, meta: dict[str, Any], dataset: Dataset, raw: Path) -> None:
+    """Raise UserError unless the data set in `folder` was made and cut as the parameters say now, and from the images
+    in the folder `raw`, where these are still there."""
     sources.require(dataset, meta["source"], folder)
+    advice = lineage.again(subsample=(folder.name,))
     for key, now in (("imbalance", dataset.imbalance.record()), ("holdout_per_class", dataset.holdout_per_class)):
         if meta[key] != now:
-            raise UserError(
-                f"{folder} was cut with {key} {meta[key]}, and {dataset.key(key)} is {now}: "
-                f"{lineage.again(subsample=(folder.name,))}"
-            )
+            raise UserError(f"{folder} was cut with {key} {meta[key]}, and {dataset.key(key)} is {now}: {advice}")
+    if raw.exists() and read_raw_meta(raw).checksums != meta["raw"]:
+        raise UserError(f"{folder} was cut from other images than {raw} holds: {advice}")
 
 
 def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tuple[np.ndarray, np.ndarray]:
