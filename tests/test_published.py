@@ -573,6 +573,11 @@ def test_damaged_bits_are_refused(text, N, message):
         ({"epochs": "many"}, r"footing_cpu/ce/joint/seed0.json is damaged \(epochs: .*got 'many'"),
         ({"cost": {"machine": "a", "seconds": 1.0}}, r"is damaged \(cost.at_once: this key is missing"),
         ({"top1": 41.0}, r"is damaged \(top1: .*less than or equal to 1"),
+        ({"nll": -3.0}, r"is damaged \(nll: .*greater than or equal to 0"),
+        (
+            {"best_on_test": {"epochs": 20, "top1": 0.5, "ece": 0.1, "ece_least": 0.2, "ece_most": 0.3}},
+            r"is damaged \(best_on_test: .*ece is 0\.1: must lie from ece_least 0\.2 to ece_most 0\.3",
+        ),
     ],
 )
 def test_a_damaged_seed_is_named(change, message):
@@ -620,8 +625,8 @@ def test_seeds_that_were_not_trained_and_measured_alike_are_no_cell(change, mess
     put([first, second | change])
     with pytest.raises(
         UserError,
-        match=f"mixup/mislas/seed1.json: {message}.*: delete the one that is not as params.yaml and your options say, "
-        "and run `python -m stages.published --missing --dataset cifar100_lt_100 --representation mixup --classifier "
+        match=f"mixup/mislas/seed1.json: {message}.*: delete the one that is not as params.yaml, "
+        "published/params.yaml and your options say, and run `python -m stages.published --missing --dataset cifar100_lt_100 --representation mixup --classifier "
         "mislas --seed SEED`, with",
     ) as caught:
         stage.main()
@@ -748,9 +753,18 @@ def test_what_is_no_seed_of_a_cell_is_named_or_passed_over():
     path.with_name(".seed2.json").write_text("{")
     stage.main()
     path.with_name("seed2.json").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"mixup/mislas/seed2\.json is a link to nothing: move it away"):
+    with pytest.raises(UserError, match=r"mixup/mislas/seed2\.json is a folder, or a link to nothing: move it away"):
         stage.main()
     path.with_name("seed2.json").unlink()
+    path.with_name("seed2.json").mkdir()
+    with pytest.raises(UserError, match=r"mixup/mislas/seed2\.json is a folder, or a link to nothing: move it away"):
+        stage.main()
+    path.with_name("seed2.json").rmdir()
+    linked = paths.PUBLISHED / "cifar100_lt_50"
+    linked.symlink_to("cifar100_lt_100")
+    with pytest.raises(UserError, match="cells/cifar100_lt_50: must lie in <dataset>/"):
+        stage.main()
+    linked.unlink()
     path.parent.with_name("joint").write_text("")
     with pytest.raises(UserError, match="cifar100_lt_100/mixup/joint: must lie in <dataset>/"):
         stage.main()

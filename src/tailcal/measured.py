@@ -37,7 +37,7 @@ class RunNumbers(params.Recorded):
     medium: params.Fraction | None = None
     few: params.Fraction | None = None
     ece: params.Fraction | None
-    nll: float | None
+    nll: Annotated[float, Field(ge=0)] | None
     transductive: bool = False
     correct: str | None = None
 
@@ -66,6 +66,12 @@ class RunBestNumbers(params.Recorded):
     ece: params.Fraction
     ece_least: params.Fraction | None = None  # one file is from before it was kept
     ece_most: params.Fraction | None = None
+
+    @model_validator(mode="after")
+    def _in_the_range_of_the_epochs(self) -> "RunBestNumbers":
+        if self.ece_least is not None and self.ece_most is not None and not self.ece_least <= self.ece <= self.ece_most:
+            raise ValueError(f"ece is {self.ece}: must lie from ece_least {self.ece_least} to ece_most {self.ece_most}")
+        return self
 
 
 class RunBest(RunBestNumbers):
@@ -286,14 +292,15 @@ def read_measured(folder: Path, plan: Plan) -> Cells:
     found: dict[CellName, dict[int, Path]] = {}
     for path in sorted(folder.rglob("*")):
         *cell, _ = path.relative_to(folder).parts
-        if path.is_dir() or path.name.startswith("."):
+        folder_of_cells = path.is_dir() and not path.is_symlink() and seed_of(path) is None
+        if folder_of_cells or path.name.startswith("."):
             continue
         if len(cell) != 3 or (seed := seed_of(path)) is None:
             raise UserError(
                 f"{path}: must lie in <dataset>/<representation>/<classifier>/ as seed<k>.json: move it away"
             )
         if not path.is_file():
-            raise UserError(f"{path} is a link to nothing: move it away")
+            raise UserError(f"{path} is a folder, or a link to nothing: move it away")
         if not any(table.trains(*cell) for table in plan.tables.values()):
             raise UserError(f"{path}: no table of {PLAN} trains {'/'.join(cell)}: move it away")
         if seed not in plan.seeds:
@@ -310,8 +317,8 @@ def join(cell: CellName, paths: Iterable[Path]) -> Measured:
         for key, ours, theirs in run.differences(one):
             raise UserError(
                 f"{path}: its {key} is {ours}, that of {first.name} {theirs}, and the seeds of a cell must be trained "
-                f"and measured in the same way: delete the one that is not as {params.PARAMS} and your options say, "
-                f"and {again(cell, 'SEED')}"
+                f"and measured in the same way: delete the one that is not as {params.PARAMS}, {PLAN} and your "
+                f"options say, and {again(cell, 'SEED')}"
             )
     return Measured(list(runs.values()))
 

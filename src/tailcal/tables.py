@@ -298,7 +298,7 @@ def notes(cells: list[Cell]) -> list[str]:
 
 def _guess_notes(cells: list[Cell]) -> list[str]:
     """What to say of cells whose NLL is above that of equal probabilities: it is their confidence alone that is wrong
-    where a temperature mends it."""
+    where it is not after a temperature."""
     guess = math.log(len(cells[0].classes))
     worse = [cell for cell in cells if _nll(cell.metrics) > guess]
     lost = [cell.name for cell in worse if _nll(cell.metrics["posthoc"].get(TEMPERATURE, cell.metrics)) > guess]
@@ -307,7 +307,7 @@ def _guess_notes(cells: list[Cell]) -> list[str]:
         f"{title}: the NLL of {', '.join(names)} is above ln K = {guess:.3f}, that of equal probabilities{advice}"
         for title, names, advice in (
             ("Worse than a guess", lost, ". Look at the training's loss: a lower learning rate usually mends it."),
-            ("Much too sure", sure, "; a temperature mends it."),
+            ("Much too sure", sure, "; after a temperature it is not."),
         )
         if names
     ]
