@@ -626,8 +626,8 @@ def test_seeds_that_were_not_trained_and_measured_alike_are_no_cell(change, mess
     with pytest.raises(
         UserError,
         match=f"mixup/mislas/seed1.json: {message}.*: delete the one that is not as params.yaml, "
-        "published/params.yaml and your options say, and run `python -m stages.published --missing --dataset cifar100_lt_100 --representation mixup --classifier "
-        "mislas --seed SEED`, with",
+        "published/params.yaml and your options say, and run `python -m stages.published --missing --dataset "
+        "cifar100_lt_100 --representation mixup --classifier mislas --seed SEED`, with",
     ) as caught:
         stage.main()
     assert "\n" not in str(caught.value)
