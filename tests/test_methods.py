@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from tailcal.methods.mislas import label_aware_smoothing, smoothing_factors
 from tailcal.mixing import mixup
 from tailcal.models import Network, build
 from tailcal.models.heads import Linear
+from tailcal.samplers import class_balanced
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(6, 4, generator=GENERATOR)
@@ -201,6 +203,14 @@ def test_mislas_without_smoothing_is_plain_cross_entropy(smoothing):
         learning = [p for p in network.parameters() if p.requires_grad]
         gradients.append([loss.detach(), *torch.autograd.grad(loss, learning)])
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("said", "in_a_row"), [({}, 1), ({"in_a_row": 4}, 4)])
+def test_mislas_draws_as_many_of_a_class_in_a_row_as_it_is_told(said, in_a_row):
+    settings = configure("mislas", MISLAS | {"shifted_bn": True} | said, "classifiers")
+    (sampler,) = load("mislas")(settings, COUNTS).samplers()
+    labels = np.repeat(np.arange(3), [9, 5, 2])
+    assert np.array_equal(sampler(labels, 0, 7, 60), class_balanced(labels, 0, 7, 60, in_a_row))
 
 
 def test_mislas_learns_scales_at_the_full_rate_and_the_classifier_slower():

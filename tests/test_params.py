@@ -205,11 +205,12 @@ def test_a_variant_trains_with_the_file_that_it_names_and_its_own_settings():
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "own_images"])
 def test_the_blocks_of_mislas_are_its_ablation_on_every_data_set(name):
-    """Smoothing and shifted batch norm, each on and off; all else as in mislas."""
+    """Smoothing and shifted batch norm, each on and off, and images in a row; all else as in mislas."""
     p = params.load(ROOT / "params.yaml")
     mislas = settings.training(p, name, "mislas", "classifiers", ROOT)
     unsmoothed = {"smooth_head": 0.0, "smooth_tail": 0.0}
     for variant, changes in {
+        "mislas_four_in_a_row": {"in_a_row": 4},
         "mislas_shifted_bn": {"shifted_bn": True},
         "mislas_fixed_bn": {"shifted_bn": False},
         "mislas_unsmoothed_shifted_bn": unsmoothed | {"shifted_bn": True},

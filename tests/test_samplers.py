@@ -1,5 +1,7 @@
 """Index streams: what they must contain, and that any window of them is the same however it is cut."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from tailcal.samplers import Reweighted, class_balanced, instance
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 4], [11, 5, 3, 1]))  # class 3 has no images
 
 
-@pytest.mark.parametrize("sampler", [instance, class_balanced, Reweighted(0.5)])
+@pytest.mark.parametrize("sampler", [instance, class_balanced, partial(class_balanced, in_a_row=3), Reweighted(0.5)])
 def test_a_stream_is_a_function_of_seed_and_position(sampler):
     whole = sampler(LABELS, 7, 0, 9000)
     assert whole.dtype == np.int64
@@ -37,6 +39,18 @@ def test_class_balanced_cycles_through_the_classes_and_through_each_class():
         assert all(sorted(row) == sorted(members) for row in passes.tolist())
         if len(members) > 4:
             assert len({tuple(row) for row in passes.tolist()}) == len(passes)  # reshuffled each time
+
+
+@pytest.mark.parametrize("in_a_row", [1, 2, 4])
+def test_a_class_gives_the_same_images_however_many_in_a_row(in_a_row):
+    cycles = 30
+    stream = class_balanced(LABELS, 1, 0, 4 * in_a_row * cycles, in_a_row)
+    classes = LABELS[stream].reshape(cycles, 4, in_a_row)
+    assert (classes == classes[:, :, :1]).all()
+    assert all(sorted(row) == [0, 1, 2, 4] for row in classes[:, :, 0].tolist())
+    one_at_a_time = class_balanced(LABELS, 1, 0, 4 * in_a_row * cycles)
+    for k in (0, 1, 2, 4):
+        assert np.array_equal(stream[LABELS[stream] == k], one_at_a_time[LABELS[one_at_a_time] == k])
 
 
 def test_within_class_order_is_uniform():

@@ -38,22 +38,22 @@ def _keys(seed: int, purpose: str, items: np.ndarray, passes: np.ndarray) -> np.
     return z ^ (z >> np.uint64(31))
 
 
-def class_balanced(labels: np.ndarray, seed: int, start: int, stop: int) -> np.ndarray:
-    """Uniform over classes: cycle through a random permutation of the classes; each gives the next image of its own
-    list, which is reshuffled when it has been used up (Kang et al. 2020; MiSLAS, Zhong et al. 2021).
+def class_balanced(labels: np.ndarray, seed: int, start: int, stop: int, in_a_row: int = 1) -> np.ndarray:
+    """Uniform over classes: cycle through a random permutation of the classes; each gives the next `in_a_row` images of
+    its own list, which is reshuffled when it has been used up (Kang et al. 2020; MiSLAS, Zhong et al. 2021).
 
     Classes without images take no part. Returns indices at positions `start` to `stop` of the stream, int64.
     """
     classes, first, counts = np.unique(np.sort(labels), return_index=True, return_counts=True)
     k = len(classes)
-    cycles = np.arange(start // k, -(-stop // k))
+    cycles = np.arange(start // (k * in_a_row), -(-stop // (k * in_a_row)))
     order = _keys(seed, "class order", np.arange(k), cycles[:, None]).argsort(axis=1)
-    position = np.arange(start, stop)
-    cycle = position // k
-    rank = order[cycle - cycles[0], position % k]  # which class, as an index into `classes`
-    # In cycle c a class gives the image number c % n of its pass c // n: find each distinct (class, pass) once,
-    # shuffle its images by their keys, and look the wanted ones up.
-    wanted_pass, offset = cycle // counts[rank], cycle % counts[rank]
+    turn, number = np.divmod(np.arange(start, stop), in_a_row)
+    cycle = turn // k
+    rank = order[cycle - cycles[0], turn % k]  # which class, as an index into `classes`
+    # Of n images that a class has, it gives as its i-th the number i % n of its pass i // n: find each distinct
+    # (class, pass) once, shuffle its images by their keys, and look the wanted ones up.
+    wanted_pass, offset = np.divmod(cycle * in_a_row + number, counts[rank])
     pairs, which = np.unique(np.stack([rank, wanted_pass]), axis=1, return_inverse=True)
     sizes = counts[pairs[0]]
     begin = np.concatenate([[0], np.cumsum(sizes)[:-1]])

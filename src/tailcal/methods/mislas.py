@@ -8,17 +8,19 @@ statistics follow the class-balanced batches; they take no gradient either way.
 """
 
 import math
-from typing import Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from tailcal.method import Batch, Classifier, ParameterGroup, Trained
 from tailcal.models import Network
 from tailcal.models.heads import Scaled
 from tailcal.params import Fraction, Positive
+from tailcal.samplers import Sampler, class_balanced
 
 # The shapes of equation 4 and, from the released code, the power: from u = (n_k - n_min) / (n_max - n_min), which is 0
 # at the rarest class, to the share of the way from the tail's smoothing to the head's.
@@ -65,7 +67,8 @@ class Method(Classifier):
     class Config(Trained):
         """smoothing: how e falls between them; power: of exponential smoothing, and of it alone; smooth_head,
         smooth_tail: e of the most and the least frequent class; lr_factor: learning rate of the classifier, as a
-        multiple of the scales'; shifted_bn: see `tailcal.method.Classifier`."""
+        multiple of the scales'; shifted_bn: see `tailcal.method.Classifier`; in_a_row: images that a class gives when
+        its turn comes, 1 unless it is said (copies of the released code take 4)."""
 
         smoothing: Literal["concave", "linear", "convex", "exponential"]
         power: Positive | None = None
@@ -73,6 +76,7 @@ class Method(Classifier):
         smooth_tail: Fraction
         lr_factor: Positive
         shifted_bn: bool
+        in_a_row: Annotated[int, Field(ge=1, le=1000)] | None = None
 
         @model_validator(mode="after")
         def _head_above_tail(self) -> "Method.Config":
@@ -87,6 +91,9 @@ class Method(Classifier):
         super().__init__(config, counts)
         factors = smoothing_factors(counts, config.smooth_head, config.smooth_tail, config.smoothing, config.power)
         self.register_buffer("factors", factors.float(), persistent=False)
+
+    def samplers(self) -> tuple[Sampler, ...]:
+        return (partial(class_balanced, in_a_row=self.config.in_a_row or 1),)
 
     def setup_head(self, network: Network) -> list[ParameterGroup]:
         network.head = Scaled(network.head)
