@@ -202,7 +202,7 @@ def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project, monke
     p.inside("check")
     blocks = params.load(ROOT / "params.yaml").classifiers
     mislas = {name for name, block in blocks.items() if block.get("method", name) == "mislas"}
-    assert len(mislas) == 5
+    assert len(mislas) == 6
     assert changed("src/tailcal/methods/mislas.py") == {f"calibrate/digits_lt-{name}" for name in mislas}
     assert changed("src/tailcal/tables.py") == {"report"}
     assert changed("src/tailcal/templates/costs.html") == {"report"}
