@@ -63,7 +63,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     stage1 = paths.representation(dataset_name, representation)
     upstream = lineage.read_represented(stage1)
     represented = settings.training(p, dataset_name, representation, "representations")
-    lineage.require_stage1(upstream, represented.record(p.precision), meta, stage1, longtail)
+    lineage.require_stage1(upstream, represented.record(p.precision), p.seeds, meta, stage1, longtail)
 
     record = {
         "code": provenance.code_version("stages.calibrate", method.module(training.method)),

@@ -108,10 +108,12 @@ def report() -> None:
     epochs = {
         dataset: [int(history["epoch"].max()) for history in group.values()] for dataset, group in histories.items()
     }
-    for group in cells.values():
+    for dataset, group in cells.items():
         _require_same_classes(group)
         for cell in group:
             _require_current(p, cell)
+        if (longtail := paths.longtail(dataset)).exists():
+            _require_images(p, dataset, longtail, group)
     _write_numbers(cells, epochs)
     sections = [
         page.section(
@@ -196,10 +198,22 @@ def _require_current(p: params.Params, cell: Cell) -> None:
     for part, first in CONCERNS.items():
         for key, of, wanted in changed:
             if key.startswith(part):
-                raise UserError(f"{path} is of {key} {of}, and the parameters say {wanted}: {_again(where, first)}")
+                raise UserError(f"{lineage.unlike(path, key, of, wanted)}: {_again(where, first)}")
     stage1 = paths.representation(*where[:2])
     if lineage.read_represented(stage1).weights != provenance.get("starts"):
         raise UserError(f"{path} is not of the networks that {stage1} holds: {_again(where, 'calibrate')}")
+
+
+def _require_images(p: params.Params, dataset: str, longtail: Path, cells: list[Cell]) -> None:
+    """Raise UserError when a cell's numbers are not of the images in `longtail`, or these not cut from those that were
+    downloaded."""
+    meta = splits.read_meta(longtail)
+    splits.require_cut(longtail, meta, params.dataset(p, dataset), paths.raw(dataset))
+    for cell in cells:
+        where = (cell.dataset, cell.representation, cell.classifier)
+        path = paths.metrics(*where)
+        origin = params.recorded(lineage.Origin, cell.metrics["provenance"], path)
+        lineage.require_origin(origin, path, where, meta, longtail, paths.representation(*where[:2]), ("evaluate",))
 
 
 def _again(where: tuple[str, str, str], first: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -353,6 +354,13 @@ def test_the_finished_network_is_rebuilt_from_its_record_and_weights(name, head,
 def test_a_wrong_setting_is_refused(name, settings):
     with pytest.raises(ValidationError):
         load(name).Config(**settings)
+
+
+def test_a_seed_that_was_not_trained_is_named():
+    names = ["seed0", "seed5.npz", "seed5.safetensors"]
+    lineage.require_seeds(names, [5, 0], Path("there"), "run it")
+    with pytest.raises(UserError, match=r"^there has no seed 7, and the parameters say seeds 0, 7: run it$"):
+        lineage.require_seeds(names, [0, 7], Path("there"), "run it")
 
 
 def test_the_record_of_stage_1_is_read_whole_or_named(tmp_path):

@@ -367,6 +367,11 @@ def nan_logits() -> np.ndarray:
             "data/predictions/digits_lt/ce/joint is of the classifier crt: run `dvc repro`",
         ),
         (
+            lambda: edit_params("\n- 2\n", "\n- 7\n"),
+            "data/predictions/digits_lt/ce/joint has no seed 7, and the parameters say seeds 0, 1, 7: run `dvc repro`, "
+            "or without DVC `python -m stages.calibrate --dataset digits_lt --representation ce --classifier joint`",
+        ),
+        (
             lambda: files.write_json(
                 paths.representation("digits_lt", "ce") / "provenance.json", STAGE1 | {"weights": {"a": "b"}}
             ),

@@ -362,7 +362,8 @@ def test_missing_files_are_counted_before_anything_is_decoded(work, decoded):
     with pytest.raises(
         UserError,
         match=r"4 of 26 images cannot be read: train/003\.png is missing; train/005\.png is missing; "
-        r"train/006\.png is missing; \.\.\.; all of them are in scratch/bad_images\.txt",
+        r"train/006\.png is missing; \.\.\.; all of them are in scratch/bad_images\.txt; "
+        r"the others have not been looked at: mend",
     ):
         write(made)
     assert decoded == []

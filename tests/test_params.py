@@ -107,7 +107,11 @@ def test_every_method_has_settings_on_every_data_set(name, stage):
         ("epochs: 60", "epochs: 0x3c", "recipes.digits.epochs: input should be a valid integer, got '0x3c'"),
         ("epochs: 60", "epochs: 1:30", "recipes.digits.epochs: input should be a valid integer, got '1:30'"),
         ("epochs: 60", "epochs: !!int six", "not valid YAML"),
-        ("profile: exponential", "profile: linear", "datasets.digits_lt.imbalance: input tag 'linear' found using"),
+        (
+            "profile: exponential",
+            "profile: linear",
+            "imbalance.profile: must be one of exponential, step, natural, got 'linear'",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path, old, new, says):

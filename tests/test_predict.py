@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,6 +249,26 @@ def test_without_a_hold_out_there_is_no_rule(tmp_path):
     with pytest.raises(UserError, match="made_up holds none out: use none"):
         export(cell, tmp_path / "other", "temperature", tmp_path)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_network_of_other_parameters_is_exported_with_a_warning(tmp_path, monkeypatch, capsys):
+    cell = make_cell(tmp_path)
+    shutil.copytree(ROOT / "presets", tmp_path / "presets")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    made = tmp_path / paths.predictions("made_up", "ce", "joint") / "provenance.json"
+    record, now = json.loads(made.read_text()), json.loads(made.read_text())["params"]
+    now["classifier"]["recipe"] = {"lr": 0.1}
+    monkeypatch.setattr(exporting.settings, "of_cell", lambda *_: now)  # made_up has no preset
+    for lr, warned in ((0.1, False), (0.2, True)):
+        record["params"]["classifier"]["recipe"] = {"lr": lr}
+        files.write_json(made, record)
+        export(cell, tmp_path / "model", root=tmp_path)
+        said = capsys.readouterr().err
+        line = (
+            "warning: the network is of classifier.recipe.lr 0.2, and the parameters say 0.1; exported is the network"
+        )
+        assert (line in said) == warned
 
 
 @pytest.mark.usefixtures("no_onnx")

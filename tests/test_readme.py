@@ -35,6 +35,24 @@ def test_the_method_of_the_walk_through_can_really_be_added(project):
     assert cell["provenance"]["params"]["representation"]["settings"] == {"augmentation": "standard", "epsilon": 0.1}
 
 
+@pytest.mark.pipeline
+def test_the_rule_of_the_walk_through_can_really_be_added(project):
+    p = project(name="ruled", cut=True)
+    source, params = p.root / "src/tailcal/posthoc.py", p.root / "params.yaml"
+    imported = source.read_text().replace("from pydantic import", "from pydantic import Field,")
+    source.write_text(f"{imported}\n\n{block('rule')}")
+    text = params.read_text()
+    start = text.index("\n", text.index("  posthoc:")) + 1
+    params.write_text(text[:start] + block("setting") + text[start:])
+    cell = "--dataset digits_lt --representation ce --classifier joint"
+    p.run("python", "-m", "stages.represent", *cell.split()[:4])
+    p.run("python", "-m", "stages.calibrate", *cell.split())
+    p.run("python", "-m", "stages.evaluate", *cell.split())
+    cell = json.loads((p.root / "metrics/cells/digits_lt/ce/joint.json").read_text())
+    assert cell["posthoc"]["sharpness"]["top1"] == cell["top1"]
+    assert cell["posthoc"]["sharpness"]["confidence"] > cell["confidence"]
+
+
 def test_the_pieces_can_be_imported_and_say_where_they_come_from():
     statements = ast.parse(block("pieces")).body
     assert len(statements) > 10

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from stages import paths, readme, report
-from tailcal import figures, files
+from tailcal import figures, files, lineage, params, splits
+from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
 from tailcal.posthoc import RULES
 from tailcal.tables import signed
@@ -488,7 +489,7 @@ def edit(path, change):
         ),
         (
             lambda p: p["evaluate"]["posthoc"].pop("temperature"),
-            r"is of evaluate.posthoc.temperature \{\}, and .* None",
+            r"is of evaluate.posthoc.temperature \{\}, and the parameters have none: run",
         ),
         (lambda p: p.update(seeds=[0, 1, 4]), r"is of seeds \[0, 1, 2\], and the parameters say \[0, 1, 4\]: run"),
     ],
@@ -507,6 +508,54 @@ def test_cells_of_another_stage_1_are_not_reported():
         report.main()
     path.unlink()
     with pytest.raises(UserError, match=r"mixup/provenance\.json is missing: run"):
+        report.main()
+
+
+@pytest.fixture
+def images():
+    """What the cells' images were, as the stages download and subsample say it; the cells are of them."""
+    digits = params.dataset(params.load(), "digits_lt")
+    sums = {name: name for name in (*lineage.TRAINED_ON, *lineage.PREDICTED)}
+    raw = {"class_names": ["a", "b"], "source": splits.cut(digits)["source"], "checksums": {"train_images.npy": "r"}}
+    meta = splits.cut(digits) | {
+        **{"class_names": ["a", "b"], "train_counts": [2, 1], "checksums": sums, "raw": raw["checksums"]},
+        **{"skipped": {}, "duplicates": dict.fromkeys(TWICE, 0)},
+    }
+    files.write_json(paths.raw("digits_lt") / "meta.json", raw)
+    files.write_json(paths.longtail("digits_lt") / "meta.json", meta)
+    for path in Path("metrics/cells/digits_lt").rglob("*.json"):
+        origin = {"data": sums, "predicted": sums}
+        report_inputs.change(path, provenance=files.read_json(path)["provenance"] | origin)
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize(
+    ("folder", "change", "says"),
+    [
+        (
+            paths.longtail,
+            {"train_images.npy": "x"},
+            "ce/joint.json is of networks that were trained on another training split",
+        ),
+        (
+            paths.longtail,
+            {"test_labels.npy": "x"},
+            "ce/joint.json is of other held-out or test images than data/lt/digits_lt holds: run `dvc repro`, or without "
+            "DVC `python -m stages.calibrate --dataset digits_lt --representation ce --classifier joint` and `python -m "
+            "stages.evaluate --dataset digits_lt --representation ce --classifier joint`",
+        ),
+        (
+            paths.raw,
+            {"train_images.npy": "x"},
+            "data/lt/digits_lt was cut from other images than data/raw/digits_lt holds",
+        ),
+    ],
+)
+def test_cells_of_other_images_are_not_reported(folder, change, says):
+    report.main()
+    path = folder("digits_lt") / "meta.json"
+    report_inputs.change(path, checksums=files.read_json(path)["checksums"] | change)
+    with pytest.raises(UserError, match=says):
         report.main()
 
 

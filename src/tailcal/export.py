@@ -15,6 +15,7 @@ a time can be exported: pn_transductive, say, needs all test images together.
 
 import argparse
 import contextlib
+import itertools
 import math
 import signal
 import sys
@@ -30,13 +31,13 @@ import numpy as np
 import torch
 
 import tailcal
-from tailcal import errors, files, lineage, models, posthoc, predictions, provenance, splits
+from tailcal import errors, files, lineage, models, posthoc, predictions, provenance, settings, splits
 from tailcal.errors import UserError
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece, ece_floor
 from tailcal.metrics.scores import log_softmax, softmax
 from tailcal.models import Network
-from tailcal.params import PARAMS, Augmentation, recorded, validate
+from tailcal.params import PARAMS, Augmentation, load, recorded, validate
 from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Measured, Predictor, alone, set_up
 from tailcal.weights import load_weights, save_weights
 
@@ -236,7 +237,10 @@ def read_finished(cell: Cell, root: Path) -> Finished:
     origin = files.read_json(made)
     record = recorded(Predicted, origin, made)
     trained, checksums = record.params.classifier, record.checksums
-    lineage.require_predictions(record, meta, predicted, longtail, stage1)
+    splits.require_raw(longtail, meta, root / f"data/raw/{cell.dataset}")
+    lineage.require_origin(
+        record, predicted, (cell.dataset, cell.representation, cell.classifier), meta, longtail, stage1
+    )
     logits = predicted / f"seed{cell.seed}.npz"
     if logits.name not in checksums:
         seeds = ", ".join(
@@ -269,6 +273,17 @@ def check_logits(finished: Finished) -> None:
             f"{finished.weights} does not give the logits that were saved with it: a file has changed since, or "
             f"the code has; delete it and {files.REPRO}"
         )
+
+
+def outdated(cell: Cell, finished: Finished, root: Path) -> list[str]:
+    """What the parameters below `root` say that the network was not trained by: a line for the first of it."""
+    names = (cell.dataset, cell.representation, cell.classifier)
+    try:
+        now = settings.of_cell(load(root / PARAMS), *names, root)
+    except UserError:  # an exported cell need not be one that can be trained today
+        return []
+    found = itertools.islice(lineage.differences(finished.provenance["params"], now), 1)
+    return [f"{lineage.unlike('the network', *each)}; exported is the network as it was trained" for each in found]
 
 
 def describe(cell: Cell, finished: Finished, rule: str) -> Card:
@@ -309,6 +324,8 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
     require_finished(root / f"data/predictions/{cell.dataset}/{cell.representation}/{cell.classifier}", root)
     check_out(out, cell)
     finished = read_finished(cell, root)
+    for line in outdated(cell, finished, root):
+        print(f"warning: {line}", file=sys.stderr)
     if rule == "temperature" and finished.split == "test":
         raise UserError(f"--rule temperature is fitted on held-out images, and {cell.dataset} holds none out: use none")
     card = describe(cell, finished, rule or ("temperature" if finished.split == "holdout" else "none"))

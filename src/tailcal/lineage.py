@@ -3,7 +3,7 @@
 DVC sees to that where it runs the stages; without it, a stage that was left out is noticed here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,19 @@ class Cell(Recorded):
     classifier: Block
 
 
-class Predicted(Recorded):
-    """The provenance of predictions. data: checksums of the training split; predicted: of the images of which they are;
-    starts: of the networks of stage 1 that stage 2 began with."""
+class Origin(Recorded):
+    """What predictions, and numbers measured of them, come from. data: checksums of the training split; predicted: of
+    the images that were predicted; starts: of the networks of stage 1 that stage 2 began with."""
 
     params: Cell
     data: dict[str, str]
     predicted: dict[str, str]
     starts: dict[str, str]
+
+
+class Predicted(Origin):
+    """The provenance of predictions."""
+
     checksums: dict[str, str]
 
 
@@ -109,34 +114,59 @@ def outdated(
     return differences(then, {"params": params, "evaluate": evaluate}, empty=True)
 
 
+def unlike(what: Path | str, key: str, then: str | None, now: str | None) -> str:
+    """How an error line says one of `differences`: what `what` is of, and what the parameters say now."""
+    of = f"{what} has no {key}" if then is None else f"{what} is of {key} {then}"
+    return f"{of}, and the parameters {'have none' if now is None else f'say {now}'}"
+
+
+def require_seeds(names: Iterable[str], seeds: list[int], what: Path, advice: str) -> None:
+    """Raise UserError unless there is a file, or a key, seed<k> among `names` for each of the seeds."""
+    found = {name.partition(".")[0] for name in names}
+    if lacking := [seed for seed in seeds if f"seed{seed}" not in found]:
+        raise UserError(
+            f"{what} has no seed {lacking[0]}, and the parameters say seeds {', '.join(map(str, seeds))}: {advice}"
+        )
+
+
 def require_stage1(
-    record: Represented, now: dict[str, Any], meta: dict[str, Any], stage1: Path, longtail: Path
+    record: Represented, now: dict[str, Any], seeds: list[int], meta: dict[str, Any], stage1: Path, longtail: Path
 ) -> None:
     """Raise UserError unless stage 1 in the folder `stage1`, of the provenance `record`, was trained by the parameters
-    `now` of a representation, on the training split in `longtail`, which `meta` describes."""
+    `now` of a representation and with these seeds, on the training split in `longtail`, which `meta` describes."""
     advice = again(represent=stage1.parts[-2:])
     if not same_files(record.data, meta, TRAINED_ON):
         raise UserError(f"{stage1} was trained on another training split than {longtail} holds: {advice}")
-    for key, then, wanted in differences(record.params.representation, now):
-        raise UserError(f"{stage1} was trained with {key} {then}, and the parameters say {wanted}: {advice}")
+    for difference in differences(record.params.representation, now):
+        raise UserError(f"{unlike(stage1, *difference)}: {advice}")
+    require_seeds(record.weights, seeds, stage1, advice)
 
 
-def require_predictions(record: Predicted, meta: dict[str, Any], predicted: Path, longtail: Path, stage1: Path) -> None:
-    """Raise UserError unless the predictions in the folder `predicted`, of the provenance `record`, are of the cell
-    that the folder is named after and of the images in `longtail`, which `meta` describes, and their networks were
-    trained on the training split there and begin with those of the folder `stage1`, where this is there."""
-    cell = predicted.parts[-3:]
+def require_origin(
+    record: Origin,
+    what: Path,
+    cell: tuple[str, ...],
+    meta: dict[str, Any],
+    longtail: Path,
+    stage1: Path,
+    after: tuple[str, ...] = (),
+) -> None:
+    """Raise UserError unless predictions or numbers, in the file or folder `what`, come from what lies there now.
+
+    They must be of the cell (data set, representation, classifier), of the images in `longtail`, which `meta`
+    describes, and of networks that were trained on the training split there and begin with those of the folder
+    `stage1`, where that is there. `after`: stages that are to run after calibrate, to make them anew.
+    """
+    made = dict.fromkeys(("calibrate", *after), cell)
     for axis, name in zip(AXES[1:], cell[1:], strict=True):
         if (found := getattr(record.params, axis).name) != name:
-            raise UserError(f"{predicted} is of the {axis} {found}: {again(calibrate=cell)}")
+            raise UserError(f"{what} is of the {axis} {found}: {again(**made)}")
     if not same_files(record.data, meta, TRAINED_ON):
         raise UserError(
-            f"{predicted} is of networks that were trained on another training split than {longtail} holds: "
-            f"{again(represent=cell[:2], calibrate=cell)}"
+            f"{what} is of networks that were trained on another training split than {longtail} holds: "
+            f"{again(represent=cell[:2], **made)}"
         )
     if not same_files(record.predicted, meta, PREDICTED):
-        raise UserError(
-            f"{predicted} is of other held-out or test images than {longtail} holds: {again(calibrate=cell)}"
-        )
+        raise UserError(f"{what} is of other held-out or test images than {longtail} holds: {again(**made)}")
     if stage1.exists() and read_represented(stage1).weights != record.starts:
-        raise UserError(f"{predicted} is not of the networks that {stage1} holds: {again(calibrate=cell)}")
+        raise UserError(f"{what} is not of the networks that {stage1} holds: {again(**made)}")

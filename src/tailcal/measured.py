@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from tailcal import files, params
 from tailcal.errors import UserError
-from tailcal.lineage import differences, flat, outdated
+from tailcal.lineage import differences, flat, outdated, unlike
 from tailcal.metrics.cell import over_seeds
 from tailcal.plan import PLAIN, PLAN, Plan
 from tailcal.tables import span
@@ -345,10 +345,9 @@ def require_planned(path: Path, run: Run, params: dict[str, Any], evaluate: dict
     """Raise UserError naming the first parameter by which one seed of a cell, in this file, was not trained or measured
     as it would be now. `params` and `evaluate` are as `lineage.outdated` takes them."""
     record = run.provenance.model_dump(exclude_defaults=True)
-    for key, then, now in outdated(record, params, evaluate):
+    for difference in outdated(record, params, evaluate):
         raise UserError(
-            f"{path} is of {key} {then}, and the parameters say {now}: set it back, or move the file away and "
-            f"{again(path.parts[-4:-1], run.seed)}"
+            f"{unlike(path, *difference)}: set it back, or move the file away and {again(path.parts[-4:-1], run.seed)}"
         )
 
 

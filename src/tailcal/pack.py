@@ -86,7 +86,7 @@ def write(listing: Listing, folder: Path, scratch: Path) -> dict[str, Any]:
     for split in SPLITS:
         keys[split], bad[split] = _keys(listing, getattr(listing, f"{split}_files"))
     if any(bad.values()):
-        _report(listing, bad, scratch)
+        _report(listing, bad, scratch, "; the others have not been looked at")
     digest = hashlib.sha256(b"".join(keys[split].tobytes() + b"/" for split in SPLITS)).hexdigest()[:20]
     work = scratch / digest
     shape = (listing.size, listing.size, listing.channels)
@@ -388,8 +388,8 @@ def _list_duplicates(listing: Listing, folder: Path, kept: dict[str, np.ndarray]
         )
 
 
-def _report(listing: Listing, bad: dict[str, Bad], scratch: Path) -> None:
-    """Raise the UserError for bad files when the listing is strict."""
+def _report(listing: Listing, bad: dict[str, Bad], scratch: Path, others: str = "") -> None:
+    """Raise the UserError for bad files when the listing is strict; `others` is what to say of the others."""
     if not listing.strict:
         return
     path = scratch / "bad_images.txt"
@@ -400,5 +400,5 @@ def _report(listing: Listing, bad: dict[str, Bad], scratch: Path) -> None:
         some.append("...")
     raise UserError(
         f"{listing.root}: {_count(bad)} of {total:,} images cannot be read: {'; '.join(some)}; all of them are in "
-        f"{path}: mend or remove them, or set the source's strict to false to leave them out"
+        f"{path}{others}: mend or remove them, or set the source's strict to false to leave them out"
     )

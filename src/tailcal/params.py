@@ -390,6 +390,10 @@ def _problem(problem: Any, where: str) -> str:
         return f"{key}: this key is missing"
     if problem["type"] == "too_short":
         return f"{key}: must have {problem['ctx']['min_length']} entry or more"
+    if problem["type"] == "union_tag_invalid":
+        chosen = problem["ctx"]
+        tag = chosen["discriminator"].strip("'")
+        return f"{key}.{tag}: must be one of {chosen['expected_tags'].replace(chr(39), '')}, got {chosen['tag']!r}"
     shown = "" if isinstance(problem["input"], dict | list | BaseModel) else f", got {problem['input']!r}"
     said = f"{key}: " if key else ""
     if problem["type"] in ("model_type", "dict_type"):  # pydantic's own words name our classes
@@ -480,7 +484,10 @@ def resolve(p: Params, found: Dataset, file: Path, block: str) -> Dataset:
             f"of its own in {PARAMS}"
         )
     if unknown := sorted(set(found.overrides) - set(p.representations) - set(p.classifiers)):
-        raise UserError(f"{found.key('overrides')}.{unknown[0]}: no method of that name has a block in {PARAMS}")
+        blocks = ", ".join(sorted([*p.representations, *p.classifiers]))
+        raise UserError(
+            f"{found.key('overrides')}.{unknown[0]}: no method of that name has a block in {PARAMS}: there are {blocks}"
+        )
     return found
 
 

@@ -47,12 +47,13 @@ class Training:
         return own | {"precision": precision}
 
 
-def of_cell(p: Params, dataset_name: str, representation: str, classifier: str) -> dict[str, Any]:
-    """All that a cell's training depends on of the parameters, as its provenance has it. Raises UserError."""
+def of_cell(p: Params, dataset_name: str, representation: str, classifier: str, root: Path = Path()) -> dict[str, Any]:
+    """All that a cell's training depends on of the parameters, as its provenance has it; presets lie below `root`.
+    Raises UserError."""
     return {
-        "dataset": splits.cut(params.dataset(p, dataset_name)),
-        "representation": training(p, dataset_name, representation, "representations").record(p.precision),
-        "classifier": training(p, dataset_name, classifier, "classifiers").record(p.precision),
+        "dataset": splits.cut(params.dataset(p, dataset_name, root)),
+        "representation": training(p, dataset_name, representation, "representations", root).record(p.precision),
+        "classifier": training(p, dataset_name, classifier, "classifiers", root).record(p.precision),
     }
 
 

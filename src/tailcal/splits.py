@@ -87,12 +87,21 @@ def require_cut(folder: Path, meta: dict[str, Any], dataset: Dataset, raw: Path)
     """Raise UserError unless the data set in `folder` was made and cut as the parameters say now, and from the images
     in the folder `raw`, where these are still there."""
     sources.require(dataset, meta["source"], folder)
-    advice = lineage.again(subsample=(folder.name,))
     for key, now in (("imbalance", dataset.imbalance.record()), ("holdout_per_class", dataset.holdout_per_class)):
         if meta[key] != now:
-            raise UserError(f"{folder} was cut with {key} {meta[key]}, and {dataset.key(key)} is {now}: {advice}")
+            raise UserError(
+                f"{folder} was cut with {key} {meta[key]}, and {dataset.key(key)} is {now}: "
+                f"{lineage.again(subsample=(folder.name,))}"
+            )
+    require_raw(folder, meta, raw)
+
+
+def require_raw(folder: Path, meta: dict[str, Any], raw: Path) -> None:
+    """Raise UserError unless the data set in `folder` was cut from the images in the folder `raw`, if this is there."""
     if raw.exists() and read_raw_meta(raw).checksums != meta["raw"]:
-        raise UserError(f"{folder} was cut from other images than {raw} holds: {advice}")
+        raise UserError(
+            f"{folder} was cut from other images than {raw} holds: {lineage.again(subsample=(folder.name,))}"
+        )
 
 
 def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tuple[np.ndarray, np.ndarray]:
