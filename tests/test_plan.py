@@ -260,6 +260,17 @@ def test_a_seed_of_other_parameters_is_refused_before_it_is_trained(run):
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text().replace("bins: 15", "bins: 10"))
     with pytest.raises(UserError, match=r"seed0\.json is of evaluate\.bins 15, and the parameters say 10: "):
         run(*short, "--missing")
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    del content["evaluate"]["posthoc"]["temperature"]  # a rule may come or go, but not change
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    run(*short, "--missing", "--seed", "0")
+    tables.main()
+    content["evaluate"]["posthoc"]["logit_adjustment"]["tau"] = 2.0
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(
+        UserError, match=r"is of evaluate\.posthoc\.logit_adjustment\.tau 1\.0, and the parameters say 2\.0"
+    ):
+        tables.main()
     assert path.read_bytes() == said
 
 

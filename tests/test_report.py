@@ -540,9 +540,9 @@ def images():
         (
             paths.longtail,
             {"test_labels.npy": "x"},
-            "ce/joint.json is of other held-out or test images than data/lt/digits_lt holds: run `dvc repro`, or without "
-            "DVC `python -m stages.calibrate --dataset digits_lt --representation ce --classifier joint` and `python -m "
-            "stages.evaluate --dataset digits_lt --representation ce --classifier joint`",
+            "ce/joint.json is of other held-out or test images than data/lt/digits_lt holds: run `dvc repro`, or "
+            "without DVC `python -m stages.calibrate --dataset digits_lt --representation ce --classifier joint` and "
+            "`python -m stages.evaluate --dataset digits_lt --representation ce --classifier joint`",
         ),
         (
             paths.raw,

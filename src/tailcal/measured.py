@@ -343,11 +343,17 @@ def read_run(path: Path) -> Run:
 
 def require_planned(path: Path, run: Run, params: dict[str, Any], evaluate: dict[str, Any]) -> None:
     """Raise UserError naming the first parameter by which one seed of a cell, in this file, was not trained or measured
-    as it would be now. `params` and `evaluate` are as `lineage.outdated` takes them."""
+    as it would be now. `params` and `evaluate` are as `lineage.outdated` takes them. Post-hoc rules may have come or
+    gone since: no other number depends on them."""
     record = run.provenance.model_dump(exclude_defaults=True)
-    for difference in outdated(record, params, evaluate):
+    rules = run.provenance.evaluate.get("posthoc", {}).keys() & evaluate["posthoc"].keys()
+    for key, then, now in outdated(record, params, evaluate):
+        names = key.split(".")
+        if names[:2] == ["evaluate", "posthoc"] and not rules.intersection(names[2:3]):
+            continue
         raise UserError(
-            f"{unlike(path, *difference)}: set it back, or move the file away and {again(path.parts[-4:-1], run.seed)}"
+            f"{unlike(path, key, then, now)}: set it back, or move the file away and "
+            f"{again(path.parts[-4:-1], run.seed)}"
         )
 
 
