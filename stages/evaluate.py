@@ -139,9 +139,10 @@ def evaluate(p: params.Params, dataset: params.Dataset, where: dict[str, str]) -
     made = folder / "provenance.json"
     provenance = files.read_json(made)
     record = params.recorded(lineage.Predicted, provenance, made)
-    stage1, names_of_cell = paths.representation(where["dataset"], where["representation"]), tuple(where.values())
-    lineage.require_origin(record, folder, names_of_cell, meta, longtail, stage1)
-    lineage.require_seeds(record.checksums, p.seeds, folder, lineage.again(calibrate=names_of_cell))
+    named = tuple(where.values())
+    lineage.require_images(record, folder, named, meta, longtail)
+    lineage.require_cell(record, folder, named, paths.representation(where["dataset"], where["representation"]))
+    lineage.require_seeds(record.checksums, p.seeds, folder, lineage.again(calibrate=named))
     cell = read_cell(folder, provenance.pop("checksums"), p.seeds, len(names))
 
     plots = paths.cell_plots(**where)

@@ -199,9 +199,8 @@ def _require_current(p: params.Params, cell: Cell) -> None:
         for key, of, wanted in changed:
             if key.startswith(part):
                 raise UserError(f"{lineage.unlike(path, key, of, wanted)}: {_again(where, first)}")
-    stage1 = paths.representation(*where[:2])
-    if lineage.read_represented(stage1).weights != provenance.get("starts"):
-        raise UserError(f"{path} is not of the networks that {stage1} holds: {_again(where, 'calibrate')}")
+    origin = params.recorded(lineage.Origin, provenance, path)
+    lineage.require_cell(origin, path, where, paths.representation(*where[:2]), ("evaluate",))
 
 
 def _require_images(p: params.Params, dataset: str, longtail: Path, cells: list[Cell]) -> None:
@@ -213,7 +212,7 @@ def _require_images(p: params.Params, dataset: str, longtail: Path, cells: list[
         where = (cell.dataset, cell.representation, cell.classifier)
         path = paths.metrics(*where)
         origin = params.recorded(lineage.Origin, cell.metrics["provenance"], path)
-        lineage.require_origin(origin, path, where, meta, longtail, paths.representation(*where[:2]), ("evaluate",))
+        lineage.require_images(origin, path, where, meta, longtail, ("evaluate",))
 
 
 def _again(where: tuple[str, str, str], first: str) -> str:

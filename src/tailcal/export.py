@@ -238,9 +238,8 @@ def read_finished(cell: Cell, root: Path) -> Finished:
     record = recorded(Predicted, origin, made)
     trained, checksums = record.params.classifier, record.checksums
     splits.require_raw(longtail, meta, root / f"data/raw/{cell.dataset}")
-    lineage.require_origin(
-        record, predicted, (cell.dataset, cell.representation, cell.classifier), meta, longtail, stage1
-    )
+    lineage.require_images(record, predicted, cell.names, meta, longtail)
+    lineage.require_cell(record, predicted, cell.names, stage1)
     logits = predicted / f"seed{cell.seed}.npz"
     if logits.name not in checksums:
         seeds = ", ".join(
@@ -277,9 +276,8 @@ def check_logits(finished: Finished) -> None:
 
 def outdated(cell: Cell, finished: Finished, root: Path) -> list[str]:
     """What the parameters below `root` say that the network was not trained by: a line for the first of it."""
-    names = (cell.dataset, cell.representation, cell.classifier)
     try:
-        now = settings.of_cell(load(root / PARAMS), *names, root)
+        now = settings.of_cell(load(root / PARAMS), *cell.names, root)
     except UserError:  # an exported cell need not be one that can be trained today
         return []
     found = itertools.islice(lineage.differences(finished.provenance["params"], now), 1)
@@ -321,7 +319,7 @@ def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) 
     rule: temperature, none, or None for temperature where something is held out. Raises UserError as `read_finished`
     and `describe` do; nothing is written then.
     """
-    require_finished(root / f"data/predictions/{cell.dataset}/{cell.representation}/{cell.classifier}", root)
+    require_finished((root / "data/predictions").joinpath(*cell.names), root)
     check_out(out, cell)
     finished = read_finished(cell, root)
     for line in outdated(cell, finished, root):
@@ -425,7 +423,7 @@ def main() -> None:
         said = "not calibrated (rule none)"
     for doubt in doubts(card):
         print(f"warning: {doubt}", file=sys.stderr)
-    print(f"{args.out}: {'/'.join([args.dataset, args.representation, args.classifier])} seed {args.seed}, {said}")
+    print(f"{args.out}: {'/'.join(cell.names)} seed {cell.seed}, {said}")
     print(result(card.measured, card.rule))
 
 

@@ -142,31 +142,35 @@ def require_stage1(
     require_seeds(record.weights, seeds, stage1, advice)
 
 
-def require_origin(
+def require_cell(record: Origin, what: Path, cell: tuple[str, ...], stage1: Path, after: tuple[str, ...] = ()) -> None:
+    """Raise UserError unless predictions or numbers, in the file or folder `what`, are of the cell (data set,
+    representation, classifier), and of networks that begin with those of the folder `stage1`, where that is there.
+
+    `after`: stages that are to run after calibrate, to make them anew.
+    """
+    advice = again(**dict.fromkeys(("calibrate", *after), cell))
+    for axis, name in zip(AXES[1:], cell[1:], strict=True):
+        if (found := getattr(record.params, axis).name) != name:
+            raise UserError(f"{what} is of the {axis} {found}: {advice}")
+    if stage1.exists() and read_represented(stage1).weights != record.starts:
+        raise UserError(f"{what} is not of the networks that {stage1} holds: {advice}")
+
+
+def require_images(
     record: Origin,
     what: Path,
     cell: tuple[str, ...],
     meta: dict[str, Any],
     longtail: Path,
-    stage1: Path,
     after: tuple[str, ...] = (),
 ) -> None:
-    """Raise UserError unless predictions or numbers, in the file or folder `what`, come from what lies there now.
-
-    They must be of the cell (data set, representation, classifier), of the images in `longtail`, which `meta`
-    describes, and of networks that were trained on the training split there and begin with those of the folder
-    `stage1`, where that is there. `after`: stages that are to run after calibrate, to make them anew.
-    """
-    made = dict.fromkeys(("calibrate", *after), cell)
-    for axis, name in zip(AXES[1:], cell[1:], strict=True):
-        if (found := getattr(record.params, axis).name) != name:
-            raise UserError(f"{what} is of the {axis} {found}: {again(**made)}")
+    """Raise UserError unless predictions or numbers, as `require_cell` takes them, are of the images in the folder
+    `longtail`, which `meta` describes, and of networks that were trained on the training split there."""
+    stages = dict.fromkeys(("calibrate", *after), cell)
     if not same_files(record.data, meta, TRAINED_ON):
         raise UserError(
             f"{what} is of networks that were trained on another training split than {longtail} holds: "
-            f"{again(represent=cell[:2], **made)}"
+            f"{again(represent=cell[:2], **stages)}"
         )
     if not same_files(record.predicted, meta, PREDICTED):
-        raise UserError(f"{what} is of other held-out or test images than {longtail} holds: {again(**made)}")
-    if stage1.exists() and read_represented(stage1).weights != record.starts:
-        raise UserError(f"{what} is not of the networks that {stage1} holds: {again(**made)}")
+        raise UserError(f"{what} is of other held-out or test images than {longtail} holds: {again(**stages)}")

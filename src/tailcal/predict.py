@@ -55,6 +55,11 @@ class Cell(Strict):
     classifier: str
     seed: int
 
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Data set, representation and classifier, as its folders are called."""
+        return self.dataset, self.representation, self.classifier
+
 
 class Measured(Strict):
     """What an exported model does on the test split, by which nothing was chosen: fractions in [0, 1].
