@@ -361,7 +361,12 @@ def nan_logits() -> np.ndarray:
             "-m stages.calibrate --dataset digits_lt --representation ce --classifier joint`",
         ),
         (lambda: record(predicted={}), "is of other held-out or test images than data/lt/digits_lt holds"),
-        (lambda: record(params={}), "provenance.json: params.representation: this key is missing; params.cl"),
+        (lambda: record(predicted=None), "provenance.json: predicted: must be a mapping of keys to values"),
+        (
+            lambda: record(params={}),
+            "provenance.json: params.representation: this key is missing; params.classifier: this key is missing; it "
+            "is damaged, or of another version: delete it and run `dvc repro`",
+        ),
         (
             lambda: record(params=NAMED | {"classifier": {"name": "crt"}}),
             "data/predictions/digits_lt/ce/joint is of the classifier crt: run `dvc repro`",

@@ -110,7 +110,7 @@ def test_every_method_has_settings_on_every_data_set(name, stage):
         (
             "profile: exponential",
             "profile: linear",
-            "imbalance.profile: must be one of exponential, step, natural, got 'linear'",
+            "datasets.digits_lt.imbalance.profile: must be one of exponential, step, natural, got 'linear'",
         ),
     ],
 )
