@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from tailcal.budget import Budget
 from tailcal.method import ParameterGroup
 from tailcal.optim import SAM, SGD, learning_rate, optimiser
 from tailcal.params import Recipe
-from tailcal.train import total_steps
 
 RISE = {"warmup": 5, "warmup_lr": 0.02}
 
@@ -130,23 +130,15 @@ def test_marc_counts_in_iterations():
     assert learning_rate(marc, 400) == pytest.approx(0.075, abs=1e-4)
     assert learning_rate(marc, 800) == pytest.approx(0.1)
     assert learning_rate(marc, 800 + 6100) == pytest.approx(0.05)
-    assert total_steps(10_847, marc) == 13_000
+    assert Budget(marc, 10_847).total == 13_000
 
 
 @pytest.mark.parametrize(("last_batch", "steps"), [("fill", 6), ("drop", 5)])
 def test_an_epoch_keeps_or_drops_its_last_batch(last_batch, steps):
-    assert (
-        total_steps(
-            351,
-            recipe(
-                epochs=3,
-                batch_size=64,
-                last_batch=last_batch,
-                schedule={"shape": "cosine", "warmup": 0, "warmup_lr": 0.0},
-            ),
-        )
-        == 3 * steps
+    short = recipe(
+        epochs=3, batch_size=64, last_batch=last_batch, schedule={"shape": "cosine", "warmup": 0, "warmup_lr": 0.0}
     )
+    assert Budget(short, 351).total == 3 * steps
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_every_method_has_settings_on_every_data_set(name, stage):
         (
             "factor: 20",
             "factr: 20",
-            "datasets.digits_lt.imbalance.factr: unknown key; datasets.digits_lt.imbalance.factor: this key is missing",
+            "datasets.digits_lt.imbalance.factr: unknown key: there are seed, profile, factor, largest",
         ),
         (
             "- digits_lt",

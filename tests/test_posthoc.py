@@ -415,8 +415,8 @@ RIGHT_TAU = "must be a number, 0 or more, or the word tuned"
             "platt: unknown rule: there are class_temperature, logit_adjustment, pn_inductive, pn_transductive, "
             "temperature, vector_scaling",
         ),
-        ({"temperature": {"T": 1.0}}, "temperature.T: unknown key"),
-        ({"vector_scaling": {"tau": 1.0}}, "vector_scaling.tau: unknown key"),
+        ({"temperature": {"T": 1.0}}, "temperature.T: unknown key: there are none"),
+        ({"vector_scaling": {"tau": 1.0}}, "vector_scaling.tau: unknown key: there are none"),
         ({"logit_adjustment": {}}, "logit_adjustment.tau: this key is missing"),
         ({"logit_adjustment": {"tau": -1.0}}, f"logit_adjustment.tau: {RIGHT_TAU}, got -1.0"),
         ({"pn_inductive": {"tau": "best"}}, f"pn_inductive.tau: {RIGHT_TAU}, got 'best'"),

@@ -25,6 +25,11 @@ class Cost:
     waited: float = 0.0
     images: int = 0
 
+    def add(self, images: int, seconds: float) -> None:
+        """Count an epoch."""
+        self.images += images
+        self.seconds += seconds
+
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches, with the time taken until each is there."""
         while True:

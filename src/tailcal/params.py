@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from tailcal.errors import UserError
 from tailcal.files import REPRO
@@ -28,6 +29,18 @@ class Strict(BaseModel):
     """Base of every block: no unknown keys, no coercion of types, no change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, block: Any) -> Any:
+        """What `extra` says, but with the keys there are."""
+        strict = cls.model_config["extra"] == "forbid" and isinstance(block, dict)
+        if strict and (unknown := [str(key) for key in block if key not in cls.model_fields]):
+            known = ", ".join(cls.model_fields) or "none"
+            raise PydanticCustomError(
+                "unknown_key", "unknown key: there are {known}", {"key": unknown[0], "known": known}
+            )
+        return block
 
 
 class Recorded(Strict):
@@ -371,8 +384,8 @@ def describe(error: ValidationError, where: str) -> str:
 
     `where` is the dotted name of the block that was validated, or "" for the whole file.
     """
-    # An unknown key first: where one is misspelt, the right one is missing too, and the user needs both.
-    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    # An unknown key first, as it is what a misspelt one is.
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "unknown_key")
     said = [_problem(problem, where) for problem in problems[:NAMED_PROBLEMS]]
     more = len(problems) - len(said)
     return "; ".join(said) + (f" (and {more} more)" if more else "")
@@ -383,9 +396,10 @@ def _problem(problem: Any, where: str) -> str:
     # A discriminated union adds the chosen tag to the location, after its own key.
     tagged = [before in ("schedule", "augmentation", "imbalance") for before in (None, *problem["loc"])]
     path = [str(part) for part, is_tag in zip(problem["loc"], tagged, strict=False) if not (is_tag and part in TAGS)]
-    key = ".".join([part for part in [where, *path] if part])
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key"
+    unknown = problem["ctx"]["key"] if problem["type"] == "unknown_key" else ""
+    key = ".".join([part for part in [where, *path, unknown] if part])
+    if unknown:
+        return f"{key}: {problem['msg']}"
     if problem["type"] == "missing":
         return f"{key}: this key is missing"
     if problem["type"] == "too_short":

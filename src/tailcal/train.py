@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from tailcal import checkpoint, distributed, portable
+from tailcal.budget import Budget
 from tailcal.costs import Cost
 from tailcal.draws import Draws, derive
 from tailcal.engine import executor, side_by_side
 from tailcal.errors import UserError
 from tailcal.method import Method
 from tailcal.models import HalfPrecision, Network
-from tailcal.optim import learning_rate, optimiser
+from tailcal.optim import SGD, optimiser
 from tailcal.params import PARAMS, Precision, Recipe, Runtime
 from tailcal.progress import Progress
 from tailcal.store import Images
@@ -93,6 +94,16 @@ class Replica:
     recipe_key: str | None  # None for a method that takes no step
     late: "Late | None" = None
 
+    def require_finite(self, finite: bool, wrong: str, epoch: int) -> None:
+        """Raise UserError unless `finite`: what is wrong since an epoch (counted from 0), and the last good
+        checkpoint."""
+        checkpoint.require_finite(finite, wrong, self.title, epoch, self.scratch)
+
+    def require_finite_weights(self, network: Network, epoch: int) -> None:
+        """The same of the weights: a step's loss was measured before its update, and tells nothing of what came out."""
+        finite = torch.stack([value.isfinite().all() for value in network.state_dict().values()]).all()
+        self.require_finite(bool(finite), "a weight became no finite number", epoch)
+
 
 @dataclass(frozen=True)
 class Late:
@@ -116,16 +127,6 @@ class Trained(NamedTuple):
     network: Network
     history: list[dict[str, Any]]
     cost: Cost
-
-
-def steps_per_epoch(n: int, recipe: Recipe) -> int:
-    """ceil(N / B), or floor(N / B) for recipes that drop the last partial batch."""
-    return n // recipe.batch_size if recipe.last_batch == "drop" else math.ceil(n / recipe.batch_size)
-
-
-def total_steps(n: int, recipe: Recipe) -> int:
-    """Steps of a whole training on n images."""
-    return recipe.iterations or recipe.epochs * steps_per_epoch(n, recipe)
 
 
 def agreement(logits: Tensor, targets: Tensor) -> Tensor:
@@ -180,6 +181,47 @@ def train(
         return side_by_side(trainings, data.device, at_once(runtime, len(replicas)))
 
 
+@dataclass
+class _State:
+    """A training between two epochs: all that its checkpoint holds."""
+
+    network: Network
+    method: Method
+    optimise: SGD
+    epoch: int = 0  # how many are over
+    history: list[dict[str, Any]] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+
+    def save(self, path: Path) -> None:
+        """Write it as a checkpoint."""
+        checkpoint.save(
+            path,
+            {
+                "network": self.network.state_dict(),
+                "method": self.method.state_dict(),
+                "optimiser": self.optimise.state(),
+                "epoch": self.epoch,
+                "history": self.history,
+                "cost": asdict(self.cost),
+            },
+        )
+
+    def resume(self, path: Path, device: torch.device) -> None:
+        """Go on from the checkpoint at `path`, if there is one. Raises UserError when it is of another training."""
+        if not (saved := checkpoint.load(path, device)):
+            return
+        try:
+            self.network.load_state_dict(saved["network"])
+            self.method.load_state_dict(saved["method"])
+            self.optimise.load_state(saved["optimiser"])
+            self.epoch, self.history, self.cost = saved["epoch"], saved["history"], Cost(**saved["cost"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            folder = path.parent
+            raise UserError(
+                f"{folder} holds a checkpoint of another training ({type(error).__name__}): delete it and run again"
+            ) from None
+
+
 def _training(
     replica: Replica, data: Images, recipe: Recipe, runtime: Runtime, precision: Precision
 ) -> Generator[None, None, Trained]:
@@ -188,34 +230,21 @@ def _training(
         torch.manual_seed(derive(replica.seed, "initialisation"))
         network, method = replica.make()
         groups = method.setup(network)  # before the device, so that every first weight comes from the one generator
-    device, cost = data.device, Cost()
+    device = data.device
     network, method = place(network, device), method.to(device)
     if not method.trained:
         if method.fitted:
             method.fit(network, over_batches(network.backbone, data), data.labels)
-        return Trained(network, [], cost)
+        return Trained(network, [], Cost())
 
-    optimise = optimiser(groups, recipe, partial(distributed.sum_gradients, network.backbone))
     labels = data.labels.cpu().numpy()
-    steps, size = steps_per_epoch(len(labels), recipe), recipe.batch_size
-    _require_fits(recipe, len(labels), replica)
-    total = total_steps(len(labels), recipe)
-    epochs = math.ceil(total / steps)  # a budget of iterations may end within an epoch
-    start, history = 0, []
-    if saved := checkpoint.load(replica.scratch, device):
-        try:
-            network.load_state_dict(saved["network"])
-            method.load_state_dict(saved["method"])
-            optimise.load_state(saved["optimiser"])
-            start, history, cost = saved["epoch"], saved["history"], Cost(**saved["cost"])
-            del saved  # a second copy of it all on the device
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            folder = replica.scratch.parent
-            raise UserError(
-                f"{folder} holds a checkpoint of another training ({type(error).__name__}): delete it and run again"
-            ) from None
+    budget = Budget(recipe, len(labels))
+    budget.require_possible(replica.recipe_key, replica.title)
+    optimise = optimiser(groups, recipe, partial(distributed.sum_gradients, network.backbone))
+    state = _State(network, method, optimise)
+    state.resume(replica.scratch, device)
+    distributed.require_same(state.epoch, replica.scratch, device)
 
-    distributed.require_same(start, replica.scratch, device)
     half = precision == "bf16"
     learning = distributed.share(Network(HalfPrecision(network.backbone), network.head) if half else network)
     # What changes from epoch to epoch, and the sums over one: tensors, so that a step never waits for the device.
@@ -232,90 +261,49 @@ def _training(
 
     def drawn(epoch: int) -> list[np.ndarray]:
         """The images of an epoch's steps, from each sampler: int64 [steps, batch size]."""
-        first, stop = epoch * steps * size, min((epoch + 1) * steps, total) * size
         return [
-            sampler(labels, derive(replica.seed, "sampler", i), first, stop).reshape(-1, size)
+            sampler(labels, derive(replica.seed, "sampler", i), *budget.stretch(epoch)).reshape(-1, recipe.batch_size)
             for i, sampler in enumerate(method.samplers())
         ]
 
-    def require_finite(finite: bool, wrong: str, epoch: int) -> None:
-        checkpoint.require_finite(finite, wrong, replica.title, epoch, replica.scratch)
-
-    def require_finite_weights(epoch: int) -> None:
-        """A step's loss was measured before its update, so the weights that came out are looked at as well."""
-        finite = torch.stack([value.isfinite().all() for value in network.state_dict().values()]).all()
-        require_finite(bool(finite), "a weight became no finite number", epoch)
-
     execute = executor(step, replica.seed, device, runtime.cuda_graphs and distributed.size() == 1)
-    bar = Progress(replica.title, "epoch", epochs, start, steps * size, silent=not distributed.is_first())
+    images, first = budget.steps * recipe.batch_size, distributed.is_first()
+    bar = Progress(replica.title, "epoch", budget.epochs, state.epoch, images, silent=not first)
     last_saved = began = time.monotonic()
-    coming = drawn(start) if start < epochs else []
-    for epoch in range(start, epochs):
+    coming = drawn(state.epoch) if state.epoch < budget.epochs else []
+    for epoch in range(state.epoch, budget.epochs):
         method.set_mode(network)
-        rate = learning_rate(recipe, epoch if recipe.epochs else epoch * steps)
+        rate = budget.learning_rate(epoch)
         lr.fill_(rate)
-        progress.fill_(epoch / epochs)
+        progress.fill_(epoch / budget.epochs)
         sums.zero_()
         taken = len(coming[0])
         present, coming = coming, []
-        for number, pairs in enumerate(cost.waiting(data.steps(present)), start=epoch * steps):
+        for number, pairs in enumerate(state.cost.waiting(data.steps(present)), start=epoch * budget.steps):
             execute(pairs, number)
-            if not coming and epoch + 1 < epochs:
+            if not coming and epoch + 1 < budget.epochs:
                 coming = drawn(epoch + 1)  # while the device is at work
             yield
 
-        mean_loss, accuracy = (sums / taken).tolist()
-        require_finite(math.isfinite(mean_loss), f"the loss became {mean_loss}", epoch)
-        history.append(
-            {"epoch": epoch + 1, "seed": replica.seed, "lr": rate, "loss": mean_loss, "train_accuracy": accuracy}
+        loss, accuracy = (sums / taken).tolist()
+        replica.require_finite(math.isfinite(loss), f"the loss became {loss}", epoch)
+        state.epoch = epoch + 1
+        state.history.append(
+            {"epoch": state.epoch, "seed": replica.seed, "lr": rate, "loss": loss, "train_accuracy": accuracy}
         )
-        if replica.late and distributed.is_first():
-            replica.late.keep(network, method, epoch + 1, epochs)
+        if replica.late and first:
+            replica.late.keep(network, method, state.epoch, budget.epochs)
         now = time.monotonic()
-        cost.images, cost.seconds, began = cost.images + taken * size, cost.seconds + now - began, now
-        bar.add(1, f"loss {mean_loss:.4f}")
-        if distributed.is_first() and (epoch + 1 == epochs or now - last_saved >= runtime.checkpoint_seconds):
-            require_finite_weights(epoch)  # nothing that has diverged takes the place of a good checkpoint
-            checkpoint.save(
-                replica.scratch,
-                {
-                    "network": network.state_dict(),
-                    "method": method.state_dict(),
-                    "optimiser": optimise.state(),
-                    "epoch": epoch + 1,
-                    "history": history,
-                    "cost": asdict(cost),
-                },
-            )
+        state.cost.add(taken * recipe.batch_size, now - began)
+        began = now
+        bar.add(1, f"loss {loss:.4f}")
+        if first and (state.epoch == budget.epochs or now - last_saved >= runtime.checkpoint_seconds):
+            replica.require_finite_weights(network, epoch)  # nothing that has diverged replaces a good checkpoint
+            state.save(replica.scratch)
             last_saved = time.monotonic()
     method.finish(network)
-    require_finite_weights(epochs - 1)
-    return Trained(network, history, cost)
-
-
-def _require_fits(recipe: Recipe, images: int, replica: Replica) -> None:
-    """Raise UserError when batches cannot be drawn from so many images, or not shared among processes, or when a change
-    of the learning rate falls into the last epoch, which has begun by then."""
-    size = recipe.batch_size
-    if size > images:
-        raise UserError(
-            f"{replica.recipe_key}.batch_size is {size}, but the training split has {images} images "
-            f"({replica.title}): use {images} or fewer"
-        )
-    if size % distributed.size():
-        raise UserError(
-            f"{replica.recipe_key}.batch_size is {size}, which {distributed.size()} processes cannot share evenly "
-            f"({replica.title}): use a multiple of {distributed.size()}"
-        )
-    if recipe.iterations:
-        steps = steps_per_epoch(images, recipe)
-        last = (recipe.iterations - 1) // steps * steps
-        marks = [recipe.schedule.warmup, *getattr(recipe.schedule, "milestones", [])]
-        if late := [mark for mark in marks if last < mark < recipe.iterations]:
-            raise UserError(
-                f"{replica.recipe_key}.schedule: warmup or milestones say {late[0]}, and the learning rate changes as "
-                f"an epoch of {steps} iterations begins, the last at {last} ({replica.title}): must be {last} or less"
-            )
+    replica.require_finite_weights(network, budget.epochs - 1)
+    return Trained(network, state.history, state.cost)
 
 
 @torch.no_grad()
