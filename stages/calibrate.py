@@ -26,6 +26,7 @@ from tailcal import (
     seal,
     settings,
     splits,
+    store,
     train,
     weights,
 )
@@ -98,25 +99,33 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     placed = {
         split: read_images(longtail, split, dataset, device, p.runtime.placement) for split in ("holdout", "test")
     }
-    logits = {
-        split: train.predict([one.network for one in trained.values()], images, p.runtime)
-        for split, images in placed.items()
-    }
-    labels = {split: images.labels.cpu().numpy() for split, images in placed.items()}
     folder = paths.predictions(*cell)
-    for i, seed in enumerate(trained):
-        for split in logits:
-            if not np.isfinite(logits[split][i]).all():
-                raise errors.UserError(
-                    f"{'/'.join(cell)} seed {seed}: its {split} logits are not "
-                    f"finite numbers: milder settings of {classifier} usually help"
-                )
-        made = predictions.Predictions(logits["test"][i], labels["test"], logits["holdout"][i], labels["holdout"])
+    for seed, made in predict(p, trained, placed, cell).items():
         checksums[f"seed{seed}.npz"] = made.write(folder / f"seed{seed}.npz")
     record["predicted"] = {name: meta["checksums"][name] for name in lineage.PREDICTED}
     files.write_json(folder / "provenance.json", record | distributed.record() | {"checksums": checksums})
     checkpoint.keep_only(scratch)
     return scratch
+
+
+def predict(
+    p: params.Params, trained: dict[int, train.Trained], placed: dict[str, store.Images], cell: tuple[str, ...]
+) -> dict[int, predictions.Predictions]:
+    """What each seed's network says of the held-out and the test split. Raises UserError for what is no number."""
+    networks = [one.network for one in trained.values()]
+    logits = {split: train.predict(networks, images, p.runtime) for split, images in placed.items()}
+    labels = {split: images.labels.cpu().numpy() for split, images in placed.items()}
+    for split, of_seeds in logits.items():
+        for seed, found in zip(trained, of_seeds, strict=True):
+            if not np.isfinite(found).all():
+                raise errors.UserError(
+                    f"{'/'.join(cell)} seed {seed}: its {split} logits are not finite numbers: milder settings of "
+                    f"{cell[-1]} usually help"
+                )
+    return {
+        seed: predictions.Predictions(test, labels["test"], holdout, labels["holdout"])
+        for seed, test, holdout in zip(trained, logits["test"], logits["holdout"], strict=True)
+    }
 
 
 if __name__ == "__main__":

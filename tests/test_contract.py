@@ -1,16 +1,21 @@
 """What every method promises, checked on every block of params.yaml and every file of tailcal.methods: nobody has to
 remember to add a test here."""
 
+import copy
 import inspect
+import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from stages import calibrate
 from tailcal import method as methods
 from tailcal import params, train
+from tailcal.costs import Cost
 from tailcal.errors import UserError
 from tailcal.method import Method, Trained, configure
 from tailcal.models import build
@@ -95,6 +100,20 @@ def run(name, tmp_path, seed=0, epochs=3, sam_rho=0.0):
 def predict(network, data):
     (logits,) = train.predict([network], data, RUNTIME)
     return logits
+
+
+def test_logits_that_are_no_numbers_are_refused(tmp_path):
+    network, history = run("ce", tmp_path, epochs=1)
+    parameters = SimpleNamespace(runtime=RUNTIME)
+    placed = {"holdout": images(), "test": images()}
+    good, bad = (train.Trained(copy.deepcopy(network), history, Cost()) for _ in range(2))
+    found = calibrate.predict(parameters, {3: good}, placed, ("d", "ce", "crt"))
+    assert np.array_equal(found[3].test_logits, predict(network, images()))
+    assert np.array_equal(found[3].holdout_labels, images().labels)
+    with torch.no_grad():
+        bad.network.head.bias.fill_(math.inf)
+    with pytest.raises(UserError, match=r"^d/ce/crt seed 5: its holdout logits are not finite numbers: milder .* crt"):
+        calibrate.predict(parameters, {3: good, 5: bad}, placed, ("d", "ce", "crt"))
 
 
 @pytest.mark.parametrize("name", names())

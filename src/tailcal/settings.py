@@ -61,34 +61,14 @@ def training(p: Params, dataset_name: str, name: str, stage: Stage, root: Path =
     """The settings of one block on one data set; presets lie below `root`. Raises UserError naming the wrong key."""
     dataset = params.dataset(p, dataset_name, root)
     override = dataset.overrides.get(name, Override())
-    block = params.chosen(getattr(p, stage), name, stage)
-    chosen, own = method.resolve(name, block, stage)
+    chosen, own = method.resolve(name, params.chosen(getattr(p, stage), name, stage), stage)
     Method = method.load(chosen)
     config = params.validate(Method.Config, own, f"{stage}.{name}")
-    backbone = recipe_name = pretrained = None
-    if stage == "representations":
-        key = f"overrides.{name}.backbone" if override.backbone else "backbone"
-        backbone = override.backbone or dataset.backbone
-        pretrained = dataset.pretrained
-        if pretrained and backbone not in imagenet.BACKBONES:
-            known = ", ".join(imagenet.BACKBONES)
-            raise UserError(f"{dataset.key(key)}: {backbone} cannot be pretrained: use one of {known}")
-        if backbone not in models.BACKBONES:
-            raise UserError(f"{dataset.key(key)}: must be one of {', '.join(models.BACKBONES)}, got {backbone!r}")
-    elif override.backbone:
-        raise UserError(f"{dataset.key(f'overrides.{name}.backbone')}: a classifier has no backbone of its own")
-    if override.recipe and not Method.trained:
-        raise UserError(f"{dataset.key(f'overrides.{name}.recipe')}: {name} takes no training step, so has no recipe")
-    if Method.trained:
-        recipe_name = override.recipe or getattr(dataset, RECIPE[stage])
+    backbone = _backbone(dataset, name, override, stage)
+    recipe_name, recipe, recipe_key = _recipe(p, dataset, name, override, stage, Method.trained)
     if override.settings:
         # The block alone was right, so what is wrong with both together is the override's.
         config = dataset.validate_block(Method.Config, own | override.settings, f"overrides.{name}")
-    recipe = recipe_key = None
-    if recipe_name in dataset.recipes:
-        recipe, recipe_key = dataset.recipes[recipe_name], dataset.key(f"recipes.{recipe_name}")
-    elif recipe_name:
-        recipe, recipe_key = p.recipes[recipe_name], f"{PARAMS}: recipes.{recipe_name}"
     return Training(
         name=name,
         method=chosen,
@@ -97,6 +77,37 @@ def training(p: Params, dataset_name: str, name: str, stage: Stage, root: Path =
         backbone=backbone,
         recipe_name=recipe_name,
         recipe=recipe,
-        pretrained=pretrained,
+        pretrained=dataset.pretrained if backbone else None,
         recipe_key=recipe_key,
     )
+
+
+def _backbone(dataset: params.Dataset, name: str, override: Override, stage: Stage) -> str | None:
+    """The backbone that a block trains; None in stage 2. Raises UserError naming the key of one that cannot be."""
+    if stage == "classifiers":
+        if override.backbone:
+            raise UserError(f"{dataset.key(f'overrides.{name}.backbone')}: a classifier has no backbone of its own")
+        return None
+    key = dataset.key(f"overrides.{name}.backbone" if override.backbone else "backbone")
+    backbone = override.backbone or dataset.backbone
+    if dataset.pretrained and backbone not in imagenet.BACKBONES:
+        raise UserError(f"{key}: {backbone} cannot be pretrained: use one of {', '.join(imagenet.BACKBONES)}")
+    if backbone not in models.BACKBONES:
+        raise UserError(f"{key}: must be one of {', '.join(models.BACKBONES)}, got {backbone!r}")
+    return backbone
+
+
+def _recipe(
+    p: Params, dataset: params.Dataset, name: str, override: Override, stage: Stage, trained: bool
+) -> tuple[str | None, Recipe | None, str | None]:
+    """Name, recipe, and file and key of it; None of each for a method that takes no step, which may not be given one:
+    that raises UserError."""
+    if not trained:
+        if override.recipe:
+            key = dataset.key(f"overrides.{name}.recipe")
+            raise UserError(f"{key}: {name} takes no training step, so has no recipe")
+        return None, None, None
+    chosen = override.recipe or getattr(dataset, RECIPE[stage])
+    if chosen in dataset.recipes:
+        return chosen, dataset.recipes[chosen], dataset.key(f"recipes.{chosen}")
+    return chosen, p.recipes[chosen], f"{PARAMS}: recipes.{chosen}"
