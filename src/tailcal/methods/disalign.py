@@ -24,9 +24,9 @@ from tailcal.samplers import Sampler, instance
 def align(logits: Tensor, gate: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """s (a_k z_k + b_k) + (1 - s) z_k: logits [B, K], gate s [B, 1] in [0, 1], scale a and offset b [K].
 
-    Returns [B, K]. Computed as z + s ((a - 1) z + b), which is z to the last bit where a = 1 and b = 0.
+    Returns [B, K]; where a = 1 and b = 0 it is z to the last bit.
     """
-    return logits + gate * ((scale - 1) * logits + offset)
+    return torch.lerp(logits, scale * logits + offset, gate)
 
 
 class Aligned(nn.Module):
