@@ -272,6 +272,11 @@ def test_a_seed_of_other_parameters_is_refused_before_it_is_trained(run):
     ):
         tables.main()
     assert path.read_bytes() == said
+    path.write_text(json.dumps(json.loads(said) | {"provenance": {}}))
+    with pytest.raises(
+        UserError, match=r"^metrics/published/cells/small/mixup/joint/seed0\.json does not say by which parameters"
+    ):
+        tables.main()
 
 
 @pytest.mark.pipeline

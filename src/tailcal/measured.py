@@ -343,9 +343,14 @@ def read_run(path: Path) -> Run:
 
 def require_planned(path: Path, run: Run, params: dict[str, Any], evaluate: dict[str, Any]) -> None:
     """Raise UserError naming the first parameter by which one seed of a cell, in this file, was not trained or measured
-    as it would be now. `params` and `evaluate` are as `lineage.outdated` takes them. Post-hoc rules may have come or
-    gone since: no other number depends on them."""
+    as it would be now, or where the file names none. `params` and `evaluate` are as `lineage.outdated` takes them.
+    Post-hoc rules may have come or gone since: no other number depends on them."""
     record = run.provenance.model_dump(exclude_defaults=True)
+    if not {"params", "evaluate"} <= record.keys():
+        raise UserError(
+            f"{path} does not say by which parameters it was trained and measured: move it away and "
+            f"{again(path.parts[-4:-1], run.seed)}"
+        )
     rules = run.provenance.evaluate.get("posthoc", {}).keys() & evaluate["posthoc"].keys()
     for key, then, now in outdated(record, params, evaluate):
         names = key.split(".")
