@@ -288,8 +288,7 @@ def main() -> None:
                 training = settings.training(p, dataset, name, "classifiers")
                 seeds[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))
             others = beside(cell, (seed for seed in chosen.seeds if args.missing or seed not in p.seeds))
-            for file, run in others.items():
-                workspace.require_planned(file, run, planned)
+            workspace.require_planned(others, planned)
             if seeds[name] or args.precision:
                 require_alike(cell, p, others)
 

@@ -29,9 +29,8 @@ def tables() -> None:
     """Write the five files. Raises UserError when one that is read is missing or wrong."""
     chosen, p = plan.load(params.load())
     cells = measured.read_measured(paths.PUBLISHED, chosen)
-    for cell, found in cells.items():
-        for one in found.runs:
-            workspace.require_planned(measured.run_file(paths.PUBLISHED, cell, one.seed), one, p)
+    runs = {measured.run_file(paths.PUBLISHED, cell, run.seed): run for cell in cells for run in cells[cell].runs}
+    workspace.require_planned(runs, p)
     printed = references.read_references(references.REFERENCES)
     published.require_known(printed, chosen, p.evaluate.posthoc)
     papers = published.compare(printed, cells)

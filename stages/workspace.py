@@ -78,13 +78,18 @@ def with_images(p: params.Params, names: Iterable[str], images: Path | None) -> 
     return p.model_copy(update={"datasets": p.datasets | changed})
 
 
-def require_planned(file: Path, run: measured.Run, p: params.Params) -> None:
-    """Raise UserError unless one seed of a published cell, in this file, is of these parameters. Precision and source
-    of the images, which options may change, are its own."""
+def require_planned(runs: dict[Path, measured.Run], p: params.Params) -> None:
+    """Raise UserError unless these seeds of published cells, by file, are of these parameters; it says the first that
+    is not, and how many more are not. Precision and source of the images, which options may change, are their own."""
+    if said := list(filter(None, (_unplanned(file, run, p) for file, run in runs.items()))):
+        raise errors.UserError(said[0] + (f" (there are {len(said)} such files)" if len(said) > 1 else ""))
+
+
+def _unplanned(file: Path, run: measured.Run, p: params.Params) -> str | None:
     p, cell = p.model_copy(update={"precision": run.precision}), file.parts[-4:-1]
     if not run.data.official and sources.configure(params.dataset(p, cell[0])).kind in OFFICIAL:
         p = with_images(p, cell[:1], Path("images"))  # which folder, no record says
-    measured.require_planned(file, run, settings.of_cell(p, *cell), p.evaluate.model_dump())
+    return measured.unplanned(file, run, settings.of_cell(p, *cell), p.evaluate.model_dump())
 
 
 def _from_folder(p: params.Params, dataset: params.Dataset, images: Path, kind: str) -> params.Dataset:

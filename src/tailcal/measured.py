@@ -341,25 +341,23 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def require_planned(path: Path, run: Run, params: dict[str, Any], evaluate: dict[str, Any]) -> None:
-    """Raise UserError naming the first parameter by which one seed of a cell, in this file, was not trained or measured
-    as it would be now, or where the file names none. `params` and `evaluate` are as `lineage.outdated` takes them.
-    Post-hoc rules may have come or gone since: no other number depends on them."""
+def unplanned(path: Path, run: Run, params: dict[str, Any], evaluate: dict[str, Any]) -> str | None:
+    """In what way one seed of a cell, in this file, was not trained or measured as it would be now, as an error line
+    says it: the first parameter, or that the file names none. None where all are the same.
+
+    `params` and `evaluate` are as `lineage.outdated` takes them. Post-hoc rules may have come or gone since: no other
+    number depends on them.
+    """
+    anew = again(path.parts[-4:-1], run.seed)
     record = run.provenance.model_dump(exclude_defaults=True)
     if not {"params", "evaluate"} <= record.keys():
-        raise UserError(
-            f"{path} does not say by which parameters it was trained and measured: move it away and "
-            f"{again(path.parts[-4:-1], run.seed)}"
-        )
+        return f"{path} does not say by which parameters it was trained and measured: move it away and {anew}"
     rules = run.provenance.evaluate.get("posthoc", {}).keys() & evaluate["posthoc"].keys()
     for key, then, now in outdated(record, params, evaluate):
         names = key.split(".")
-        if names[:2] == ["evaluate", "posthoc"] and not rules.intersection(names[2:3]):
-            continue
-        raise UserError(
-            f"{unlike(path, key, then, now)}: set it back, or move the file away and "
-            f"{again(path.parts[-4:-1], run.seed)}"
-        )
+        if names[:2] != ["evaluate", "posthoc"] or rules.intersection(names[2:3]):
+            return f"{unlike(path, key, then, now)}: set it back, or move the file away and {anew}"
+    return None
 
 
 def pack(hits: np.ndarray) -> str:
