@@ -9,6 +9,7 @@ import importlib
 import io
 import itertools
 import os
+import pathlib
 import random
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -38,6 +40,14 @@ STATE = {
 }
 
 
+def replace(patch: pytest.MonkeyPatch, module: ModuleType, name: str, function: Callable) -> None:
+    """Have the standard library call `function` in place of a function of `os` or `io`."""
+    patch.setattr(module, name, function)
+    earlier = getattr(pathlib, "_normal_accessor", None)  # where Python 3.10 has looked them up by now
+    if hasattr(earlier, name):
+        patch.setattr(earlier, name, function)
+
+
 class Disk:
     """Counts the calls that write to disk, and fails those from number `first` on with `error`.
 
@@ -50,9 +60,9 @@ class Disk:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.count, self.first, self.error = 0, sys.maxsize, 0
         for name in self.CALLS:
-            patch.setattr(os, name, self.counted(getattr(os, name)))
+            replace(patch, os, name, self.counted(getattr(os, name)))
         for module, name in ((os, "fdopen"), (io, "open")):
-            patch.setattr(module, name, self.writers(getattr(module, name)))
+            replace(patch, module, name, self.writers(getattr(module, name)))
 
     def tick(self, path: object = None) -> None:
         """One more call; `path` is what the system would name in the error, if anything."""
@@ -264,7 +274,7 @@ def test_a_file_with_a_bad_sector_is_named(read, tmp_path, monkeypatch):
         stream = io.BufferedReader(Unreadable(file))
         return stream if "b" in mode else io.TextIOWrapper(stream, options.get("encoding"))
 
-    monkeypatch.setattr(io, "open", opened)
+    replace(monkeypatch, io, "open", opened)
     said = one_line(lambda: read(path))
     assert said.startswith(f"error: {path}")
     assert "Input/output error" in said

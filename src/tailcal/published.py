@@ -20,6 +20,7 @@ from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
 MISS = 1.0  # points beyond the spread of the seeds from which on a difference is marked
 RESAMPLES = 2000  # of the test images, by the bootstrap
 CONFIDENCE = 0.95
+DIGITS = 10  # of a share of images and seeds behind the point
 SEEDS = 3  # of each of two methods, below which nothing is known of the spread of their difference
 ALIKE = ("precision", "backbone", "epochs", "data.train_images", "data.test_split", "provenance.evaluate")
 ALIKE += ("provenance.data.train_images.npy", "provenance.params.representation.settings.augmentation")
@@ -232,8 +233,10 @@ def paired(correct_MN: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) ->
         method="percentile",
         rng=seed,
     ).confidence_interval
-    columns = (rows_P, columns_P, difference_PN.mean(axis=1), interval.low, interval.high)
-    return [Pair(*pair) for pair in zip(*(numbers.tolist() for numbers in columns), strict=True)]
+    # All are shares of the images and seeds: what lies beyond DIGITS is how a version of NumPy sums them, which would
+    # decide how a number half way between two shown ones is shown, and whether an end at 0 lies above it.
+    shares = (numbers.round(DIGITS) for numbers in (difference_PN.mean(axis=1), interval.low, interval.high))
+    return [Pair(*pair) for pair in zip(*(numbers.tolist() for numbers in (rows_P, columns_P, *shares)), strict=True)]
 
 
 @dataclass(frozen=True)
