@@ -80,7 +80,7 @@ def with_images(p: params.Params, names: Iterable[str], images: Path | None) -> 
 
 def require_planned(runs: dict[Path, measured.Run], p: params.Params) -> None:
     """Raise UserError unless these seeds of published cells, by file, are of these parameters; it says the first that
-    is not, and how many more are not. Precision and source of the images, which options may change, are their own."""
+    is not, and how many there are. Precision and source of the images, which options may change, are their own."""
     if said := list(filter(None, (_unplanned(file, run, p) for file, run in runs.items()))):
         raise errors.UserError(said[0] + (f" (there are {len(said)} such files)" if len(said) > 1 else ""))
 
