@@ -14,6 +14,7 @@ from stages.seeds import read_images, train_seeds, write_costs, write_seeds
 from tailcal import (
     checkpoint,
     distributed,
+    draws,
     errors,
     files,
     lineage,
@@ -42,9 +43,14 @@ def main() -> None:
     p = params.load()
     distributed.launch("stages.calibrate", p.runtime.processes)
     cell = (args.dataset, args.representation, args.classifier)
-    outputs = [paths.classifier(*cell), paths.predictions(*cell), paths.costs("calibrate", *cell)]
-    with lock.alone(paths.LOCKS, *outputs, paths.scratch("calibrate", *cell)):
+    with lock.alone(paths.LOCKS, *outputs(*cell)):
         calibrate(p, *cell)
+
+
+def outputs(*cell: str) -> list[Path]:
+    """What a training of this cell writes, its unfinished work included."""
+    made = [paths.classifier(*cell), paths.predictions(*cell)]
+    return [*made, paths.costs("calibrate", *cell), paths.scratch("calibrate", *cell)]
 
 
 def calibrate(p: params.Params, dataset_name: str, representation: str, classifier: str, late_epochs: int = 0) -> Path:
@@ -89,7 +95,8 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
         return network, method.load(training.method)(training.settings, counts)
 
     with seal.training():
-        trained = train_seeds(p, training, f"calibrate {'/'.join(cell)}", make, data, scratch, late_epochs)
+        title = f"calibrate {'/'.join(cell)}"
+        trained = train_seeds(p, training, title, make, data, scratch, late_epochs, own_streams)
     if not distributed.is_first():
         return scratch
     write_costs(p, "calibrate", cell, trained, data)
@@ -106,6 +113,11 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     files.write_json(folder / "provenance.json", record | distributed.record() | {"checksums": checksums})
     checkpoint.keep_only(scratch)
     return scratch
+
+
+def own_streams(seed: int) -> int:
+    """The seed of stage 2's random numbers: with that of stage 1 it would see the same images, augmented alike."""
+    return draws.derive(seed, "stage 2")
 
 
 def predict(

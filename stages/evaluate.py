@@ -14,7 +14,7 @@ from stages import paths
 from tailcal import errors, files, lineage, lock, params, posthoc, predictions, splits
 from tailcal.errors import UserError
 from tailcal.longtail import shot_groups
-from tailcal.metrics.accuracy import confusion, per_class_accuracy
+from tailcal.metrics.accuracy import per_class_accuracy
 from tailcal.metrics.calibration import reliability_bins
 from tailcal.metrics.cell import HEADLINE, measure, over_seeds
 from tailcal.metrics.scores import softmax
@@ -100,12 +100,10 @@ def confusion_table(cell: list[Predictions], names: list[str]) -> pd.DataFrame:
 
     Most of the K x K pairs of many classes do not: with all, the file would grow to gigabytes.
     """
-    counts_KK = sum(confusion(run.test_logits, run.test_labels) for run in cell)
+    pairs = [np.stack([run.test_labels, run.test_logits.argmax(axis=1)]) for run in cell]
+    (actual, predicted), counts = np.unique(np.concatenate(pairs, axis=1), axis=1, return_counts=True)
     names_K = np.array(names, dtype=object)
-    actual, predicted = np.nonzero(counts_KK)
-    return pd.DataFrame(
-        {"actual": names_K[actual], "predicted": names_K[predicted], "count": counts_KK[actual, predicted]}
-    )
+    return pd.DataFrame({"actual": names_K[actual], "predicted": names_K[predicted], "count": counts})
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

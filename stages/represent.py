@@ -35,10 +35,13 @@ def main() -> None:
     p = params.load()
     distributed.launch("stages.represent", p.runtime.processes)
     cell = (args.dataset, args.representation)
-    with lock.alone(
-        paths.LOCKS, paths.representation(*cell), paths.costs("represent", *cell), paths.scratch("represent", *cell)
-    ):
+    with lock.alone(paths.LOCKS, *outputs(*cell)):
         represent(p, *cell)
+
+
+def outputs(*cell: str) -> list[Path]:
+    """What a training of this data set and representation writes, its unfinished work included."""
+    return [paths.representation(*cell), paths.costs("represent", *cell), paths.scratch("represent", *cell)]
 
 
 @seal.training()

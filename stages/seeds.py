@@ -37,15 +37,16 @@ def train_seeds(
     data: store.Images,
     scratch: Path,
     late_epochs: int,
+    streams: Callable[[int], int] = int,
 ) -> dict[int, train.Trained]:
     """Train what `make` makes of each seed; checkpoints, and the networks of the last `late_epochs`, go to `scratch`.
 
-    Raises UserError as `train.train` does.
+    `streams` makes of a seed that of the training's random numbers. Raises UserError as `train.train` does.
     """
     replicas = [
         train.Replica(
             f"{title} seed {seed}",
-            seed,
+            streams(seed),
             partial(make, seed),
             scratch / f"seed{seed}.pt",
             training.recipe_key,
@@ -61,7 +62,8 @@ def write_seeds(trained: dict[int, train.Trained], out: Path) -> dict[int, str]:
     written = {
         seed: weights.save_weights(one.network, out / f"seed{seed}.safetensors") for seed, one in trained.items()
     }
-    history = pd.DataFrame([epoch for one in trained.values() for epoch in one.history], columns=HISTORY)
+    epochs = [epoch | {"seed": seed} for seed, one in trained.items() for epoch in one.history]
+    history = pd.DataFrame(epochs, columns=HISTORY)
     files.write_text(out / "history.csv", history.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return written
 

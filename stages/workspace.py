@@ -10,10 +10,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from stages import paths
-from stages.calibrate import calibrate
+from stages import calibrate, paths, represent
 from stages.download import download
-from stages.represent import represent
 from stages.subsample import subsample
 from tailcal import errors, files, lock, measured, params, provenance, settings, sources, splits
 
@@ -153,10 +151,8 @@ def whole(longtail: Path) -> bool:
 
 def run_stage1(p: params.Params, dataset: str, representation: str, late_epochs: int = 0) -> Path:
     """Stage 1, by this process alone; returns what `represent` does."""
-    pair = (dataset, representation)
-    outputs = [paths.representation(*pair), paths.costs("represent", *pair), paths.scratch("represent", *pair)]
-    with lock.alone(paths.LOCKS, *outputs):
-        return represent(p, *pair, late_epochs)
+    with lock.alone(paths.LOCKS, *represent.outputs(dataset, representation)):
+        return represent.represent(p, dataset, representation, late_epochs)
 
 
 @contextlib.contextmanager
@@ -166,9 +162,8 @@ def run_stage2(p: params.Params, where: dict[str, str], late_epochs: int = 0) ->
     Yields what `calibrate` returns.
     """
     cell = tuple(where.values())
-    outputs = [paths.classifier(*cell), paths.predictions(*cell)]
-    with lock.alone(paths.LOCKS, *outputs, paths.costs("calibrate", *cell), paths.scratch("calibrate", *cell)):
-        yield calibrate(p, *cell, late_epochs)
+    with lock.alone(paths.LOCKS, *calibrate.outputs(*cell)):
+        yield calibrate.calibrate(p, *cell, late_epochs)
 
 
 def seconds(where: dict[str, str], seed: int) -> float:

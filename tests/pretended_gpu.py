@@ -2,11 +2,12 @@
 
 What fails on a GPU and not on a CPU fails here too: tensors of two devices in one operation, and within a step a number
 read back, a copy from memory that is not pinned, and an operation that has no deterministic kernel there. So the
-branches for GPUs run wherever the tests do. What a kernel computes and how fast, what a capture refuses, and whether
-streams wait for each other, only a GPU can tell.
+branches for GPUs run wherever the tests do. Which streams are told to wait for each other is noted. What a kernel
+computes and how fast, what a capture refuses, and whether streams wait for all they have to, only a GPU can tell.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,24 +103,44 @@ class Event:
 
     waited = 0
 
+    def __init__(self, stream):
+        self.stream = stream
+
     def synchronize(self):
         Event.waited += 1
 
 
 class Stream:
-    """Kernels of a CPU are over when they return, so there is nothing to wait for."""
+    """Kernels of a CPU are over when they return, so nothing waits here; it is noted what would have."""
 
-    def __init__(self, *_, priority=0):
-        pass
+    present = threading.local()
 
-    def wait_stream(self, _):
-        pass
+    def __init__(self, *_, **__):
+        self.waited_for, self.holds = [], []  # streams, or those of events; the tensors that it is known to use
 
-    def wait_event(self, _):
-        pass
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+    def wait_event(self, event):
+        self.waited_for.append(event.stream)
 
     def record_event(self):
-        return Event()
+        return Event(self)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def use(stream):
+        """What torch.cuda.stream does: it is the current one of this thread."""
+        before, Stream.present.stream = Stream.current(), stream
+        yield
+        Stream.present.stream = before
+
+    @staticmethod
+    def current(*_):
+        return getattr(Stream.present, "stream", DEFAULT)
+
+
+DEFAULT = Stream()
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -265,13 +286,13 @@ def _install(gpu: PretendedGPU, patch: pytest.MonkeyPatch) -> None:
         "reset_peak_memory_stats": lambda *_: None,
         "synchronize": lambda *_: gpu.require_between_steps("torch.cuda.synchronize"),
         "Stream": Stream,
-        "stream": lambda _: contextlib.nullcontext(),
-        "current_stream": Stream,
-        "default_stream": Stream,
+        "stream": Stream.use,
+        "current_stream": Stream.current,
+        "default_stream": lambda *_: DEFAULT,
     }.items():
         patch.setattr(torch.cuda, name, value)
     patch.setattr(torch, "Generator", Generator)
-    patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: stream.holds.append(tensor))
     load, execute, read = torch.load, train.executor, store.Images._read
 
     def loaded(*args, map_location, **kwargs):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import paths, workspace
+from stages import calibrate, paths, represent, workspace
 from tailcal import cifar_archive, lock
 from tailcal.errors import UserError
 from tests.conftest import edit
@@ -162,8 +162,8 @@ def test_stages_in_a_workspace_remove_all_that_a_killed_one_left(tmp_path, monke
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    for name in ("represent", "calibrate"):
-        monkeypatch.setattr(workspace, name, lambda *_: None)
+    for stage in (represent, calibrate):
+        monkeypatch.setattr(stage, stage.__name__.rpartition(".")[2], lambda *_: None)
     workspace.run_stage1(None, "d", "r")
     with workspace.run_stage2(None, dict(zip(("dataset", "representation", "classifier"), cell, strict=True))):
         assert not [path for path in left if path.exists()]

@@ -20,7 +20,7 @@ from tailcal.errors import UserError
 from tailcal.method import Method, Trained, configure
 from tailcal.models import build
 from tailcal.models.heads import HEADS
-from tailcal.optim import learning_rate
+from tailcal.optim import SGD, learning_rate
 from tailcal.params import PadCrop, Recipe, Runtime
 from tailcal.store import Images
 from tests.test_dvc import ROOT
@@ -119,6 +119,7 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
 @pytest.mark.parametrize("name", names())
 def test_it_trains_and_predicts(name, tmp_path):
     network, history = run(name, tmp_path)
+    assert all(parameter.grad is None for parameter in network.parameters())  # of no use, and of a network's size
     assert len(history) == (3 if load(name).trained else 0)
     assert all(np.isfinite(row["loss"]) for row in history)
     logits = predict(network, images())
@@ -297,6 +298,33 @@ def test_training_accuracy_counts_a_mixed_label_with_its_share():
     assert train.agreement(logits, torch.tensor([0, 1, 1])).item() == pytest.approx(2 / 3)
     soft = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.6, 0.0], [0.5, 0.5, 0.0]])
     assert train.agreement(logits, soft).item() == pytest.approx((0.7 + 0.6 + 0.0) / 3)
+
+
+SCHEDULES = {
+    "cosine": {"shape": "cosine", "warmup": 2, "warmup_lr": 0.01},
+    "multistep": {"shape": "multistep", "warmup": 1, "warmup_lr": 0.0, "milestones": [2, 3], "gamma": 0.1},
+}
+
+
+@pytest.mark.parametrize("shape", SCHEDULES)
+def test_every_step_has_the_learning_rate_of_its_epoch(shape, tmp_path, monkeypatch):
+    recipe = Recipe.model_validate(RECIPE.model_dump(exclude_none=True) | {"epochs": 4, "schedule": SCHEDULES[shape]})
+    taken, step = [], SGD.step
+
+    def noted(self, lr, *losses):
+        taken.append(lr.item())
+        if len(taken) == 7:
+            raise KeyboardInterrupt
+        return step(self, lr, *losses)
+
+    monkeypatch.setattr(SGD, "step", noted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(replica_of("ce", tmp_path), recipe)
+    trained(replica_of("ce", tmp_path), recipe)
+    rates = [learning_rate(recipe, epoch) for epoch in range(4)]
+    assert len(set(rates)) == 4
+    steps = [rate for rate in rates for _ in range(3)]  # of 8 of the 21 images
+    assert taken == pytest.approx(steps[:7] + steps[6:])  # resumed at the third epoch
 
 
 def test_a_budget_of_iterations_ends_within_an_epoch(tmp_path):

@@ -328,7 +328,7 @@ def test_a_save_that_was_cut_off_between_its_two_renames(tmp_path, capsys):
     assert checkpoint.load(path, CPU)["epoch"] == 2
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=r"the last good checkpoint is .*seed0\.previous\.pt\."):
-        checkpoint.require_finite(False, "a weight is wrong", "x", 3, path)
+        train.Replica("x", 0, None, path, "recipe").require_finite(False, "a weight is wrong", 3)
 
 
 def test_a_checkpoint_cut_at_any_byte_or_with_any_bit_flipped_is_never_taken_up(tmp_path, long, capsys):

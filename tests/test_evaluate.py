@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from sklearn.metrics import confusion_matrix
 
 from stages import evaluate, paths
 from tailcal import files, params
@@ -205,6 +206,9 @@ def test_per_class_and_confusion_csv():
     assert per_class.groupby("group")["accuracy"].mean()["few"] == pytest.approx(numbers["few"], abs=1e-6)
     confusion = table("confusion.csv")
     assert (len(confusion), confusion["count"].sum()) == (K * K, 3 * 350)
+    logits, labels = zip(*(split(350, seed) for seed in (0, 1, 2)), strict=True)
+    expected = confusion_matrix(np.concatenate(labels), np.concatenate(logits).argmax(1))
+    assert confusion["count"].tolist() == expected.ravel().tolist()
     right = confusion[confusion["actual"] == confusion["predicted"]]
     assert right["count"].sum() / (3 * 350) == pytest.approx(numbers["top1"], abs=1e-6)
 

@@ -142,7 +142,7 @@ def test_boxes_are_torchvisions_for_the_same_random_numbers(height, width, scale
     n = 300
     boxes = la.draw_resized_crops(n, height, width, Draws(0, 0, torch.Generator()), scale, ratio)
     assert boxes.dtype == torch.int64
-    generator = Draws(0, 0, torch.Generator()).device
+    generator = Draws(0, 0, torch.Generator()).generator
     low, high = torch.tensor(ratio).log().tolist()
     share = torch.empty(n, la.ATTEMPTS).uniform_(*scale, generator=generator)
     aspect = torch.empty(n, la.ATTEMPTS).uniform_(low, high, generator=generator)

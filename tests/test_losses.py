@@ -6,12 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tailcal.losses import (
-    effective_number_weights,
-    generalized_reweight,
-    generalized_reweight_weights,
-    weighted_cross_entropy,
-)
+from tailcal.losses import effective_number_weights, generalized_reweight_weights, weighted_cross_entropy
+from tailcal.method import load
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = 3 * torch.randn(7, 4, generator=GENERATOR)
@@ -103,16 +99,24 @@ def test_generalised_reweighting_naive(rho):
     assert weights.sum().item() == pytest.approx(4)
     losses = [weights[y].item() * -log_p(z, y) for z, y in zip(LOGITS.tolist(), LABELS.tolist(), strict=True)]
     expected = sum(losses) / sum(weights[y].item() for y in LABELS.tolist())
-    assert generalized_reweight(LOGITS, LABELS, COUNTS, rho).item() == pytest.approx(expected, rel=1e-5)
+    assert weighted_cross_entropy(LOGITS, LABELS, weights).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_generalised_reweighting_limits():
     plain = F.cross_entropy(LOGITS, LABELS)
     assert generalized_reweight_weights(COUNTS, 0.0).tolist() == [1, 1, 1, 1]
-    torch.testing.assert_close(generalized_reweight(LOGITS, LABELS, COUNTS, 0.0), plain)
-    torch.testing.assert_close(generalized_reweight(LOGITS, LABELS, torch.full((4,), 3), 1.2), plain)
+    for alike in (generalized_reweight_weights(COUNTS, 0.0), generalized_reweight_weights(torch.full((4,), 3), 1.2)):
+        torch.testing.assert_close(weighted_cross_entropy(LOGITS, LABELS, alike), plain)
     # a strength at which (N / n)^rho is beyond float64 leaves all the weight to the rarest class
     assert generalized_reweight_weights(COUNTS, 500.0).tolist() == [0, 0, 4, 0]
+
+
+def test_a_batch_of_the_most_frequent_class_has_a_loss_at_the_strongest_reweighting():
+    strongest = next(m.le for m in load("marc").Config.model_fields["rho"].metadata if hasattr(m, "le"))
+    weights = generalized_reweight_weights(torch.tensor([10_000_000, 1]), strongest)
+    assert (weights > 0).all()
+    loss = weighted_cross_entropy(torch.tensor([[0.5, 1.5]]), torch.tensor([0]), weights)
+    assert loss.item() == pytest.approx(math.log(1 + math.e))
 
 
 def test_generalised_reweighting_needs_a_strength():
@@ -125,7 +129,6 @@ def test_generalised_reweighting_needs_a_strength():
     [
         lambda counts: effective_number_weights(counts, 0.9999),
         lambda counts: generalized_reweight_weights(counts, 1.2),
-        lambda counts: generalized_reweight(LOGITS, LABELS, counts, 1.2),
     ],
 )
 def test_counts_without_a_finite_weight_are_named(weigh):

@@ -1,16 +1,18 @@
 """The branches for GPUs, on a GPU that is pretended: see tests/pretended_gpu.py."""
 
+import collections
+
 import numpy as np
 import pytest
 import torch
 
-from tailcal import checkpoint, store, train
+from tailcal import checkpoint, engine, store, train
 from tailcal.augment import augment
 from tailcal.draws import Draws
 from tailcal.method import names
 from tailcal.models import build
 from tailcal.params import PadCrop, ResizedCrop
-from tests.pretended_gpu import GPU, Event, pretended_gpu
+from tests.pretended_gpu import DEFAULT, GPU, Event, Stream, pretended_gpu
 from tests.test_contract import RECIPE, RUNTIME, images, replica_of
 from tests.test_engine import LONGER, TRAINED, assert_same
 
@@ -65,6 +67,35 @@ def test_images_come_from_elsewhere(placement, tmp_path, monkeypatch, reference)
         data = images(placement, train.prepare(ON_GPU))
         trained = train.train([replica_of("glmc", tmp_path / "gpu")], data, RECIPE, ON_GPU)[0]
     assert_same(expected.network, trained.network)
+
+
+def test_a_step_waits_for_its_images_and_holds_them(monkeypatch):
+    with pretended_gpu(monkeypatch):
+        data, training = images("host", train.prepare(ON_GPU)), Stream()
+        with torch.cuda.stream(training):
+            for taken, pairs in enumerate(data.steps([np.arange(20).reshape(5, 4)] * 2), start=1):
+                assert training.waited_for == [data._copies] * taken
+                held = {id(tensor) for tensor in training.holds}
+                assert held.issuperset(id(tensor) for pair in pairs for tensor in pair)
+
+
+def test_a_training_waits_for_what_it_is_given(monkeypatch):
+    def training():
+        assert Stream.current().waited_for == [DEFAULT] * waits[Stream.current()]
+        yield Stream.current()
+        return Stream.current()
+
+    with pretended_gpu(monkeypatch):
+        device, waits = train.prepare(ON_GPU), collections.Counter()
+        begin = Stream.wait_stream
+        monkeypatch.setattr(Stream, "wait_stream", lambda self, other: (waits.update([self]), begin(self, other)))
+        engine._stream.cache_clear()
+        used = engine.side_by_side([training] * 5, device, 2)
+        engine._stream.cache_clear()
+    assert sum(waits.values()) == 5
+    assert set(used) == set(waits)
+    assert len(waits) == 2
+    assert DEFAULT not in used
 
 
 def test_of_steps_that_wait_for_their_turn_there_are_few(monkeypatch):

@@ -4,9 +4,10 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from tailcal import longtail, seal
+from tailcal import longtail, seal, train
 from tailcal.method import load
 from tailcal.metrics.cell import measure
 from tests.conftest import ROOT, edit
@@ -114,6 +115,25 @@ def test_a_method_that_peeks_ends_its_stage(stage, method, step, project, monkey
         p.inside(stage, *cell)
     made = "data/representations/*/*/*.safetensors" if stage == "represent" else "data/predictions/*/*/*/*.npz"
     assert not list(p.root.glob(made))
+
+
+@pytest.mark.pipeline
+def test_stage_2_draws_its_own_random_numbers(project, monkeypatch):
+    p = project(cut=True)
+    cell, drawn = ["--dataset", "digits_lt", "--representation", "ce"], {}
+    train_ = train.train
+
+    def noting(replicas, *args):
+        drawn[replicas[0].title.split()[0]] = [replica.seed for replica in replicas]
+        return train_(replicas, *args)
+
+    monkeypatch.setattr(train, "train", noting)
+    p.inside("represent", *cell)
+    p.inside("calibrate", *cell, "--classifier", "marc")
+    assert drawn["represent"] == [0, 1]
+    assert len({*drawn["represent"], *drawn["calibrate"]}) == 4
+    history = pd.read_csv(p.root / "data/classifiers/digits_lt/ce/marc/history.csv")
+    assert history["seed"].unique().tolist() == [0, 1]
 
 
 @pytest.mark.pipeline

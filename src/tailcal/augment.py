@@ -34,7 +34,7 @@ def pad_crop(images: Tensor, config: PadCrop, draws: Draws) -> Tensor:
     """The standard augmentation of small images: pad and random crop, then horizontal flip with probability 1/2."""
     b, device = len(images), images.device
     if config.pad:
-        offsets = torch.randint(2 * config.pad + 1, (b, 2), generator=draws.device, device=device)
+        offsets = torch.randint(2 * config.pad + 1, (b, 2), generator=draws.generator, device=device)
         images = crop(images, offsets, config.pad)
     return flip(images, draw_chosen(b, draws, 0.5)) if config.flip else images
 

@@ -268,10 +268,10 @@ def _transformed(images: Tensor, rows: Tensor, fill: int) -> Tensor:
 def draw_policies(batch: int, draws: Draws) -> PolicyDraws:
     """One sub-policy for each of `batch` images, uniformly; whether each of its operations takes place, with the
     operation's own probability; and the signs, either with probability 1/2."""
-    device = draws.device.device
-    sub_policy = torch.randint(len(CIFAR10_POLICY), (batch,), generator=draws.device, device=device)
-    applied = torch.rand(batch, 2, generator=draws.device, device=device) < _policy(device)[1][sub_policy]
-    negative = torch.rand(batch, 2, generator=draws.device, device=device) < 0.5
+    device = draws.device
+    sub_policy = torch.randint(len(CIFAR10_POLICY), (batch,), generator=draws.generator, device=device)
+    applied = torch.rand(batch, 2, generator=draws.generator, device=device) < _policy(device)[1][sub_policy]
+    negative = torch.rand(batch, 2, generator=draws.generator, device=device) < 0.5
     return PolicyDraws(sub_policy, applied, negative)
 
 
@@ -290,9 +290,9 @@ def autoaugment(images: Tensor, drawn: PolicyDraws, fill: int) -> Tensor:
 
 def draw_centres(batch: int, height: int, width: int, draws: Draws) -> Tensor:
     """The pixel (row, column) on which each image's hole is centred, uniformly over its pixels. int64 [batch, 2]."""
-    device = draws.device.device
-    rows = torch.randint(height, (batch,), generator=draws.device, device=device)
-    columns = torch.randint(width, (batch,), generator=draws.device, device=device)
+    device = draws.device
+    rows = torch.randint(height, (batch,), generator=draws.generator, device=device)
+    columns = torch.randint(width, (batch,), generator=draws.generator, device=device)
     return torch.stack([rows, columns], dim=1)
 
 

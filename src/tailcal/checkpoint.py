@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from tailcal import distributed
-from tailcal.errors import UserError
 from tailcal.files import atomic, naming
 
 DIGEST = hashlib.sha256().digest_size
@@ -98,13 +97,3 @@ def keep_only(folder: Path) -> None:
     for other in folder.parent.iterdir() if folder.parent.exists() else []:
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
-
-
-def require_finite(finite: bool, wrong: str, title: str, epoch: int, path: Path) -> None:
-    """Raise UserError unless `finite`: what is wrong, of which training, in which epoch; the last good checkpoint."""
-    if not finite:
-        kept = next((saved for saved in (path, previous(path)) if saved.exists()), None)
-        last = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-        raise UserError(
-            f"{title}: {wrong} in epoch {epoch + 1}; {last}. A lower lr, or milder settings of the method, usually help"
-        )

@@ -23,18 +23,18 @@ def derive(*parts: int | str) -> int:
 class Draws:
     """The random numbers of one training step.
 
-    `device` is a torch.Generator on the device, for draws as large as the batch. The few numbers that a step draws on
+    `generator` is torch's, on the `device`, for draws as large as the batch. The few numbers that a step draws on
     the host (mixup's lambda) come as tensors too: a step that reads them from there can be recorded and replayed, and
     never waits for the device.
     """
 
     def __init__(self, seed: int, step: int, generator: torch.Generator):
-        self.device = generator.manual_seed(derive(seed, "device", step))
+        self.device, self.generator = generator.device, generator.manual_seed(derive(seed, "device", step))
         self._host = np.random.default_rng(derive(seed, "host", step))
 
     def permutation(self, n: int) -> Tensor:
         """A random permutation of 0..n-1, int64 [n], on the device."""
-        keys = torch.rand(n, generator=self.device, device=self.device.device, dtype=torch.float64)
+        keys = torch.rand(n, generator=self.generator, device=self.device, dtype=torch.float64)
         return keys.argsort()
 
     def host(self, draw: HostDraw) -> Tensor:
@@ -43,9 +43,9 @@ class Draws:
         A step must call this with the same functions in the same order each time.
         """
         values = torch.tensor(draw(self._host), dtype=torch.float64)
-        if self.device.device.type == "cuda":
+        if self.device.type == "cuda":
             values = values.pin_memory()  # from pageable memory the copy would wait for the device
-        return values.to(self.device.device, non_blocking=True)
+        return values.to(self.device, non_blocking=True)
 
     def beta(self, alpha: float) -> Tensor:
         """One draw of Beta(alpha, alpha), a float64 scalar."""

@@ -110,13 +110,13 @@ class _Tape(Draws):
     """Draws whose host numbers lie in fixed tensors; which numbers a step draws is noted when it is first taken."""
 
     def __init__(self, seed: int, generator: torch.Generator):
-        self.seed, self.device = seed, generator
+        self.seed, self.generator = seed, generator
         self.slots: list[tuple[HostDraw, Tensor]] = []
         self.complete = False
 
     def begin(self, number: int) -> None:
         """Turn to step `number`: the generators, and once the tape is complete its numbers, are that step's."""
-        super().__init__(self.seed, number, self.device)
+        super().__init__(self.seed, number, self.generator)
         self._next = iter(self.slots)
         if self.complete:
             for draw, slot in self.slots:
@@ -172,7 +172,7 @@ class Graphed:
             self.inputs = [(images.clone(), labels.clone()) for images, labels in pairs]
             self.tape.complete = True
             self.tape.begin(number)
-            self.replay = self.record(partial(self.step, self.inputs, self.tape), self.tape.device)
+            self.replay = self.record(partial(self.step, self.inputs, self.tape), self.tape.generator)
         for ours, given in zip(self.inputs, pairs, strict=True):
             for fixed, value in zip(ours, given, strict=True):
                 fixed.copy_(value, non_blocking=True)

@@ -116,7 +116,7 @@ def _grey(images: Tensor) -> Tensor:
 
 def draw_chosen(batch: int, draws: Draws, probability: float) -> Tensor:
     """Which of `batch` images something happens to, each with this probability. bool [batch], on the device."""
-    return torch.rand(batch, generator=draws.device, device=draws.device.device) < probability
+    return torch.rand(batch, generator=draws.generator, device=draws.device) < probability
 
 
 def draw_resized_crops(
@@ -138,11 +138,11 @@ def draw_resized_crops(
     for name, (low, high) in (("scale", scale), ("ratio", ratio)):
         if not 0 < low <= high:
             raise ValueError(f"{name} must be a range of positive numbers, got {(low, high)}")
-    device = draws.device.device
+    device = draws.device
     attempts = torch.empty(2, batch, ATTEMPTS, device=device)
-    share = attempts[0].uniform_(*scale, generator=draws.device).double()
-    aspect = attempts[1].uniform_(*map(math.log, ratio), generator=draws.device).exp_().double()
-    place = torch.rand(batch, 2, generator=draws.device, device=device, dtype=torch.float64)
+    share = attempts[0].uniform_(*scale, generator=draws.generator).double()
+    aspect = attempts[1].uniform_(*map(math.log, ratio), generator=draws.generator).exp_().double()
+    place = torch.rand(batch, 2, generator=draws.generator, device=device, dtype=torch.float64)
 
     area = share * (height * width)
     sides = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], dim=2).round().long()  # [B, 10, 2]
@@ -204,11 +204,11 @@ def draw_jitter(
     strengths = (brightness, contrast, saturation)
     if min(strengths) < 0:
         raise ValueError(f"the strengths of the colour jitter must not be negative, got {strengths}")
-    device = draws.device.device
+    device = draws.device
     factors = torch.empty(3, batch, device=device)
     for row, strength in zip(factors, strengths, strict=True):
-        row.uniform_(max(0.0, 1 - strength), 1 + strength, generator=draws.device)
-    order = torch.rand(batch, 3, generator=draws.device, device=device).argsort(1)
+        row.uniform_(max(0.0, 1 - strength), 1 + strength, generator=draws.generator)
+    order = torch.rand(batch, 3, generator=draws.generator, device=device).argsort(1)
     return Jitter(factors.T, order)
 
 
@@ -260,7 +260,7 @@ def draw_blur(
     """
     if not 0 < sigma[0] <= sigma[1]:
         raise ValueError(f"sigma must be a range of positive numbers, got {sigma}")
-    drawn = torch.empty(batch, device=draws.device.device).uniform_(*sigma, generator=draws.device)
+    drawn = torch.empty(batch, device=draws.device).uniform_(*sigma, generator=draws.generator)
     return drawn, draw_chosen(batch, draws, probability)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tailcal.errors import UserError
 from tailcal.files import remove_leftovers
@@ -25,12 +26,7 @@ def alone(folder: Path, *outputs: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     # Named by a digest: a path of any length gives a name that every file system takes.
     path = folder / f"{hashlib.sha256(os.fsencode(outputs[0])).hexdigest()[:32]}.lock"
-    with path.open("a+") as file:
-        if not _take(file.fileno()):
-            file.seek(0)
-            raise UserError(
-                f"{outputs[0]}: another process (pid {file.read() or 'unknown'}) is making it: wait for it, or stop it"
-            )
+    with _take(path, outputs[0]) as file:
         try:
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -42,10 +38,18 @@ def alone(folder: Path, *outputs: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _take(handle: int) -> bool:
-    """Lock an open file. Not where another process has just unlinked it, since a third one may hold its successor."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return os.fstat(handle).st_nlink > 0
+def _take(path: Path, output: Path) -> TextIO:
+    """Open and lock a file. Raises UserError, naming the output, when another process holds it."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                raise UserError(
+                    f"{output}: another process (pid {file.read() or 'unknown'}) is making it: wait for it, or stop it"
+                ) from None
+        if os.fstat(file.fileno()).st_nlink > 0:
+            return file
+        file.close()  # its holder unlinked it before we had the lock: a third process may hold its successor

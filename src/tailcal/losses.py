@@ -44,7 +44,8 @@ def generalized_reweight_weights(counts: Tensor, rho: float) -> Tensor:
     """w_k ∝ (1 / pi_k)^rho, scaled to sum K (GRW, Zhang et al. 2021).
 
     counts: training images per class [K], each 1 or more; rho: 0 or more, at 0 all weights are 1.
-    Returns float32 [K]. Raises ValueError for other counts or a negative rho.
+    Returns float32 [K], all above 0 while rho is 5 or less and no class has ten million times the images of another.
+    Raises ValueError for other counts or a negative rho.
     """
     require_counts(counts)
     if not rho >= 0:
@@ -61,12 +62,3 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> T
     """
     precise = torch.promote_types(logits.dtype, torch.float32)  # bf16 would round the weights to 8 bits
     return F.cross_entropy(logits.to(precise), labels, weight=weights.to(precise))
-
-
-def generalized_reweight(logits: Tensor, labels: Tensor, counts: Tensor, rho: float) -> Tensor:
-    """The weighted-mean cross-entropy with the weights of `generalized_reweight_weights`, which says what raises.
-
-    logits [B, K], labels int64 [B], counts [K] (training images per class), rho 0 or more. A training step has no time
-    to check its counts: a method makes the weights once, and calls `weighted_cross_entropy`.
-    """
-    return weighted_cross_entropy(logits, labels, generalized_reweight_weights(counts, rho).to(logits.device))

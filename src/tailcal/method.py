@@ -7,7 +7,7 @@ The file holds a class `Method` derived from one of the two bases below. To foll
     groups = method.setup(network)                 replace the head, freeze, name the parameters that learn
     each epoch: method.set_mode(network)           which layers are in training mode
     each step:  batch = method.mix(batches, draws) `views` batches per sampler -> images and targets of the loss
-                loss, logits = method.loss(network, batch, progress)
+                loss, logits = method.loss(network, batch, progress), by default method.criterion of the logits
                 method.observe(logits, batch)      what the method accumulates from the steps it has taken
     method.finish(network)                         leave the network as it is used from here on
 
@@ -95,12 +95,16 @@ class Method(nn.Module):
         del draws
         return batches[0]
 
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The paper's equation, where it takes logits [B, K]: the batch-mean loss."""
+        return F.cross_entropy(logits, batch.targets)
+
     def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
-        """The paper's equation: the batch-mean loss and the logits [B, K]. `progress` is the share of the
-        epochs that is over, a float64 scalar in [0, 1)."""
+        """The batch-mean loss and the logits [B, K], of a method whose equation takes more than these. `progress` is
+        the share of the epochs that is over, a float64 scalar in [0, 1)."""
         del progress
         logits = network(batch.images)
-        return F.cross_entropy(logits, batch.targets), logits
+        return self.criterion(logits, batch), logits
 
     def ascent_loss(self, network: Network, batch: Batch, progress: Tensor) -> Tensor:
         """The loss that SAM climbs before it descends `loss`; only used where a recipe asks for SAM."""

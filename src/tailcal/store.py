@@ -74,7 +74,7 @@ class Images:
     ):
         self.augmentation, self.device = augmentation, device
         self.placement = choose(images.nbytes, device) if placement == "auto" else placement
-        self.count, *self.size, self.channels = images.shape
+        _, *self.size, self.channels = images.shape
         self.labels = torch.from_numpy(np.array(labels)).to(device)
         self.mean, self.std = (torch.tensor(v, device=device) for v in (augmentation.mean, augmentation.std))
         if self.placement == "device":
@@ -88,7 +88,7 @@ class Images:
         self._copies = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.labels)
 
     def steps(self, drawn: list[np.ndarray]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """For each step, from each sampler, images uint8 [B, C, H, W] and labels [B] on the device.
@@ -151,8 +151,8 @@ class Images:
         images, one empty batch: a hold-out may be empty, and its logits still have K columns.
         """
         size = max(1, pixels // math.prod(self.size))
-        for start in range(0, max(self.count, 1), size):
-            stop = min(start + size, self.count)
+        for start in range(0, max(len(self), 1), size):
+            stop = min(start + size, len(self))
             if self.placement == "device":
                 images = self._images[start:stop]
             else:

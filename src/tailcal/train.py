@@ -85,7 +85,9 @@ def place(network: Network, device: torch.device) -> Network:
 
 @dataclass(frozen=True)
 class Replica:
-    """One network in training: what makes it, where its unfinished state is kept, which key its recipe has."""
+    """One network in training: what makes it, where its unfinished state is kept, which key its recipe has.
+
+    `seed` is that of all its random numbers."""
 
     title: str
     seed: int
@@ -97,7 +99,13 @@ class Replica:
     def require_finite(self, finite: bool, wrong: str, epoch: int) -> None:
         """Raise UserError unless `finite`: what is wrong since an epoch (counted from 0), and the last good
         checkpoint."""
-        checkpoint.require_finite(finite, wrong, self.title, epoch, self.scratch)
+        if not finite:
+            kept = next(filter(Path.exists, (self.scratch, checkpoint.previous(self.scratch))), None)
+            last = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+            raise UserError(
+                f"{self.title}: {wrong} in epoch {epoch + 1}; {last}. A lower lr, or milder settings of the method, "
+                "usually help"
+            )
 
     def require_finite_weights(self, network: Network, epoch: int) -> None:
         """The same of the weights: a step's loss was measured before its update, and tells nothing of what came out."""
@@ -122,7 +130,7 @@ class Late:
 
 
 class Trained(NamedTuple):
-    """A network after its last epoch; its history, a dict(epoch, seed, lr, loss, train_accuracy) an epoch; its cost."""
+    """A network after its last epoch; its history, a dict(epoch, lr, loss, train_accuracy) an epoch; its cost."""
 
     network: Network
     history: list[dict[str, Any]]
@@ -288,9 +296,7 @@ def _training(
         loss, accuracy = (sums / taken).tolist()
         replica.require_finite(math.isfinite(loss), f"the loss became {loss}", epoch)
         state.epoch = epoch + 1
-        state.history.append(
-            {"epoch": state.epoch, "seed": replica.seed, "lr": rate, "loss": loss, "train_accuracy": accuracy}
-        )
+        state.history.append({"epoch": state.epoch, "lr": rate, "loss": loss, "train_accuracy": accuracy})
         if replica.late and first:
             replica.late.keep(network, method, state.epoch, budget.epochs)
         now = time.monotonic()
@@ -301,6 +307,7 @@ def _training(
             replica.require_finite_weights(network, epoch)  # nothing that has diverged replaces a good checkpoint
             state.save(replica.scratch)
             last_saved = time.monotonic()
+    network.zero_grad(set_to_none=True)  # of the size of the network, and of no more use
     method.finish(network)
     replica.require_finite_weights(network, budget.epochs - 1)
     return Trained(network, state.history, state.cost)

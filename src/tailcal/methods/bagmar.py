@@ -19,7 +19,6 @@ from pydantic import Field
 from torch import Tensor
 
 from tailcal.method import Batch, Representation, Trained
-from tailcal.models import Network
 
 
 def adjust(logits: Tensor, positive: Tensor, strength: float) -> Tensor:
@@ -55,10 +54,8 @@ class Method(Representation):
         """The logits that the loss sees."""
         return adjust(logits, getattr(self, self.config.accumulation), self.config.lambda1)
 
-    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
-        del progress
-        logits = network(batch.images)
-        return F.cross_entropy(self.adjusted(logits), batch.labels), logits
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.adjusted(logits), batch.labels)
 
     def observe(self, logits: Tensor, batch: Batch) -> None:
         accumulate(self.gradient, self.total, self.adjusted(logits), batch.labels)

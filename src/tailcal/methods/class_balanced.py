@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tailcal.losses import effective_number_weights, weighted_cross_entropy
 from tailcal.method import Batch, Representation, Trained
-from tailcal.models import Network
 
 
 class Method(Representation):
@@ -25,7 +24,5 @@ class Method(Representation):
         super().__init__(config, counts)
         self.register_buffer("weights", effective_number_weights(counts, config.beta), persistent=False)
 
-    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
-        del progress
-        logits = network(batch.images)
-        return weighted_cross_entropy(logits, batch.labels, self.weights), logits
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        return weighted_cross_entropy(logits, batch.labels, self.weights)

@@ -51,7 +51,7 @@ class Method(Classifier):
     class Config(Trained):
         """rho: strength of the re-weighting, 0 is none."""
 
-        rho: Annotated[float, Field(ge=0, le=10)]
+        rho: Annotated[float, Field(ge=0, le=5)]
 
     def __init__(self, config: Config, counts: Tensor):
         super().__init__(config, counts)
@@ -64,7 +64,5 @@ class Method(Classifier):
         network.head = Aligned(network.head)
         return [ParameterGroup([network.head.scale, network.head.offset, *network.head.gate.parameters()])]
 
-    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
-        del progress
-        logits = network(batch.images)
-        return weighted_cross_entropy(logits, batch.labels, self.weights), logits
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        return weighted_cross_entropy(logits, batch.labels, self.weights)

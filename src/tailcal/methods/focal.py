@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor
 
 from tailcal.method import Batch, Representation, Trained
-from tailcal.models import Network
 
 
 def focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
@@ -34,7 +33,5 @@ class Method(Representation):
 
         gamma: Annotated[float, Field(ge=0, le=100)]
 
-    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
-        del progress
-        logits = network(batch.images)
-        return focal(logits, batch.labels, self.config.gamma), logits
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        return focal(logits, batch.labels, self.config.gamma)

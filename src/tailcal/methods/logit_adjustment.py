@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tailcal.losses import require_counts
 from tailcal.method import Batch, Representation, Trained
-from tailcal.models import Network
 
 
 def log_priors(counts: Tensor) -> Tensor:
@@ -37,7 +36,5 @@ class Method(Representation):
         super().__init__(config, counts)
         self.register_buffer("shift", config.tau * log_priors(counts), persistent=False)
 
-    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
-        del progress
-        logits = network(batch.images)
-        return F.cross_entropy(logits + self.shift, batch.targets), logits
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(logits + self.shift, batch.targets)

@@ -44,7 +44,7 @@ class Method(Classifier):
     class Config(Trained):
         """rho: strength of the re-weighting, 0 is none; shifted_bn: see `tailcal.method.Classifier`."""
 
-        rho: Annotated[float, Field(ge=0, le=10)]
+        rho: Annotated[float, Field(ge=0, le=5)]
         shifted_bn: bool
 
     def __init__(self, config: Config, counts: Tensor):
@@ -58,7 +58,5 @@ class Method(Classifier):
         network.head = CalibratedMargins(network.head, network.head.norms())
         return [ParameterGroup([network.head.scale, network.head.shift])]
 
-    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
-        del progress
-        logits = network(batch.images)
-        return weighted_cross_entropy(logits, batch.labels, self.weights), logits
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        return weighted_cross_entropy(logits, batch.labels, self.weights)

@@ -102,7 +102,5 @@ class Method(Classifier):
             ParameterGroup(list(network.head.inner.parameters()), self.config.lr_factor),
         ]
 
-    def loss(self, network: Network, batch: Batch, progress: Tensor) -> tuple[Tensor, Tensor]:
-        del progress
-        logits = network(batch.images)
-        return label_aware_smoothing(logits, batch.labels, self.factors), logits
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        return label_aware_smoothing(logits, batch.labels, self.factors)

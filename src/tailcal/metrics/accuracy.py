@@ -31,18 +31,13 @@ def topk(scores_NK: np.ndarray, labels_N: np.ndarray, k: int = 5) -> float:
     return float(np.mean(rank_N < k))
 
 
-def confusion(scores_NK: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
-    """Counts [K, K], int64: row = true class, column = predicted class. Raises ValueError as `check` does."""
-    check(scores_NK, labels_N)
-    K = np.shape(scores_NK)[1]
-    return np.bincount(np.asarray(labels_N) * K + np.argmax(scores_NK, axis=1), minlength=K * K).reshape(K, K)
-
-
 def per_class_accuracy(scores_NK: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
     """Accuracy of each class [K]; NaN for a class without samples. Raises ValueError as `check` does."""
-    counts_KK = confusion(scores_NK, labels_N)
+    check(scores_NK, labels_N)
+    labels_N, K = np.asarray(labels_N), np.shape(scores_NK)[1]
+    right_K = np.bincount(labels_N[np.argmax(scores_NK, axis=1) == labels_N], minlength=K)
     with np.errstate(invalid="ignore"):
-        return counts_KK.diagonal() / counts_KK.sum(axis=1)
+        return right_K / np.bincount(labels_N, minlength=K)
 
 
 def group_accuracy(accuracy_K: np.ndarray, counts_K: np.ndarray) -> dict[str, float | None]:
