@@ -301,7 +301,7 @@ def test_training_accuracy_counts_a_mixed_label_with_its_share():
 
 
 SCHEDULES = {
-    "cosine": {"shape": "cosine", "warmup": 2, "warmup_lr": 0.01},
+    "cosine": {"shape": "cosine", "warmup": 1, "warmup_lr": 0.01},
     "multistep": {"shape": "multistep", "warmup": 1, "warmup_lr": 0.0, "milestones": [2, 3], "gamma": 0.1},
 }
 
