@@ -132,8 +132,10 @@ class Stream:
     def use(stream):
         """What torch.cuda.stream does: it is the current one of this thread."""
         before, Stream.present.stream = Stream.current(), stream
-        yield
-        Stream.present.stream = before
+        try:
+            yield
+        finally:
+            Stream.present.stream = before
 
     @staticmethod
     def current(*_):
