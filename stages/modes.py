@@ -56,24 +56,24 @@ def outcome(p: params.Params, cell: Cell) -> Outcome:
     )
 
 
-def trained(p: params.Params, cell: Cell, name: str, mode: Mode) -> Outcome:
-    """Train and measure a cell in a mode, in the folder of the mode."""
+def trained(p: params.Params, cell: Cell, name: str, mode: Mode, instead: str | None) -> Outcome:
+    """Train and measure a cell in a mode, in the folder of the mode. `instead` is that of `workspace.prepare`."""
     runtime = p.runtime.model_copy(update={"cuda_graphs": mode.cuda_graphs})
     p = p.model_copy(update={"precision": mode.precision, "runtime": runtime})
     where = cell.model_dump()
     with workspace.inside(WORKSPACES / name):
-        workspace.prepare(p, cell.dataset)
+        workspace.prepare(p, cell.dataset, instead)
         workspace.run_stage1(p, cell.dataset, cell.representation)
         with workspace.run_stage2(p, where):
             return outcome(p, cell)
 
 
-def compare_modes(p: params.Params, cell: Cell, suite: modes.Suite) -> Measured:
+def compare_modes(p: params.Params, cell: Cell, suite: modes.Suite, instead: str | None) -> Measured:
     """Train a cell in the reference and in every mode, one after the other, and judge the modes."""
-    reference = trained(p, cell, REFERENCE, Mode(precision="float32", cuda_graphs=False))
+    reference = trained(p, cell, REFERENCE, Mode(precision="float32", cuda_graphs=False), instead)
     results = {}
     for name, mode in suite.modes.items():
-        other = trained(p, cell, name, mode)
+        other = trained(p, cell, name, mode, instead)
         results[name] = ModeResult(outcome=other, verdict=modes.judge(reference, other, mode))
     source = p.datasets[cell.dataset].source["kind"]
     return Measured(**cell.model_dump(), source=source, reference=reference, modes=results)
@@ -98,7 +98,7 @@ def main() -> None:
     workspace.require_one_process(p.runtime)
     device = train.prepare(p.runtime)
     suite = getattr(declared, device.type)
-    p = workspace.with_images(p, (cell.dataset for cell in suite.cells), args.images)
+    p, instead = workspace.with_images(p, (cell.dataset for cell in suite.cells), args.images)
     p = p.model_copy(update={"seeds": suite.seeds})
     digest = code(p, suite)  # before hours of training: this reads the settings of every cell
     with lock.alone(paths.LOCKS, OUT, TEXT):
@@ -109,7 +109,7 @@ def main() -> None:
             at_once=train.at_once(p.runtime, len(suite.seeds)),
             seeds=suite.seeds,
             modes=suite.modes,
-            cells=[compare_modes(p, cell, suite) for cell in suite.cells],
+            cells=[compare_modes(p, cell, suite, instead.get(cell.dataset)) for cell in suite.cells],
         )
         files.write_json(OUT, record.model_dump())
         files.write_text(TEXT, modes.markdown(record))

@@ -150,7 +150,6 @@ def cells(
     p: params.Params, late_epochs: int, dataset: str, representation: str, classifiers: list[str], out: Path
 ) -> None:
     """Train a representation and its classifiers, measure them, and write a file for each seed of each below `out`."""
-    workspace.prepare(p, dataset)
     stage1 = workspace.run_stage1(p, dataset, representation, late_epochs)
     for classifier in classifiers:
         where = {"dataset": dataset, "representation": representation, "classifier": classifier}
@@ -278,7 +277,8 @@ def main() -> None:
         settings.training(p, dataset, representation, "representations")
         for classifier in classifiers:
             settings.training(p, dataset, classifier, "classifiers")
-    planned, p = p, workspace.with_images(p, (name for name, _, _ in asked), args.images)
+    planned = p
+    p, instead = workspace.with_images(p, (name for name, _, _ in asked), args.images)
 
     lacking = {training: dict.fromkeys(classifiers, p.seeds) for training, classifiers in asked.items()}
     for (dataset, representation, late_epochs), seeds in lacking.items():
@@ -298,6 +298,7 @@ def main() -> None:
             together = sorted(set(chain.from_iterable(seeds.values())), key=p.seeds.index)
             names = [name for name, each in seeds.items() if each]
             if together:
+                workspace.prepare(p, dataset, instead.get(dataset))
                 cells(p.model_copy(update={"seeds": together}), late_epochs, dataset, representation, names, out)
             written += len(names)
     print(f"{paths.PUBLISHED}: cells written: {written}; `python -m stages.tables` makes the tables")

@@ -8,14 +8,31 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from stages import calibrate, paths, represent
 from stages.download import download
-from stages.subsample import subsample
-from tailcal import errors, files, lock, measured, params, provenance, settings, sources, splits
+from stages.subsample import read_raw, subsample
+from tailcal import duplicates, errors, files, lock, longtail, measured, params, provenance, settings, sources, splits
 
-OFFICIAL = {"cifar10": 5000, "cifar100": 500}  # training images per class in the official archives
+
+@dataclass(frozen=True)
+class Archive:
+    """What an official archive holds: images per class of its two splits, and the `digest` of its test split."""
+
+    classes: int
+    train: int
+    test: int
+    digest: str
+
+
+OFFICIAL = {
+    "cifar10": Archive(10, 5000, 1000, "653249b792bad0bf0649a67c39ad5ff2f441eae34f26417a8558c1bf102c7050"),
+    "cifar100": Archive(100, 500, 100, "a940b1e5448eba1f42c4dfe2adeb6dc3db9ff012ee14d61fd71270a89643c78a"),
+}
 
 
 @contextlib.contextmanager
@@ -33,6 +50,8 @@ def inside(folder: Path) -> Iterator[None]:
     try:
         yield
     except errors.UserError as error:
+        if str(error).startswith("--"):  # an option, whose path is that of the caller
+            raise
         raise errors.UserError(f"{error} (in {folder}, where this works)") from None
     finally:
         os.chdir(project)
@@ -57,23 +76,54 @@ def accept_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def with_images(p: params.Params, names: Iterable[str], images: Path | None) -> params.Params:
+def with_images(p: params.Params, names: Iterable[str], images: Path | None) -> tuple[params.Params, dict[str, str]]:
     """The same parameters; where `images` is given, those data sets `names` that have an official archive take their
-    images from there instead. Raises UserError when none of them has one."""
+    images from there instead. And which archive that was, by data set. Raises UserError when none of them has one."""
     if not images:
-        return p
+        return p, {}
     chosen = {name: params.dataset(p, name) for name in names}
-    changed = {
-        name: _from_folder(p, dataset, images.resolve(), kind)
-        for name, dataset in chosen.items()
-        if (kind := sources.configure(dataset).kind) in OFFICIAL
-    }
-    if not changed:
+    kinds = {name: sources.configure(dataset).kind for name, dataset in chosen.items()}
+    instead = {name: kind for name, kind in kinds.items() if kind in OFFICIAL}
+    if not instead:
         raise errors.UserError(
             f"--images {images}: takes the place of the official archives of {' and '.join(OFFICIAL)}, and none of "
             f"{', '.join(chosen)} has one: leave it out"
         )
-    return p.model_copy(update={"datasets": p.datasets | changed})
+    changed = {name: _from_folder(p, chosen[name], images.resolve(), kind) for name, kind in instead.items()}
+    return p.model_copy(update={"datasets": p.datasets | changed}), instead
+
+
+def digest(images: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256 of which images (uint8 [N, H, W, C]) each class has, in whatever order; `labels` int64 [N]."""
+    of_images = duplicates.digests(images)
+    order = np.lexsort((of_images, labels))
+    pairs = np.stack([labels[order].astype("<u8"), of_images[order].astype("<u8")])
+    return hashlib.sha256(pairs.tobytes()).hexdigest()
+
+
+def require_archive(dataset: params.Dataset, kind: str, raw: Path) -> None:
+    """Raise UserError unless the images in `raw` can take the place of the official archive of a source `kind`: the
+    test split must be its test split, image for image, and each class must have the images that the tail is cut from.
+    """
+    archive, where = OFFICIAL[kind], sources.configure(dataset).key("path")
+    meta, arrays = read_raw(raw)
+    folder, names = dataset.source["path"], meta.class_names
+    if digest(arrays["test_images"], arrays["test_labels"]) != archive.digest:
+        raise errors.UserError(
+            f"{where}: {folder}/test is not the test split of {kind}: it has {len(arrays['test_labels']):,} images of "
+            f"{len(names)} classes, and must have the {archive.test * archive.classes:,} of the official archive, "
+            f"{archive.test:,} of each of {archive.classes} classes, pixel for pixel"
+        )
+    if isinstance(dataset.imbalance, params.LongTail):
+        cut = dataset.imbalance
+        wanted = longtail.class_counts(archive.train, archive.classes, cut.factor, cut.profile, names)
+        found = np.bincount(arrays["train_labels"], minlength=archive.classes)
+        if (found < wanted).any():
+            k = int(np.argmax(found < wanted))
+            raise errors.UserError(
+                f"{where}: {folder}/train: {longtail.class_title(k, names)} has {found[k]:,} images, and the long tail "
+                f"takes {wanted[k]:,} of it"
+            )
 
 
 def require_planned(runs: dict[Path, measured.Run], p: params.Params) -> None:
@@ -86,7 +136,7 @@ def require_planned(runs: dict[Path, measured.Run], p: params.Params) -> None:
 def _unplanned(file: Path, run: measured.Run, p: params.Params) -> str | None:
     p, cell = p.model_copy(update={"precision": run.precision}), file.parts[-4:-1]
     if not run.data.official and sources.configure(params.dataset(p, cell[0])).kind in OFFICIAL:
-        p = with_images(p, cell[:1], Path("images"))  # which folder, no record says
+        p, _ = with_images(p, cell[:1], Path("images"))  # which folder, no record says
     return measured.unplanned(file, run, settings.of_cell(p, *cell), p.evaluate.model_dump())
 
 
@@ -98,7 +148,7 @@ def _from_folder(p: params.Params, dataset: params.Dataset, images: Path, kind: 
     place = {"kind": "folder", "path": str(images / kind), "size": 32, "channels": 3}
     imbalance = dataset.imbalance
     if isinstance(imbalance, params.LongTail):
-        imbalance = imbalance.model_copy(update={"largest": imbalance.largest or OFFICIAL[kind]})
+        imbalance = imbalance.model_copy(update={"largest": imbalance.largest or OFFICIAL[kind].train})
     changed = dataset.model_copy(update={"source": place, "imbalance": imbalance})
     return params.resolve(p, changed, Path(f"--images {images}"), "")  # which is where its keys come from
 
@@ -119,8 +169,11 @@ def listing(config: sources.Source) -> str | None:
     return digest.hexdigest()
 
 
-def prepare(p: params.Params, name: str) -> None:
-    """Download and subsample a data set, unless the same code has done so from the same block, and it is all there."""
+def prepare(p: params.Params, name: str, instead: str | None = None) -> None:
+    """Download and subsample a data set, unless the same code has done so from the same block, and it is all there.
+
+    `instead`: the official archive in whose place its images stand. Raises UserError, also as `require_archive` does.
+    """
     dataset = params.dataset(p, name)
     config = sources.configure(dataset)
     made = {
@@ -129,12 +182,15 @@ def prepare(p: params.Params, name: str) -> None:
         "listing": listing(config),
         "imbalance": dataset.imbalance.record(),
         "holdout_per_class": dataset.holdout_per_class,
+        "instead": instead,
     }
     stamp = paths.SCRATCH / "prepared" / f"{name}.json"
     if stamp.exists() and files.read_json(stamp) == made and whole(paths.longtail(name)):
         return
     with lock.alone(paths.LOCKS, paths.raw(name), paths.longtail(name), paths.scratch("pack", name)):
         download(name, config)
+        if instead:
+            require_archive(dataset, instead, paths.raw(name))
         subsample(name, dataset)
         files.write_json(stamp, made)
 

@@ -66,14 +66,19 @@ def project(tmp_path, monkeypatch):
     (tmp_path / plan.PLAN).write_text(yaml.safe_dump(PLAN, sort_keys=False))
     rng = np.random.default_rng(0)
     counts = {"train": [round(LARGEST * 0.1 ** (k / 9)) + 1 for k in range(CLASSES)], "test": [TEST] * CLASSES}
+    shown = {split: [] for split in counts}
     for split, numbers in counts.items():
         for k, number in enumerate(numbers):
             folder = tmp_path / f"images/cifar10/{split}/class{k}"
             folder.mkdir(parents=True)
             for i in range(number):
-                Image.fromarray(rng.integers(0, 60 + 19 * k, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+                image = rng.integers(0, 60 + 19 * k, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(image).save(folder / f"{i}.png")
+                shown[split].append((image, k))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workspace, "OFFICIAL", {"cifar10": LARGEST})
+    images, labels = (np.stack(part) for part in zip(*shown["test"], strict=True))
+    official = workspace.Archive(CLASSES, LARGEST, TEST, workspace.digest(images, labels))
+    monkeypatch.setattr(workspace, "OFFICIAL", {"cifar10": official})
     return tmp_path
 
 
@@ -307,11 +312,12 @@ def test_a_cell_of_another_data_set_fills_no_row(run):
 @pytest.mark.pipeline
 def test_images_that_change_and_splits_that_are_damaged_are_made_anew(run, project):
     path = run("--table", "later", "--images", "images")["small/mixup/joint/seed0.json"]
-    first = read(path)["data"]
-    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(project / "images/cifar10/test/class0/0.png")
+    first = read(path)["provenance"]["data"]
+    for file in (project / "images/cifar10/train/class0").iterdir():
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(file)
     run("--table", "later", "--images", "images")
-    second = read(path)["data"]
-    assert first["test_split"]["test_images.npy"] != second["test_split"]["test_images.npy"]
+    second = read(path)["provenance"]["data"]
+    assert first["train_images.npy"] != second["train_images.npy"]
     split = project / "data/published/data/lt/small/test_images.npy"
     content = split.read_bytes()
     split.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -467,6 +473,48 @@ def test_a_wrong_plan_is_named(run, edit, message):
         run("--images", "images")
     assert "\n" not in str(caught.value)
     assert not Path("data/published").exists()
+
+
+def test_the_digest_is_of_the_images_of_each_class_in_whatever_order():
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8), np.repeat(np.arange(3), 20)
+    one, order = workspace.digest(images, labels), rng.permutation(60)
+    assert workspace.digest(images[order], labels[order]) == one
+    others = images.copy()
+    others[7, 1, 2, 0] ^= 1
+    assert workspace.digest(others, labels) != one
+    assert workspace.digest(images, np.roll(labels, 1)) != one
+    assert workspace.digest(images[:-1], labels[:-1]) != one
+
+
+def one_pixel(images: Path):
+    path = images / "test/class3/0.png"
+    pixels = np.array(Image.open(path))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+
+
+def two_classes(images: Path):
+    for folder in images.glob("*/class[2-9]"):
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("edit", [one_pixel, two_classes, lambda images: (images / "test/class4/1.png").unlink()])
+def test_other_images_than_the_official_ones_are_refused(run, project, edit):
+    edit(project / "images/cifar10")
+    with pytest.raises(UserError, match=r"^--images \S*images: source\.path: \S*/test is not the test split of ") as caught:
+        run("--table", "later", "--images", "images")
+    assert f"of each of {CLASSES} classes, pixel for pixel" in str(caught.value)
+    assert "where this works" not in str(caught.value)
+    assert not paths.PUBLISHED.exists()
+
+
+def test_too_few_training_images_for_the_tail_are_named(run, project):
+    for path in sorted((project / "images/cifar10/train/class0").iterdir())[5:]:
+        path.unlink()
+    message = rf"cifar10/train: class 0 \(class0\) has 5 images, and the long tail takes {LARGEST} of it$"
+    with pytest.raises(UserError, match=message):
+        run("--table", "later", "--images", "images")
 
 
 @pytest.mark.parametrize("recipes", ["", " 5", " [a]"])
