@@ -86,7 +86,7 @@ def before(record: dict[str, Any], suite: cases.Suite, benchmark: cases.Benchmar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stages.benchmark", description=__doc__)
     parser.add_argument(
         "--alone", nargs=2, metavar=("PART", "CASE"), help=f"only this of a case: {' or '.join(measure.ALONE)}, as JSON"
     )

@@ -7,10 +7,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from stages import paths
-from stages.seeds import read_images, train_seeds, write_costs, write_seeds
+from stages.seeds import open_training, read_images, train_seeds, write_costs, write_seeds
 from tailcal import (
     checkpoint,
     distributed,
@@ -26,7 +25,6 @@ from tailcal import (
     provenance,
     seal,
     settings,
-    splits,
     store,
     train,
     weights,
@@ -34,7 +32,7 @@ from tailcal import (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stages.calibrate", description=__doc__)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--representation", required=True)
     parser.add_argument("--classifier", required=True)
@@ -59,14 +57,8 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     Returns the folder of its checkpoints; `late_epochs` is that of `represent`. Raises UserError.
     """
     cell = (dataset_name, representation, classifier)
-    dataset = params.dataset(p, dataset_name)
-    training = settings.training(p, dataset_name, classifier, "classifiers")
-    device = train.prepare(p.runtime, p.precision)
-    longtail = paths.longtail(dataset_name)
-    meta = splits.read_meta(longtail)
-    splits.require_cut(longtail, meta, dataset, paths.raw(dataset_name))
-    counts = torch.tensor(meta["train_counts"])
-    data = read_images(longtail, "train", dataset, device, p.runtime.placement)
+    opened = open_training(p, dataset_name, classifier, "classifiers")
+    training, longtail, meta, data = opened.training, opened.longtail, opened.meta, opened.data
     stage1 = paths.representation(dataset_name, representation)
     upstream = lineage.read_represented(stage1)
     represented = settings.training(p, dataset_name, representation, "representations")
@@ -80,7 +72,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
             "classifier": training.record(p.precision),
         },
         "data": upstream.data,
-        "device": train.described(device),
+        "device": train.described(opened.device),
         "versions": provenance.versions(),
         "stage1": upstream.model_dump(include={"code", "device", "versions"}),
     }
@@ -92,7 +84,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     def make(seed: int) -> tuple[models.Network, method.Method]:
         network = models.rebuild(upstream.network, stage1 / "provenance.json")
         weights.load_weights(network, stage1 / f"seed{seed}.safetensors", upstream.weights.get(f"seed{seed}"))
-        return network, method.load(training.method)(training.settings, counts)
+        return network, method.load(training.method)(training.settings, opened.counts)
 
     with seal.training():
         title = f"calibrate {'/'.join(cell)}"
@@ -104,7 +96,8 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
     checksums = {f"seed{seed}.safetensors": checksum for seed, checksum in written.items()}
 
     placed = {
-        split: read_images(longtail, split, dataset, device, p.runtime.placement) for split in ("holdout", "test")
+        split: read_images(longtail, split, opened.dataset, opened.device, p.runtime.placement)
+        for split in ("holdout", "test")
     }
     folder = paths.predictions(*cell)
     for seed, made in predict(p, trained, placed, cell).items():

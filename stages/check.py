@@ -81,5 +81,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m stages.check", description=__doc__).parse_args()
     errors.run(main)

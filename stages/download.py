@@ -7,7 +7,7 @@ from tailcal import errors, files, lock, pack, params, sources
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stages.download", description=__doc__)
     parser.add_argument("--dataset", required=True)
     name = parser.parse_args().dataset
     config = sources.configure(params.dataset(params.load(), name))

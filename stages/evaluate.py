@@ -158,7 +158,7 @@ def evaluate(p: params.Params, dataset: params.Dataset, where: dict[str, str]) -
     from tailcal import figures  # matplotlib: a bad input is reported before it is loaded
 
     diagram = pd.read_csv(plots / "reliability.csv")
-    figures.reliability(diagram, title=" / ".join(where.values()), path=plots / "reliability.png")
+    figures.reliability(diagram, numbers["ece_floor"], " / ".join(where.values()), plots / "reliability.png")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from itertools import dropwhile, product
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 from pydantic import AliasPath, ConfigDict, Field, model_validator
 
 from stages import paths
 from tailcal import costs, figures, lineage, lock, page, params, settings, splits, tables
 from tailcal.errors import UserError, run
-from tailcal.files import REPRO, read_json, write_json, write_text
+from tailcal.files import REPRO, read_json, verify, write_json, write_text
 from tailcal.params import Strict
 from tailcal.tables import Cell
 
@@ -21,6 +22,7 @@ CLASSES = ("class", "name", "train_count", "test_count", "group", "accuracy", "a
 HISTORY = ("epoch", "seed", "loss", "train_accuracy")
 TEXTS = {"name", "group"}  # of these columns; all others are numbers
 WHOLE = {"epoch", "seed", "class", "train_count", "test_count", "count"}  # which no line lacks
+ROUNDING = 1e-5  # by which a number of a cell's metrics may differ from that of the tables beside it
 
 CONCERNS = {  # what is not as in the provenance of a cell's numbers, and the first stage that is to run again
     "params.dataset.source": "download",
@@ -112,6 +114,7 @@ def report() -> None:
         _require_same_classes(group)
         for cell in group:
             _require_current(p, cell)
+            _require_own_tables(cell)
         if (longtail := paths.longtail(dataset)).exists():
             _require_images(p, dataset, longtail, group)
     _write_numbers(cells, epochs)
@@ -203,6 +206,22 @@ def _require_current(p: params.Params, cell: Cell) -> None:
     lineage.require_cell(origin, path, where, paths.representation(*where[:2]), ("evaluate",))
 
 
+def _require_own_tables(cell: Cell) -> None:
+    """Raise UserError naming a table whose numbers are not those of the cell's metrics, as those of another cell are
+    not, or of an evaluation that was cut short."""
+    where = (cell.dataset, cell.representation, cell.classifier)
+    of_tables = {
+        "per_class.csv": ("top1", np.average(cell.classes["accuracy"], weights=cell.classes["test_count"])),
+        "reliability.csv": ("ece", figures.calibration_error(cell.bins)),
+    }
+    for name, (number, found) in of_tables.items():
+        if not abs(found - cell.metrics[number]) <= ROUNDING:
+            raise UserError(
+                f"{paths.cell_plots(*where) / name} gives {number} {found:.6f}, and {paths.metrics(*where)} says "
+                f"{cell.metrics[number]:.6f}: {lineage.again(evaluate=where)}"
+            )
+
+
 def _require_images(p: params.Params, dataset: str, longtail: Path, cells: list[Cell]) -> None:
     """Raise UserError when a cell's numbers are not of the images in `longtail`, or these not cut from those that were
     downloaded."""
@@ -230,7 +249,9 @@ def _metrics(path: Path) -> dict[str, Any]:
 
 
 def _history(dataset: str, representation: str) -> pd.DataFrame:
-    return _frame(paths.representation(dataset, representation) / "history.csv", HISTORY)
+    stage1 = paths.representation(dataset, representation)
+    verify(stage1 / "history.csv", lineage.read_represented(stage1).history)
+    return _frame(stage1 / "history.csv", HISTORY)
 
 
 def _diagram(cell: Cell) -> Path:
@@ -261,5 +282,5 @@ def _frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m stages.report", description=__doc__).parse_args()
     run(main)

@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from stages import paths
-from stages.seeds import read_images, train_seeds, write_costs, write_seeds
+from stages.seeds import open_training, train_seeds, write_costs, write_seeds
 from tailcal import (
     checkpoint,
     distributed,
@@ -18,7 +16,6 @@ from tailcal import (
     params,
     provenance,
     seal,
-    settings,
     splits,
     train,
     weights,
@@ -27,7 +24,7 @@ from tailcal.models.imagenet import load_pretrained
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stages.represent", description=__doc__)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--representation", required=True)
     args = parser.parse_args()
@@ -51,28 +48,22 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     Returns the folder of its checkpoints. With `late_epochs` (a diagnostic, named in the provenance) there is below it
     late/seed<k>/epoch<e>.safetensors, the network after each of the last so many epochs. Raises UserError.
     """
-    dataset = params.dataset(p, dataset_name)
-    training = settings.training(p, dataset_name, representation, "representations")
-    device = train.prepare(p.runtime, p.precision)
-    longtail = paths.longtail(dataset_name)
-    meta = splits.read_meta(longtail)
-    splits.require_cut(longtail, meta, dataset, paths.raw(dataset_name))
-    counts = torch.tensor(meta["train_counts"])
-    data = read_images(longtail, "train", dataset, device, p.runtime.placement)
+    opened = open_training(p, dataset_name, representation, "representations")
+    training, meta, data = opened.training, opened.meta, opened.data
 
-    network_record = {"backbone": training.backbone, "channels": data.channels, "num_classes": len(counts)}
+    network_record = {"backbone": training.backbone, "channels": data.channels, "num_classes": len(opened.counts)}
     begins = {}
     if training.pretrained:
         network_record["trains"] = training.pretrained.trains
-        begins["pretrained"] = weights.pretrained_digest(dataset)
+        begins["pretrained"] = weights.pretrained_digest(opened.dataset)
     record = {
         "code": provenance.code_version("stages.represent", method.module(training.method)),
         "params": {
-            "dataset": splits.cut(dataset),
+            "dataset": splits.cut(opened.dataset),
             "representation": training.record(p.precision),
         },
         "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")} | begins,
-        "device": train.described(device),
+        "device": train.described(opened.device),
         "versions": provenance.versions(),
     }
     if late_epochs:
@@ -85,7 +76,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
         network = models.build(**network_record, head="linear")
         if training.pretrained:
             load_pretrained(network.backbone, Path(training.pretrained.file))
-        return network, Method(training.settings, counts)
+        return network, Method(training.settings, opened.counts)
 
     title = f"represent {dataset_name}/{representation}"
     trained = train_seeds(p, training, title, make, data, scratch, late_epochs)
@@ -96,6 +87,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     made = {
         "network": network_record | {"head": Method.head},
         "weights": {f"seed{seed}": checksum for seed, checksum in write_seeds(trained, out).items()},
+        "history": files.sha256(out / "history.csv"),
     }
     files.write_json(out / "provenance.json", record | distributed.record() | made)
     checkpoint.keep_only(scratch)

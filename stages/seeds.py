@@ -1,9 +1,10 @@
 """One network per seed: how both stages train them, and what they write of them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -27,6 +28,31 @@ def read_images(
     splits.check_augmentation(dataset, *images.shape[1:])
     with train.enough_memory("set runtime.placement to auto or disk"):
         return store.Images(images, labels, dataset.augmentation, device, placement)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a training begins with. counts: training images of each class, int64 [K]; data: the training split."""
+
+    dataset: params.Dataset
+    training: settings.Training
+    device: torch.device
+    longtail: Path
+    meta: dict[str, Any]
+    counts: torch.Tensor
+    data: store.Images
+
+
+def open_training(p: params.Params, dataset_name: str, name: str, stage: settings.Stage) -> Opened:
+    """The training split for the method `name` of a stage, on the device. Raises UserError for what does not fit."""
+    dataset = params.dataset(p, dataset_name)
+    training = settings.training(p, dataset_name, name, stage)
+    device = train.prepare(p.runtime, p.precision)
+    longtail = paths.longtail(dataset_name)
+    meta = splits.read_meta(longtail)
+    splits.require_cut(longtail, meta, dataset, paths.raw(dataset_name))
+    data = read_images(longtail, "train", dataset, device, p.runtime.placement)
+    return Opened(dataset, training, device, longtail, meta, torch.tensor(meta["train_counts"]), data)
 
 
 def train_seeds(

@@ -88,7 +88,7 @@ def warn_of_duplicates(name: str, found: dict[str, int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stages.subsample", description=__doc__)
     parser.add_argument("--dataset", required=True)
     name = parser.parse_args().dataset
     dataset = params.dataset(params.load(), name)

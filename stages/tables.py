@@ -36,7 +36,9 @@ def tables() -> None:
     papers = published.compare(printed, cells)
     footings = [published.footing_table(name, footing, cells) for name, footing in chosen.footing.items()]
     sections = [published_page.paper(name, rows, _command(name)) for name, rows in papers.items()]
-    sections += [published_page.footing(table, _command(table.footing.table)) for table in footings]
+    sections += [
+        published_page.footing(table, _command(table.footing.table, table.footing.dataset)) for table in footings
+    ]
     write_text(TEXT, "\n".join([published_page.INTRODUCTION, *sections]))
     write_text(paths.OVERVIEW, published_page.overview(papers, footings, EVERYTHING))
     write_json(SUMMARY, published.summary(cells))
@@ -44,8 +46,9 @@ def tables() -> None:
     _write(PAIRS, published.pair_rows(footings))
 
 
-def _command(table: str) -> str:
-    return f"python -m stages.published --table {table} --missing"
+def _command(table: str, dataset: str | None = None) -> str:
+    narrow = f" --dataset {dataset}" if dataset else ""
+    return f"python -m stages.published --table {table}{narrow} --missing"
 
 
 def _write(path: Path, frame: pd.DataFrame) -> None:

@@ -38,6 +38,7 @@ STAGE1 = {  # what the stages read of the provenance of stage 1
     "versions": {},
     "network": {},
     "weights": {"seed0": "0123456789abcdef"},
+    "history": "",
 }
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `python` in dvc.yaml is this one

@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from stages import paths
-from tailcal import figures, settings
+from tailcal import figures, files, settings
 from tailcal.duplicates import TWICE
 from tailcal.params import load
 from tests.conftest import ROOT, STAGE1
@@ -129,7 +129,8 @@ def write(
     for dataset, representation in product(datasets, representations):
         stage1 = root / paths.representation(dataset, representation)
         _csv(stage1 / "history.csv", history(generator, seeds=seeds))
-        (stage1 / "provenance.json").write_text(json.dumps(STAGE1))
+        checksum = files.sha256(stage1 / "history.csv")
+        (stage1 / "provenance.json").write_text(json.dumps(STAGE1 | {"history": checksum}))
         for classifier in classifiers:
             _write_cell(root, (dataset, representation, classifier), generator, number, seeds)
 
@@ -139,35 +140,54 @@ def change(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def measure(cell: tuple[str, ...], top1: float, ece: float, **values) -> None:
+    """Change some of a cell's metrics, and its tables so that they have this accuracy and this calibration error."""
+    tables = {name: paths.cell_plots(*cell) / f"{name}.csv" for name in ("per_class", "reliability")}
+    of_classes = pd.read_csv(tables["per_class"], keep_default_na=False)
+    _csv(tables["per_class"], of_classes.assign(accuracy=top1))
+    of_bins = pd.read_csv(tables["reliability"])
+    _csv(tables["reliability"], of_bins.assign(confidence=of_bins["accuracy"] + ece))
+    change(paths.metrics(*cell), top1=top1, ece=ece, **values)
+
+
 def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generator, number: int, seeds: int) -> None:
     dataset, representation, classifier = cell
     p = load(root / "params.yaml")
-    metrics = numbers(generator, seeds) | {
-        "seeds": seeds,
-        "posthoc": {rule: numbers(generator, seeds) | {"transductive": rule in TRANSDUCTIVE} for rule in RULES},
-        "posthoc_absent": {},
-        "images": {"skipped": {}, "duplicates": dict.fromkeys(TWICE, 0)},
-        "provenance": {
-            "params": settings.of_cell(p, *cell),
-            "evaluate": p.evaluate.model_dump(),
-            "starts": STAGE1["weights"],
-            "data": {"train_images.npy": "fedcba9876543210"},
-            "predicted": {},
-            "code": "aa4ca0a",
-            "device": "cpu",
-            "versions": {"numpy": "2.4.6"},
-            "classifier": classifier,
-            "seeds": list(range(seeds)),
-        },
+    table, of_classes = bins(generator, seeds), classes(generator, number)
+    measured = {
+        "top1": round(float(np.average(of_classes["accuracy"], weights=of_classes["test_count"])), 6),
+        "ece": round(figures.calibration_error(table), 6),
+        "ece_floor": 0.01,
     }
+    metrics = (
+        numbers(generator, seeds)
+        | measured
+        | {
+            "seeds": seeds,
+            "posthoc": {rule: numbers(generator, seeds) | {"transductive": rule in TRANSDUCTIVE} for rule in RULES},
+            "posthoc_absent": {},
+            "images": {"skipped": {}, "duplicates": dict.fromkeys(TWICE, 0)},
+            "provenance": {
+                "params": settings.of_cell(p, *cell),
+                "evaluate": p.evaluate.model_dump(),
+                "starts": STAGE1["weights"],
+                "data": {"train_images.npy": "fedcba9876543210"},
+                "predicted": {},
+                "code": "aa4ca0a",
+                "device": "cpu",
+                "versions": {"numpy": "2.4.6"},
+                "classifier": classifier,
+                "seeds": list(range(seeds)),
+            },
+        }
+    )
     where = root / paths.metrics(*cell)
     where.parent.mkdir(parents=True, exist_ok=True)
     where.write_text(json.dumps(metrics))
     plots = root / paths.cell_plots(*cell)
-    table = bins(generator, seeds)
     _csv(plots / "reliability.csv", table)
-    _csv(plots / "per_class.csv", classes(generator, number))
-    figures.reliability(table, f"{representation}/{classifier} on {dataset}", plots / "reliability.png")
+    _csv(plots / "per_class.csv", of_classes)
+    figures.reliability(table, 0.01, f"{representation}/{classifier} on {dataset}", plots / "reliability.png")
 
 
 def _csv(path: Path, frame: pd.DataFrame) -> None:

@@ -73,6 +73,13 @@ def test_of_processes_that_train_together_the_first_takes_the_lock(tmp_path, mon
         assert not (tmp_path / "locks").exists()
 
 
+def test_a_folder_of_locks_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "scratch").write_text("a file")
+    with pytest.raises(OSError, match="cannot write") as caught, lock.alone(tmp_path / "scratch/locks", Path("made")):
+        pass
+    assert caught.value.filename == str(tmp_path / "scratch/locks")
+
+
 def test_a_project_and_a_workspace_in_it_fetch_an_archive_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     archive, sha256 = paths.DOWNLOADS / "archive", hashlib.sha256(b"whole").hexdigest()
@@ -143,6 +150,12 @@ def test_two_repros_and_an_experiment_beside_them(project, long):
         alone = project(LONGER, name="alone")
         alone.run("dvc", "repro", *target)
         assert artefacts(p.root) == artefacts(alone.root)
+
+
+def test_an_error_of_an_option_in_a_workspace_says_no_other_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--images /x: is wrong$"), workspace.inside(Path("inner")):
+        raise UserError("--images /x: is wrong")
 
 
 def test_an_error_in_a_workspace_says_where_its_paths_begin(tmp_path, monkeypatch):

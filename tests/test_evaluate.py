@@ -356,12 +356,14 @@ def nan_logits() -> np.ndarray:
         (
             lambda: record(data={"train_labels.npy": "b"}),
             "is of networks that were trained on another training split than data/lt/digits_lt holds: run `dvc repro`, "
-            "or without DVC `python -m stages.represent --dataset digits_lt --representation ce` and `python -m "
+            "or without DVC or off the grid `python -m stages.represent --dataset digits_lt --representation "
+            "ce` and `python -m "
             "stages.calibrate --dataset digits_lt --representation ce --classifier joint`",
         ),
         (
             lambda: record(predicted=CHECKSUMS | {"test_labels.npy": "c"}),
-            "is of other held-out or test images than data/lt/digits_lt holds: run `dvc repro`, or without DVC `python "
+            "is of other held-out or test images than data/lt/digits_lt holds: run `dvc repro`, or without DVC "
+            "or off the grid `python "
             "-m stages.calibrate --dataset digits_lt --representation ce --classifier joint`",
         ),
         (lambda: record(predicted={}), "is of other held-out or test images than data/lt/digits_lt holds"),
@@ -378,14 +380,16 @@ def nan_logits() -> np.ndarray:
         (
             lambda: edit_params("\n- 2\n", "\n- 7\n"),
             "data/predictions/digits_lt/ce/joint has no seed 7, and the parameters say seeds 0, 1, 7: run `dvc repro`, "
-            "or without DVC `python -m stages.calibrate --dataset digits_lt --representation ce --classifier joint`",
+            "or without DVC or off the grid `python -m stages.calibrate --dataset digits_lt --representation ce "
+            "--classifier joint`",
         ),
         (
             lambda: files.write_json(
                 paths.representation("digits_lt", "ce") / "provenance.json", STAGE1 | {"weights": {"a": "b"}}
             ),
             "data/predictions/digits_lt/ce/joint is not of the networks that data/representations/digits_lt/ce holds: "
-            "run `dvc repro`, or without DVC `python -m stages.calibrate --dataset digits_lt --representation ce "
+            "run `dvc repro`, or without DVC or off the grid `python -m stages.calibrate --dataset digits_lt "
+            "--representation ce "
             "--classifier joint`",
         ),
         (
@@ -393,7 +397,7 @@ def nan_logits() -> np.ndarray:
                 paths.raw("digits_lt") / "meta.json", CUT | {"class_names": NAMES, "checksums": {"a": "b"}}
             ),
             "data/lt/digits_lt was cut from other images than data/raw/digits_lt holds: run `dvc repro`, or without "
-            "DVC `python -m stages.subsample --dataset digits_lt`",
+            "DVC or off the grid `python -m stages.subsample --dataset digits_lt`",
         ),
         (lambda: (paths.longtail("digits_lt") / "meta.json").unlink(), "meta.json is missing"),
         (

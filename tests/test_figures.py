@@ -34,8 +34,8 @@ def _points():
 
 
 DRAWINGS = {
-    "reliability": lambda path: figures.reliability(report_inputs.bins(_generator()), "one cell", path),
-    "one seed": lambda path: figures.reliability(report_inputs.bins(_generator(), seeds=1), "one seed", path),
+    "reliability": lambda path: figures.reliability(report_inputs.bins(_generator()), 0.01, "one cell", path),
+    "one seed": lambda path: figures.reliability(report_inputs.bins(_generator(), seeds=1), 0.01, "one seed", path),
     "overview": lambda path: figures.reliability_overview(
         {cell: report_inputs.bins(_generator()) for cell in GRID}, "every cell", path
     ),
@@ -121,9 +121,10 @@ def test_pooled_bins_are_weighted_by_their_counts():
 
 def test_reliability_diagram_says_its_ece_and_accuracy(drawn, tmp_path):
     bins = report_inputs.bins(_generator())
-    figures.reliability(bins, "one cell", tmp_path / "unused.png")
+    figures.reliability(bins, 0.01, "one cell", tmp_path / "unused.png")
     accuracy = (bins["accuracy"] * bins["count"]).sum() / bins["count"].sum()
-    assert drawn[0].axes[0].get_title() == f"accuracy {accuracy:.1%}    ECE {figures.calibration_error(bins):.2%}"
+    ece = figures.calibration_error(bins)
+    assert drawn[0].axes[0].get_title() == f"accuracy {accuracy:.2%}    ECE {ece:.2%} (chance alone 1.00%)"
 
 
 def _texts(figure):
@@ -131,7 +132,11 @@ def _texts(figure):
 
 
 @pytest.mark.parametrize(
-    "draw", [figures.reliability, lambda bins, *rest: figures.reliability_overview({GRID[0]: bins}, *rest)]
+    "draw",
+    [
+        lambda bins, *rest: figures.reliability(bins, 0.01, *rest),
+        lambda bins, *rest: figures.reliability_overview({GRID[0]: bins}, *rest),
+    ],
 )
 def test_bars_are_said_to_be_pooled_and_the_ece_to_be_a_mean_where_there_is_more_than_one_seed(drawn, tmp_path, draw):
     for seeds in (3, 1):
@@ -341,7 +346,7 @@ def test_no_accuracy_of_a_class_lies_outside_its_panel(drawn, tmp_path):
 
 LONG = ("a_long_name_of_a_method_of_which_nothing_is_cut", "short", "another_name_that_needs_two_lines")
 LONG_DRAWINGS = {
-    "reliability": lambda _, path: figures.reliability(report_inputs.bins(_generator()), " / ".join(LONG), path),
+    "reliability": lambda _, path: figures.reliability(report_inputs.bins(_generator()), 0.01, " / ".join(LONG), path),
     "overview": lambda cells, path: figures.reliability_overview(
         {cell: report_inputs.bins(_generator()) for cell in cells}, f"{LONG[0]}: reliability", path
     ),
@@ -450,7 +455,7 @@ def test_a_note_stands_below_the_title(drawn, tmp_path):
 def test_bars_of_few_predictions_are_faint(drawn, tmp_path):
     bins = report_inputs.bins(_generator(), seeds=1).assign(count=100)
     bins.loc[bins.index[-1], "count"] = figures.FEW_PREDICTIONS - 1
-    figures.reliability(bins, "one cell", tmp_path / "unused.png")
+    figures.reliability(bins, 0.01, "one cell", tmp_path / "unused.png")
     bars = [bar for bar in drawn[0].axes[0].patches if bar.get_facecolor()[:3] == to_rgb(figures.ACCURACY)]
     strengths = {round(bar.get_x(), 3): bar.get_facecolor()[3] for bar in bars}
     last = round(bins["bin_lower"].iloc[-1], 3)

@@ -108,6 +108,7 @@ def test_linked_classes_and_images_are_taken(tmp_path):
             "{root}: has no folder train: must hold train/<class>/ and test/<class>/, or <class>/ with a sou",
         ),
         (["train/a/1.png", "train/b/1.png"], {}, "{root}: has no folder test: must"),
+        ([*SPLIT, "train/c/notes.txt"], {}, "{root}/train/c: has no images, and test no such class: remove it"),
         ([*SPLIT, "train/c/1.png"], {}, "{root}: class c is in train and not in test: every class must be in both"),
         ([*SPLIT, "test/c/1.png", "test/d/1.png"], {}, "{root}: class c (and 1 more) is in test and not in train"),
         ([*SPLIT, "train/c/1.png", "test/c/"], {}, "{root}/test/c: has no images: every class needs at least one"),

@@ -216,7 +216,8 @@ def test_without_dvc_stages_refuse_a_data_set_that_was_cut_otherwise_or_that_the
     said = p.inside("represent", *CELL, ok=False)
     assert re.fullmatch(
         r"error: data/lt/digits_lt was cut with imbalance \{.*20\.0.*\}, and params\.yaml: datasets\.digits_lt"
-        r"\.imbalance is \{.*50\.0.*\}: run `dvc repro`, or without DVC `python -m stages\.subsample --dataset "
+        r"\.imbalance is \{.*50\.0.*\}: run `dvc repro`, or without DVC or off the grid `python -m "
+        r"stages\.subsample --dataset "
         r"digits_lt`\n",
         said,
     )
@@ -225,7 +226,8 @@ def test_without_dvc_stages_refuse_a_data_set_that_was_cut_otherwise_or_that_the
         said = p.inside(stage, *CELL[: 2 if stage == "subsample" else None], ok=False)
         assert said == (
             f"error: data/{folder}/digits_lt was made with source.test_per_class 50, and params.yaml: "
-            "datasets.digits_lt.source.test_per_class is 40: run `dvc repro`, or without DVC `python -m "
+            "datasets.digits_lt.source.test_per_class is 40: run `dvc repro`, or without DVC or off the grid "
+            "`python -m "
             "stages.download --dataset digits_lt` and `python -m stages.subsample --dataset digits_lt`\n"
         )
     edit(p.root / "params.yaml", [("test_per_class: 40", "test_per_class: 50")])

@@ -502,7 +502,9 @@ def two_classes(images: Path):
 @pytest.mark.parametrize("edit", [one_pixel, two_classes, lambda images: (images / "test/class4/1.png").unlink()])
 def test_other_images_than_the_official_ones_are_refused(run, project, edit):
     edit(project / "images/cifar10")
-    with pytest.raises(UserError, match=r"^--images \S*images: source\.path: \S*/test is not the test split of ") as caught:
+    with pytest.raises(
+        UserError, match=r"^--images \S*images: source\.path: \S*/test is not the test split of "
+    ) as caught:
         run("--table", "later", "--images", "images")
     assert f"of each of {CLASSES} classes, pixel for pixel" in str(caught.value)
     assert "where this works" not in str(caught.value)

@@ -412,9 +412,9 @@ def test_doubts_about_a_calibration(model):
 def test_test_images_that_were_trained_on_are_told(model):
     measured = predict.load(model)[0].measured
     assert measured.trained_on == 0
-    assert "training images too" not in exporting.result(measured, "none")
+    assert "in the training split too" not in exporting.result(measured, "none")
     leaked = measured.model_copy(update={"trained_on": 4})
-    assert " images, of which 4 are training images too; 15 bins; " in exporting.result(leaked, "none")
+    assert " images, of which 4 are in the training split too; 15 bins; " in exporting.result(leaked, "none")
 
 
 @pytest.mark.usefixtures("interrupts")
@@ -489,7 +489,8 @@ def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, s
         "another stage 1": (
             stage1,
             json.dumps(STAGE1 | {"weights": {"seed0": "another"}}).encode(),
-            f"ce/joint is not of the networks that {stage1.parent} holds: run `dvc repro`, or without DVC `python -m "
+            f"ce/joint is not of the networks that {stage1.parent} holds: run `dvc repro`, or without DVC or "
+            f"off the grid `python -m "
             "stages.calibrate --dataset made_up ",
         ),
         "other colours": (made, provenance(augmentation=DIGITS | coloured), "mean has 3 values: must be 1"),
@@ -560,7 +561,7 @@ def test_an_export_takes_the_place_of_nothing_but_itself(tmp_path):
     cell, other = make_cell(tmp_path), make_cell(tmp_path, "mislas")
     export(cell, tmp_path / "model", root=tmp_path)
     export(cell, tmp_path / "model", root=tmp_path)
-    with pytest.raises(UserError, match="holds the model of another cell"):
+    with pytest.raises(UserError, match="holds the model of another cell or seed"):
         export(other, tmp_path / "model", root=tmp_path)
     with pytest.raises(UserError, match="holds another file, "):
         export(cell, tmp_path, root=tmp_path)

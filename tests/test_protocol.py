@@ -141,7 +141,7 @@ def test_stage_2_takes_no_stage_1_of_other_parameters_or_of_another_split(projec
     p = project(cut=True)
     cell = ("--dataset", "digits_lt", "--representation", "ce")
     stage1 = "data/representations/digits_lt/ce"
-    advice = f"run `dvc repro`, or without DVC `python -m stages.represent {' '.join(cell)}`"
+    advice = f"run `dvc repro`, or without DVC or off the grid `python -m stages.represent {' '.join(cell)}`"
     p.inside("represent", *cell)
     for before, after, what in (
         ("epochs: 8\n", "epochs: 9\n", "recipe.epochs 8, and the parameters say 9"),

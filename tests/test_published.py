@@ -235,7 +235,7 @@ def test_references_as_a_spreadsheet_writes_them():
 )
 def test_a_published_row_that_nothing_trains_is_named(old, new, message):
     references.REFERENCES.write_text(f"{HEADER}\n{GOOD.replace(old, new)}\n")
-    with pytest.raises(UserError, match=f"references/published.csv: {message}"):
+    with pytest.raises(UserError, match=f"references/published.csv line 2: {message}"):
         stage.main()
 
 
@@ -253,7 +253,9 @@ def test_nothing_has_been_run():
         assert "Nothing of this table has been run yet." in text
         assert f"rows have not been measured. `python -m stages.published --table {name} --missing` runs them." in text
         assert {tuple(row[4:12]) for row in rows(text)[1:]} == {("—",) * 8}
-    assert section("Not run").endswith("Not run yet: `python -m stages.published --table short --missing` runs it.\n")
+    assert section("Not run").endswith(
+        "Not run yet: `python -m stages.published --table short --dataset footing_strong --missing` runs it.\n"
+    )
     assert len(pd.read_csv(stage.ROWS)) == len(references.read_references(REFERENCES))
     assert pd.read_csv(stage.ROWS)["top1"].isna().all()
     assert pd.read_csv(stage.PAIRS).empty
@@ -491,7 +493,9 @@ def test_a_footing_table():
         ["3", "mixup/mislas + temperature", "62.33 ± 2.52", *rest],
         ["4", "ce/joint + pn_transductive †", "62.33 ± 2.52", *rest],
     ]
-    assert "Not run yet: fsgl/joint. `python -m stages.published --table short --missing`" in above
+    assert (
+        "Not run yet: fsgl/joint. `python -m stages.published --table short --dataset footing_cpu --missing`" in above
+    )
     head, *matrix = rows(below)
     assert head == ["no.", "method", "1", "2"]
     assert [row[:2] for row in matrix] == [["2", "mixup/mislas"], ["3", "mixup/mislas + temperature"]]
@@ -782,6 +786,18 @@ def test_what_is_no_seed_of_a_cell_is_named_or_passed_over():
     path.parent.with_name("joint").write_text("")
     with pytest.raises(UserError, match="cifar100_lt_100/mixup/joint: must lie in <dataset>/"):
         stage.main()
+
+
+def test_a_copy_of_a_seed_is_named():
+    runs = cell(predictions(0.40, 0.41, 0.42))
+    put([runs[0], runs[1], runs[1] | {"seed": 2, "top1": runs[1]["top1"], "ece": 0.07}])
+    message = r"seed2\.json has the predictions of seed1\.json, image by image, and each seed is a network of its own: "
+    with pytest.raises(UserError, match=message) as caught:
+        stage.main()
+    assert "\n" not in str(caught.value)
+    surer = runs[1] | {"seed": 2, "nll": runs[1]["nll"] + 1e-6}  # right on the same images, and another network
+    put([runs[0], runs[1], surer])
+    stage.main()
 
 
 def test_a_seed_that_is_cut_off_is_named_with_how_it_is_made():

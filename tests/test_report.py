@@ -12,6 +12,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -23,7 +24,6 @@ from tailcal.errors import UserError
 from tailcal.posthoc import RULES
 from tailcal.tables import signed
 from tests import report_inputs
-from tests.conftest import STAGE1
 
 SMALL = {"representations": ("ce", "mixup"), "classifiers": ("joint", "mislas")}
 OUTPUTS = (paths.TABLE, paths.TABLE_TEXT, paths.SUMMARY, paths.RELIABILITY, paths.REPORT)
@@ -36,10 +36,11 @@ def pictures():
     drawn = {}
 
     def once(draw):
-        def drawing(values, title, path):
-            key = draw.__name__, title, pickle.dumps(values)
+        def drawing(*values):
+            *values, path = values
+            key = draw.__name__, pickle.dumps(values)
             if key not in drawn:
-                draw(values, title, path)
+                draw(*values, path)
                 drawn[key] = path.read_bytes()
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(drawn[key])
@@ -105,7 +106,7 @@ def test_numbers_are_those_of_the_cells():
 def test_table_in_percent_with_the_best_in_bold():
     for k, cell in enumerate(product(("digits_lt",), *SMALL.values())):
         numbers = {"top1": 0.8 + k / 100, "ece": 0.02 + k / 100, "ece_floor": 0.011, "many": 0.5, "few": 0.1 * (k < 2)}
-        report_inputs.change(paths.metrics(*cell), top1_std=0.005, **numbers)
+        report_inputs.measure(cell, top1_std=0.005, **numbers)
     report.main()
     lines = _lines()
     assert lines["mixup", "mislas"]["top-1"] == "**83.00 ± 0.50**"
@@ -149,8 +150,8 @@ def test_what_is_to_be_said_of_the_images_is_said_below_the_table():
         report_inputs.change(paths.metrics(*cell), images=images)
     report.main()
     for sentence in (
-        "There twice: 7 test images that are training images too, which are not new to the model; 2,000 training "
-        "images that another class has too.",
+        "There twice: 7 of the test images in the training split too, and so not new to the model; 2,000 of the "
+        "training images in another class too.",
         "Images that could not be read are left out: 1,200 of the test split.",
     ):
         assert f"\n\n{sentence}\n" in paths.TABLE_TEXT.read_text()
@@ -185,7 +186,7 @@ def test_the_best_rule_of_a_cell_is_marked_and_a_transductive_one_does_not_compe
     rules = json.loads(where.read_text())["posthoc"]
     for k, numbers in enumerate(rules.values()):
         numbers |= {"ece": 0.10 - k / 100, "top1": 0.5, "few": None}
-    report_inputs.change(where, posthoc=rules, ece=0.2, top1=0.5, few=None)
+    report_inputs.measure(("digits_lt", "ce", "joint"), posthoc=rules, ece=0.2, top1=0.5, few=None)
     report.main()
     first = {title: [column[0] for column in table.values()][2:] for title, table in _page_tables().items()}
     eces = ["20.00", "10.00", "9.00", "8.00", "7.00", "<strong>6.00</strong>", "5.00"]
@@ -468,7 +469,8 @@ def edit(path, change):
         (
             lambda p: p["recipes"]["digits"].update(lr=0.03),
             "ce/joint.json is of params.representation.recipe.lr 0.1, and the parameters say 0.03: run `dvc repro`, or "
-            "without DVC `python -m stages.represent --dataset digits_lt --representation ce` and `python -m "
+            "without DVC or off the grid `python -m stages.represent --dataset digits_lt --representation ce` "
+            "and `python -m "
             "stages.calibrate --dataset digits_lt --representation ce --classifier joint` and `python -m "
             "stages.evaluate --dataset digits_lt --representation ce --classifier joint`",
         ),
@@ -479,12 +481,14 @@ def edit(path, change):
         (lambda p: p["datasets"]["digits_lt"]["imbalance"].update(factor=10), "imbalance.factor 20.0, and .* say 10.0"),
         (
             lambda p: p["evaluate"].update(bins=9),
-            "is of evaluate.bins 15, and the parameters say 9: run `dvc repro`, or without DVC `python -m "
+            "is of evaluate.bins 15, and the parameters say 9: run `dvc repro`, or without DVC or off the grid "
+            "`python -m "
             "stages.evaluate --dataset digits_lt --representation ce --classifier joint`$",
         ),
         (
             lambda p: p["datasets"]["digits_lt"]["source"].update(test_per_class=40),
-            "is of params.dataset.source.test_per_class 50, and .* say 40: .* without DVC `python -m stages.download "
+            "is of params.dataset.source.test_per_class 50, and .* say 40: .* without DVC or off the grid "
+            "`python -m stages.download "
             "--dataset digits_lt` and `python -m stages.subsample --dataset digits_lt` and .*stages.evaluate",
         ),
         (
@@ -503,7 +507,7 @@ def test_cells_of_other_parameters_are_not_reported(change, says):
 
 def test_cells_of_another_stage_1_are_not_reported():
     path = paths.representation("digits_lt", "mixup") / "provenance.json"
-    path.write_text(json.dumps(STAGE1 | {"weights": {"seed0": "another"}}))
+    report_inputs.change(path, weights={"seed0": "another"})
     with pytest.raises(UserError, match=r"mixup/joint\.json is not of the networks that data/rep.*/mixup holds: run"):
         report.main()
     path.unlink()
@@ -541,7 +545,8 @@ def images():
             paths.longtail,
             {"test_labels.npy": "x"},
             "ce/joint.json is of other held-out or test images than data/lt/digits_lt holds: run `dvc repro`, or "
-            "without DVC `python -m stages.calibrate --dataset digits_lt --representation ce --classifier joint` and "
+            "without DVC or off the grid `python -m stages.calibrate --dataset digits_lt --representation ce "
+            "--classifier joint` and "
             "`python -m stages.evaluate --dataset digits_lt --representation ce --classifier joint`",
         ),
         (
@@ -654,6 +659,30 @@ def test_a_list_of_classes_that_is_cut_short_is_named(rows):
         report.main()
 
 
+@pytest.mark.parametrize(("name", "number"), [("per_class.csv", "top1"), ("reliability.csv", "ece")])
+def test_a_table_of_another_cell_is_named(name, number):
+    own, other = (paths.cell_plots("digits_lt", "mixup", classifier) / name for classifier in ("joint", "mislas"))
+    own.write_bytes(other.read_bytes())
+    metrics = paths.metrics("digits_lt", "mixup", "joint")
+    says = rf"^{own} gives {number} 0\.\d{{6}}, and {metrics} says 0\.\d{{6}}: run `dvc repro`, or .*stages\.evaluate "
+    with pytest.raises(UserError, match=says) as caught:
+        report.main()
+    assert "--representation mixup --classifier joint" in str(caught.value)
+
+
+def test_an_accuracy_that_was_edited_is_named():
+    report_inputs.change(paths.metrics("digits_lt", "ce", "mislas"), top1=0.999)
+    with pytest.raises(UserError, match=r"ce/mislas/per_class\.csv gives top1 .*/ce/mislas\.json says 0\.999000"):
+        report.main()
+
+
+def test_the_history_of_another_representation_is_named():
+    own, other = (paths.representation("digits_lt", name) / "history.csv" for name in ("ce", "mixup"))
+    own.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=rf"^{own} is damaged: its SHA-256 is "):
+        report.main()
+
+
 def test_a_class_that_is_listed_twice_is_named():
     path, classes = _per_class("mixup", "joint")
     classes.assign(**{"class": classes["class"].replace(3, 2)}).to_csv(path, index=False)
@@ -664,7 +693,10 @@ def test_a_class_that_is_listed_twice_is_named():
 def test_a_test_split_that_is_not_balanced_is_told():
     for representation, classifier in product(("ce", "mixup"), ("joint", "mislas")):
         path, classes = _per_class(representation, classifier)
-        classes.assign(test_count=[1000, *[50] * 9]).to_csv(path, index=False)
+        classes = classes.assign(test_count=[1000, *[50] * 9])
+        classes.to_csv(path, index=False)
+        top1 = float(np.average(classes["accuracy"], weights=classes["test_count"]))
+        report_inputs.change(paths.metrics("digits_lt", representation, classifier), top1=top1)
     report.main()
     says = (
         "The test split is not balanced (50 to 1,000 images of a class): top-1, ECE and NLL weigh classes by that, and"
@@ -675,9 +707,9 @@ def test_a_test_split_that_is_not_balanced_is_told():
 
 @pytest.mark.parametrize("instead", ["x", ""])
 def test_a_text_or_nothing_where_numbers_belong_is_named(instead):
-    path = paths.representation("digits_lt", "ce") / "history.csv"
+    path = paths.cell_plots("digits_lt", "ce", "joint") / "reliability.csv"
     path.write_text(path.read_text().replace("\n1,", f"\n{instead},", 1))
-    with pytest.raises(UserError, match=r"history.csv is damaged \(epoch has what is no number\): delete it"):
+    with pytest.raises(UserError, match=r"reliability.csv is damaged \(seed has what is no number\): delete it"):
         report.main()
 
 

@@ -425,14 +425,14 @@ def test_images_that_are_there_twice_are_counted_and_told(project, capsys):
     meta, _ = project.cut(holdout_per_class=0, imbalance=NATURAL)
     assert meta["duplicates"] == {"test": 2, "test_holdout": 0, "holdout": 0, "train": 2}
     assert capsys.readouterr().err == (
-        "warning: digits_lt: 2 test images that are training images too, which are not new to the model\n"
-        "warning: digits_lt: 2 training images that another class has too\n"
+        "warning: digits_lt: 2 of the test images in the training split too, and so not new to the model\n"
+        "warning: digits_lt: 2 of the training images in another class too\n"
     )
     train[:] = train[0]
     project.put_raw(train_images=train)
     meta, _ = project.cut(holdout_per_class=4)
     assert meta["duplicates"] == {"test": 0, "test_holdout": 0, "holdout": 12, "train": 78}
-    assert "12 held-out images that are training images too, which the model is surer of" in capsys.readouterr().err
+    assert "12 of the held-out images in the training split too, where the model is surer of" in capsys.readouterr().err
 
 
 def test_images_that_could_not_be_read_stay_counted(project):

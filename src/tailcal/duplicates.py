@@ -5,10 +5,10 @@ from hashlib import blake2b
 import numpy as np
 
 TWICE = {  # what `count` counts
-    "test": "test images that are training images too, which are not new to the model",
-    "test_holdout": "test images that are held-out images too, which are not new to what is fitted on these",
-    "holdout": "held-out images that are training images too, which the model is surer of than of new ones",
-    "train": "training images that another class has too",
+    "test": "of the test images in the training split too, and so not new to the model",
+    "test_holdout": "of the test images in the hold-out too, and so not new to what is fitted on it",
+    "holdout": "of the held-out images in the training split too, where the model is surer of them than of new ones",
+    "train": "of the training images in another class too",
 }
 
 

@@ -92,7 +92,7 @@ def check_out(out: Path, cell: Cell) -> None:
     if (out / CARD).is_file():
         card = files.read_json(out / CARD, AGAIN)
         if not isinstance(card, dict) or card.get("cell") != cell.model_dump():
-            raise UserError(f"--out {out}: holds the model of another cell: choose another folder")
+            raise UserError(f"--out {out}: holds the model of another cell or seed: choose another folder")
     elif out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - {ONNX, WEIGHTS})):
         raise UserError(f"--out {out}: holds another file, {others[0]}: choose a folder of its own")
 
@@ -119,7 +119,7 @@ def fit_temperature(counts: list[int], logits: np.ndarray, labels: np.ndarray, p
 def measure(saved: predictions.Predictions, temperature: float, trained_on: int) -> Measured:
     """What the saved predictions say of the test split, as they are and with the logits divided by `temperature`.
 
-    trained_on: how many test images are training images too.
+    trained_on: how many test images are in the training split too.
     """
     logits, labels = saved.test_logits, saved.test_labels
     probabilities = softmax(logits / temperature)
@@ -360,7 +360,7 @@ def result(measured: Measured, rule: str) -> str:
         calibration = f"ECE {percent(measured.ece_as_trained)} as trained, {percent(measured.ece)} as exported"
     images = f"{measured.test_images:,} images"
     if measured.trained_on:
-        images += f", of which {measured.trained_on:,} are training images too"
+        images += f", of which {measured.trained_on:,} are in the training split too"
     return (
         f"test: top-1 {percent(measured.top1)}, {calibration} ({images}; 15 bins; chance alone would give an ECE of "
         f"{percent(measured.ece_floor)})"

@@ -43,6 +43,8 @@ LAPS = (  # what goes with the colours when they are gone through for the first 
 GROUP_COLOURS = {"many": "#004488", "medium": "#DDAA33", "few": "#BB5566"}
 GROUP_TITLES = {"many": "many (over 100 images)", "medium": "medium (20 to 100)", "few": "few (below 20)"}
 ACCURACY, INK = "#A9C4DE", "#333333"
+BAND = "#F3F3F3"  # behind every other class
+ENDS = {"color": "#1F4E79", "linewidth": 1.8}  # of the bars of an accuracy, seen also above or below a gap
 # The colour and the hatch of a gap, unlike any colour of the other pictures.
 OVER, UNDER = ("#C1272D", "////"), ("#5B2A86", "\\\\\\\\")
 
@@ -100,15 +102,20 @@ def pool(bins: pd.DataFrame) -> pd.DataFrame:
 
 
 @rc_context(STYLE)
-def reliability(bins: pd.DataFrame, title: str, path: Path) -> None:
-    """One cell's reliability diagram: accuracy a bin, its gap to the confidence, and the share of predictions."""
+def reliability(bins: pd.DataFrame, floor: float, title: str, path: Path) -> None:
+    """One cell's reliability diagram: accuracy a bin, its gap to the confidence, and the share of predictions.
+
+    `floor`: what chance alone would give as its ECE, a fraction.
+    """
     pooled = pool(bins)
     accuracy = np.average(pooled["accuracy"], weights=pooled["count"])
     figure = Figure(figsize=(5.6, 7.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     figure.suptitle(_fold(title, TITLE_CHARACTERS), fontsize=12, fontweight="bold")
     note = _pooling(bins)
-    upper.set_title(f"accuracy {accuracy:.1%}    ECE {calibration_error(bins):.2%}", pad=22 if note else None)
+    error = calibration_error(bins)
+    numbers = f"accuracy {accuracy:.2%}    ECE {error:.2%} (chance alone {floor:.2%})"
+    upper.set_title(numbers, pad=22 if note else None)
     upper.annotate(note, (0.5, 1), (0, 8), "axes fraction", "offset points", ha="center", fontsize=9)
     _reliability_panel(upper, pooled)
     upper.set_ylabel("accuracy")
@@ -251,8 +258,8 @@ def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
 def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Path) -> None:
     """Test accuracy per class against its frequency rank: one panel per representation, one line per classifier.
 
-    Up to NAMED_CLASSES classes are named below the lowest panels, and have bars of one standard deviation over seeds,
-    those of classifiers side by side; more are averaged over groups of ranks.
+    Up to NAMED_CLASSES classes are named below the lowest panels, a band each, in which the classifiers stand side by
+    side with bars of one standard deviation over seeds; more are averaged over groups of ranks, with lines.
     """
     rows, columns = _axes_of(cells)
     colours = dict(zip(columns, cycle(CLASSIFIER_COLOURS), strict=False))
@@ -264,7 +271,7 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
     below = 0.07 * max(map(len, names)) if named and upright else 0.2
     figure = Figure(figsize=(max(5.2 * across, 7), 1.1 + 2.8 * down + below), layout="constrained")
     panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel())
-    beside = np.linspace(-0.2, 0.2, len(columns)) if named and len(columns) > 1 else np.zeros(len(columns))
+    beside = np.linspace(-0.3, 0.3, len(columns)) if named and len(columns) > 1 else np.zeros(len(columns))
     spare = panels.pop(1) if len(panels) > len(rows) else None  # at the top, so that the lowest row is full
     _head(figure, title, _test_images(cells[rows[0], columns[0]]))
     for axes, row in zip(panels, rows, strict=True):
@@ -280,14 +287,18 @@ def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Pat
                 color=colours[column],
                 marker=markers[column],
                 markersize=6,
-                linewidth=1.2,
+                linewidth=0 if named else 1.2,  # between names there is nothing
                 alpha=0.85,
                 label=_fold(column),
                 clip_on=False,
             )
         axes.set_title(_fold(row, TITLE_CHARACTERS), pad=10)
-        axes.grid(True)
+        axes.grid(True, axis="y" if named else "both")
         if named:
+            axes.set_xlim(0.5, len(rank) + 0.5)
+            for place in rank[1::2]:
+                axes.axvspan(place - 0.5, place + 0.5, color=BAND, linewidth=0, zorder=0)
+            axes.tick_params("x", length=0)
             axes.set_xticks(rank, names, fontfamily=families, fontsize=9, rotation=90 if upright else 0)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -368,7 +379,8 @@ def _test_images(classes: pd.DataFrame) -> str:
 
 
 def _reliability_panel(axes: Axes, pooled: pd.DataFrame) -> None:
-    """Bars up to the accuracy; from there to the confidence the gap, hatched. Bars of few predictions are faint."""
+    """Bars up to the accuracy, where a line ends them; from there to the confidence the gap, hatched. Bars of few
+    predictions are faint."""
     few = pooled["count"] < FEW_PREDICTIONS
     for strength, bins in ((1.0, pooled[~few]), (FAINT, pooled[few])):
         width = _width(bins)
@@ -385,6 +397,7 @@ def _reliability_panel(axes: Axes, pooled: pd.DataFrame) -> None:
                 linewidth=0.8,
                 **_gap_style(*look, strength),
             )
+        axes.hlines(bins["accuracy"], bins["bin_lower"], bins["bin_upper"], **ENDS, alpha=strength)
     axes.plot((0, 1), (0, 1), color=INK, linestyle="--", linewidth=1)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     _percent(axes.xaxis, axes.yaxis)
@@ -396,11 +409,11 @@ def _gap_style(colour: str, hatch: str, strength: float = 1.0) -> dict:
 
 def _reliability_legend() -> list[Patch | Line2D]:
     return [
-        Patch(color=ACCURACY, label="accuracy"),
+        Line2D([], [], **ENDS, label="accuracy"),
         Line2D([], [], color=INK, linestyle="--", linewidth=1, label="perfectly calibrated"),
         Patch(**_gap_style(*OVER), label="gap: overconfident"),
         Patch(**_gap_style(*UNDER), label="gap: underconfident"),
-        Patch(**_gap_style(*UNDER, FAINT), label=f"faint: under {FEW_PREDICTIONS} predictions"),
+        Patch(color=(INK, FAINT), linewidth=0, label=f"faint: under {FEW_PREDICTIONS} predictions"),
     ]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from tailcal.errors import UserError
 
-REPRO = "run `dvc repro`, or without DVC the stage that makes it"  # how most files are made
+REPRO = "run `dvc repro`, or without DVC or off the grid the stage that makes it"  # how most files are made
 REASON = 200  # characters of a library's message that an error line repeats
 
 

@@ -24,7 +24,7 @@ class Settings(Recorded):
 
 
 class Represented(Recorded):
-    """The provenance of stage 1."""
+    """The provenance of stage 1. weights, history: checksums of its files, by seed, and of history.csv."""
 
     code: str
     params: Settings
@@ -33,6 +33,7 @@ class Represented(Recorded):
     versions: dict[str, str]
     network: dict[str, Any]
     weights: dict[str, str]
+    history: str
 
 
 class Block(Recorded):
@@ -96,7 +97,7 @@ def again(**stages: tuple[str, ...]) -> str:
         " ".join([f"`python -m stages.{stage}", *(f"--{axis} {name}" for axis, name in zip(AXES, names, strict=False))])
         for stage, names in stages.items()
     )
-    return f"run `dvc repro`, or without DVC {'` and '.join(commands)}`"
+    return f"run `dvc repro`, or without DVC or off the grid {'` and '.join(commands)}`"
 
 
 def same_files(record: dict[str, str], meta: dict[str, Any], names: tuple[str, ...]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tailcal.errors import UserError
-from tailcal.files import remove_leftovers
+from tailcal.files import naming, remove_leftovers
 
 
 @contextlib.contextmanager
@@ -18,12 +18,14 @@ def alone(folder: Path, *outputs: Path) -> Iterator[None]:
 
     The lock is the kernel's, on a file in `folder` that is named by the first output: it ends with the process,
     however that ends, so a file without a process locks nothing. Of several processes that train together the first
-    takes it for all. Raises UserError naming the first output and the process that is making it.
+    takes it for all. Raises UserError naming the first output and the process that is making it, and OSError naming
+    `folder` when nothing can be written there.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
     # Named by a digest: a path of any length gives a name that every file system takes.
     path = folder / f"{hashlib.sha256(os.fsencode(outputs[0])).hexdigest()[:32]}.lock"
     with _take(path, outputs[0]) as file:
@@ -41,7 +43,8 @@ def alone(folder: Path, *outputs: Path) -> Iterator[None]:
 def _take(path: Path, output: Path) -> TextIO:
     """Open and lock a file. Raises UserError, naming the output, when another process holds it."""
     while True:
-        file = path.open("a+")
+        with naming(path.parent, "write"):
+            file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -286,8 +286,9 @@ def again(cell: CellName, seed: int | str) -> str:
 def read_measured(folder: Path, plan: Plan) -> Cells:
     """Every cell measured below `folder`.
 
-    Raises UserError naming a file that is damaged, not in its place or not of the plan, and a seed that was trained
-    otherwise than the first of its cell. Hidden files are passed over: an interrupted write leaves such.
+    Raises UserError naming a file that is damaged, not in its place or not of the plan, a seed that was trained
+    otherwise than the first of its cell, and one that is a copy of another. Hidden files are passed over: an
+    interrupted write leaves such.
     """
     found: dict[CellName, dict[int, Path]] = {}
     for path in sorted(folder.rglob("*")):
@@ -312,6 +313,7 @@ def read_measured(folder: Path, plan: Plan) -> Cells:
 def join(cell: CellName, paths: Iterable[Path]) -> Measured:
     """The cell whose seeds are in these files. Raises UserError as `read_measured` does."""
     runs = {path: read_run(path) for path in paths}
+    _require_own_networks(cell, runs)
     (first, one), *others = runs.items()
     for path, run in others:
         for key, ours, theirs in run.differences(one):
@@ -321,6 +323,18 @@ def join(cell: CellName, paths: Iterable[Path]) -> Measured:
                 f"options say, and {again(cell, 'SEED')}"
             )
     return Measured(list(runs.values()))
+
+
+def _require_own_networks(cell: CellName, runs: dict[Path, Run]) -> None:
+    """Raise UserError naming two seeds that are right on the same images and equally sure of them: one network."""
+    seen: dict[tuple[str | None, float | None], Path] = {}
+    for path, run in runs.items():
+        same = seen.setdefault((run.correct, run.nll), path)
+        if run.correct is not None and same != path:
+            raise UserError(
+                f"{path} has the predictions of {same.name}, image by image, and each seed is a network of its own: "
+                f"delete the copy and {again(cell, 'SEED')}"
+            )
 
 
 def read_run(path: Path) -> Run:

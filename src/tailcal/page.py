@@ -11,15 +11,17 @@ from tailcal.lineage import flat
 from tailcal.tables import Cell
 
 CAPTIONS = {
-    "reliability": "Accuracy against confidence: hatched in red where a cell is overconfident, in purple where it is "
-    "underconfident. Of several seeds, bars pool the predictions, and an ECE is the mean of the seeds' own.",
+    "reliability": "Accuracy against confidence: a line ends each bar at its accuracy; hatched is the way from there "
+    "to the confidence, in red where a cell is overconfident, in purple where it is underconfident. Of several seeds, "
+    "bars pool the predictions, and an ECE is the mean of the seeds' own.",
     "accuracy_ece": "Top-1 accuracy against ECE: the lower right is best. Of several seeds, bars are one standard "
     "deviation.",
     "class_counts": "Training images per class, coloured by shot group.",
     "per_class": "Test accuracy from the most to the least frequent class; of several seeds the mean, with bars of one "
     "standard deviation where classes are named.",
     "training": "Stage 1; of several seeds the mean, and the range as a band. Losses of different representations "
-    "are different functions, each with a scale of its own: compare shapes, not heights.",
+    "are different functions, each with a scale of its own: compare shapes, not heights. Those of fsgl and glmc may be "
+    "below zero, as their consistency term is a negative cosine.",
 }
 
 

@@ -90,14 +90,18 @@ def compare(references: Iterable[Reference], cells: Cells) -> dict[str, list[Com
 
 
 def require_known(references: Iterable[Reference], plan: Plan, rules: Iterable[str]) -> None:
-    """Raise UserError for a published or footing row that nothing trains, or whose rule is none of `rules`."""
+    """Raise UserError for a published or footing row that nothing trains, or whose rule is none of `rules`.
+
+    references: as `read_references` has them.
+    """
     known = (*PLAIN, *rules)
-    for row in references:
+    for line, row in enumerate(references, start=2):  # one a line, below the names of the columns
+        where = f"{REFERENCES} line {line}: {row.method}"
         cell = row.dataset, row.representation, row.classifier
         if row.table not in plan.tables or not plan.tables[row.table].trains(*cell):
-            raise UserError(f"{REFERENCES}: {row.method}: {PLAN}: tables.{row.table} does not train {'/'.join(cell)}")
+            raise UserError(f"{where}: {PLAN}: tables.{row.table} does not train {'/'.join(cell)}")
         if row.rule not in known:
-            raise UserError(f"{REFERENCES}: {row.method}: there is no rule {row.rule}: use one of {', '.join(rules)}")
+            raise UserError(f"{where}: there is no rule {row.rule}: use one of {', '.join(rules)}")
     for name, footing in plan.footing.items():
         for row in footing.rows:
             if row.rule not in known:

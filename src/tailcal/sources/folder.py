@@ -89,6 +89,8 @@ def _two_splits(root: Path, ignored: list[str]) -> tuple[list[str], list[Split]]
         of_split[split] = _classes(root, f"{split}/", ignored)
     for split, other in (("train", "test"), ("test", "train")):
         if lacking := sorted(set(of_split[other]) - set(of_split[split])):
+            if not _walk(root, f"{other}/{lacking[0]}", ignored):
+                raise UserError(f"{root / other / lacking[0]}: has no images, and {split} no such class: remove it")
             more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
             raise UserError(
                 f"{root}: class {lacking[0]}{more} is in {other} and not in {split}: every class must be in both"
