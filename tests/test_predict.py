@@ -38,6 +38,7 @@ from tailcal.metrics.scores import softmax
 from tailcal.models import build
 from tailcal.params import Strict, validate
 from tailcal.predict import Cell, Predictor
+from tailcal.prior import read_frequencies
 from tailcal.weights import save_weights
 from tests.conftest import ROOT, STAGE1
 
@@ -739,6 +740,69 @@ def test_confidences_are_softmax_of_logits_by_temperature(tmp_path, model, pictu
             k = np.argsort(-p)[rank]
             assert row[f"class{suffix}"] == NAMES[k]
             assert float(row[f"confidence{suffix}"]) == pytest.approx(p[k], abs=2e-6)
+
+
+def frequency_file(path: Path, *numbers: object) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([("class", "frequency"), *reversed(list(zip(NAMES, numbers, strict=True)))])
+    return path
+
+
+def test_frequencies_multiply_the_probabilities(tmp_path, model, pictures, monkeypatch):
+    numbers = [0.5, 2, 1e-3, 40]
+    card, _ = predict.load(model)
+    given = {"file": frequency_file(tmp_path / "often.csv", *numbers), "train": "train"}
+    for name, often in (("file", numbers), ("train", card.train_counts)):
+        out = {kind: tmp_path / f"{kind}.csv" for kind in ("plain", "shifted")}
+        run(monkeypatch, "--model", model, "--out", out["plain"], "--top", 4, pictures)
+        run(monkeypatch, "--model", model, "--out", out["shifted"], "--top", 4, "--frequencies", given[name], pictures)
+        for before, after in zip(table(out["plain"]), table(out["shifted"]), strict=True):
+            ranks = ("", "_2", "_3", "_4")
+            p = {before[f"class{rank}"]: float(before[f"confidence{rank}"]) for rank in ranks}
+            weighted = {k: p[k] * often[NAMES.index(k)] for k in NAMES}
+            best = sorted(NAMES, key=weighted.get, reverse=True)
+            assert [after[f"class{rank}"] for rank in ranks] == best
+            shares = [weighted[k] / sum(weighted.values()) for k in best]
+            assert [float(after[f"confidence{rank}"]) for rank in ranks] == pytest.approx(shares, abs=1e-4)
+
+
+def test_equal_frequencies_change_nothing(tmp_path, model, pictures, monkeypatch):
+    written = []
+    for more in ((), ("--frequencies", frequency_file(tmp_path / "often.csv", 7, 7, 7, 7))):
+        run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", *more, pictures)
+        written.append(table(tmp_path / "out.csv"))
+    for before, after in zip(*written, strict=True):
+        assert after["class"] == before["class"]
+        assert float(after["confidence"]) == pytest.approx(float(before["confidence"]), abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, r": cannot be read \(No such file or directory\); or say train$"),
+        ("", " line 1: must be class,frequency$"),
+        ("name,count\n", " line 1: must be class,frequency$"),
+        ("class,frequency\nzebra,1\n", " line 2: the model has no class 'zebra'$"),
+        ("class,frequency\nant,1\nant,2\n", " line 3: 'ant' is there twice$"),
+        ("class,frequency\nant\n", " line 2: must have a class and its frequency$"),
+        *((f"class,frequency\nant,{wrong}\n", " line 2: must be a number above 0") for wrong in (0, -1, "x", "nan")),
+        ("class,frequency\nant,1\n", ": lacks 'bee, a worker': every class of the model must have a line$"),
+        ('class,frequency\n"ant,1\n', r": must be CSV in UTF-8 \("),
+    ],
+)
+def test_what_is_wrong_with_frequencies_is_one_line(text, says, tmp_path, model, pictures, monkeypatch):
+    path = tmp_path / "often.csv"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"^--frequencies {path}{says}") as caught:
+        run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", "--frequencies", path, pictures)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_name_of_two_classes_has_no_frequency(tmp_path):
+    with pytest.raises(UserError, match=r"two classes of the model have one name: only `train` can be given$"):
+        read_frequencies(frequency_file(tmp_path / "often.csv", 1, 1, 1, 1), ["crane", "crane"])
 
 
 def test_top_is_at_most_every_class_and_files_count_once(tmp_path, model, pictures, monkeypatch):

@@ -3,7 +3,8 @@
     python -m tailcal.predict --model model/ --out predictions.csv photographs/ another.jpg
 
 Folders are searched to any depth. The CSV has one row per image: file, class, confidence, then the next classes and
-theirs, as far as --top asks. A file that is no readable image, or a folder that cannot be read, is named on stderr, all
+theirs, as far as --top asks. The confidences are for classes that are equally frequent; --frequencies says how often
+each class really occurs. A file that is no readable image, or a folder that cannot be read, is named on stderr, all
 others are still predicted, and the exit code is then 1. Nothing in a model folder is executed: it holds numbers and
 names.
 """
@@ -35,6 +36,7 @@ from tailcal.errors import UserError
 from tailcal.images import EXTENSIONS, read_image, shown
 from tailcal.models import Network
 from tailcal.params import Augmentation, Positive, Strict, validate
+from tailcal.prior import adjust_to_prior, read_frequencies
 from tailcal.train import enough_memory
 from tailcal.weights import load_weights
 
@@ -259,10 +261,18 @@ def line(cells: list[str]) -> bytes:
 
 @torch.inference_mode()
 def predict(
-    card: Card, model: Predictor, paths: list[Path], out: Path, top: int, batch_size: int, device: torch.device
+    card: Card,
+    model: Predictor,
+    paths: list[Path],
+    out: Path,
+    top: int,
+    batch_size: int,
+    device: torch.device,
+    frequencies: list[float] | None = None,
 ) -> list[UserError]:
     """Predict the files and write the CSV, whole or not at all; returns what was wrong with the unreadable ones.
 
+    frequencies: of each class where the model is used; None takes the probabilities as they are.
     Raises UserError when no file at all could be read, when memory is too small for a batch, and when what the model
     says is no number; nothing is written then.
     """
@@ -285,6 +295,8 @@ def predict(
             if good:
                 images = torch.from_numpy(np.stack([image for _, image in good])).to(device)
                 probabilities = model(images)
+                if frequencies:
+                    probabilities = adjust_to_prior(probabilities, torch.tensor(frequencies, device=device).double())
                 if not probabilities.isfinite().all():
                     raise UserError(f"the model's probabilities are no finite numbers: {AGAIN}")
                 for cells in rows(card.class_names, [path for path, _ in good], probabilities, top):
@@ -370,11 +382,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="CSV to write (%(default)s)")
     parser.add_argument("--top", type=positive, default=5, help="how many classes an image gets (%(default)s, or all)")
     parser.add_argument("--batch-size", type=positive, default=64, help="images at a time (%(default)s)")
+    parser.add_argument(
+        "--frequencies",
+        metavar="FILE",
+        help="how often each class occurs where the images come from: a CSV with the columns class and frequency "
+        "(counts or shares), or `train` for as often as in training (as if all were equally frequent); for models that "
+        "treat classes alike, such as balanced_softmax or a second stage with class-balanced sampling",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
     args = parser.parse_args()
 
     device = choose_device(args.device)
     card, model = load(args.model)
+    frequencies = None
+    if args.frequencies:
+        as_in_training = args.frequencies == "train"
+        frequencies = (
+            card.train_counts if as_in_training else read_frequencies(Path(args.frequencies), card.class_names)
+        )
     paths, closed = find(args.images)
     check_out(args.out, paths, args.model)
     for problem in closed:
@@ -382,7 +407,7 @@ def main() -> None:
     if not paths:
         raise UserError(f"no images in the folders that could be read: {args.out} is not written")
     with alone(args.out):
-        wrong = predict(card, model, paths, args.out, args.top, args.batch_size, device)
+        wrong = predict(card, model, paths, args.out, args.top, args.batch_size, device, frequencies)
     print(f"{args.out}: {len(paths) - len(wrong)} images")
     failed = [f"{len(wrong)} of {len(paths)} files could not be read as images"] if wrong else []
     if closed:
