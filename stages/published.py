@@ -18,6 +18,7 @@ import pandas as pd
 from stages import paths, workspace
 from stages.seeds import read_images
 from tailcal import (
+    distributed,
     errors,
     files,
     lineage,
@@ -113,6 +114,8 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
 
     history = pd.read_csv(paths.representation(where["dataset"], where["representation"]) / "history.csv")
     cost = files.read_json(paths.costs("represent", where["dataset"], where["representation"]))
+    stage1 = files.read_json(paths.representation(where["dataset"], where["representation"]) / "provenance.json")
+    provenance["stage1"] |= {"processes": stage1["processes"]} if "processes" in stage1 else {}
     training = settings.training(p, where["dataset"], where["representation"], "representations")
     return numbers(run.test_logits) | {
         "posthoc": {
@@ -154,6 +157,8 @@ def cells(
     for classifier in classifiers:
         where = {"dataset": dataset, "representation": representation, "classifier": classifier}
         with workspace.run_stage2(p, where, late_epochs) as stage2:
+            if not distributed.is_first():
+                continue
             chosen, late = settings.training(p, dataset, classifier, "classifiers"), {}
             if late_epochs and has_epochs(chosen):
                 late = best_on_test(p, where, stage2 if chosen.recipe else stage1)
@@ -270,7 +275,7 @@ def main() -> None:
 
     chosen, p = plan.load(params.load())
     p = narrowed(p, args.seed, args.precision)
-    workspace.require_one_process(p.runtime)
+    distributed.launch("stages.published", p.runtime.processes)
     train.prepare(p.runtime, p.precision)  # refuses what this machine cannot do before anything is downloaded
     asked = select(chosen, args.table, args.dataset, args.representation, args.classifier)
     for (dataset, representation, _), classifiers in asked.items():
@@ -291,6 +296,7 @@ def main() -> None:
             workspace.require_planned(others, planned)
             if seeds[name] or args.precision:
                 require_alike(cell, p, others)
+    workspace.wait()  # all have read what is there, which the first will add to
 
     out, written = paths.PUBLISHED.resolve(), 0
     with workspace.inside(WORKSPACE):
@@ -301,7 +307,8 @@ def main() -> None:
                 workspace.prepare(p, dataset, instead.get(dataset))
                 cells(p.model_copy(update={"seeds": together}), late_epochs, dataset, representation, names, out)
             written += len(names)
-    print(f"{paths.PUBLISHED}: cells written: {written}; `python -m stages.tables` makes the tables")
+    if distributed.is_first():
+        print(f"{paths.PUBLISHED}: cells written: {written}; `python -m stages.tables` makes the tables")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A folder below the project in which the stages run as in a project of their own, and leave its results alone.
 
-What DVC does for the pipeline is done here by hand: nothing is made twice, and one process at a time makes a thing.
+What DVC does for the pipeline is done here by hand: nothing is made twice, and one process at a time makes a thing. Of
+processes that train together (`tailcal.distributed`) all go through here, and the first prepares and writes for all.
 """
 
 import argparse
@@ -9,14 +10,30 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 
 from stages import calibrate, paths, represent
 from stages.download import download
 from stages.subsample import read_raw, subsample
-from tailcal import duplicates, errors, files, lock, longtail, measured, params, provenance, settings, sources, splits
+from tailcal import (
+    distributed,
+    duplicates,
+    errors,
+    files,
+    lock,
+    longtail,
+    measured,
+    params,
+    provenance,
+    settings,
+    sources,
+    splits,
+)
 
 
 @dataclass(frozen=True)
@@ -35,16 +52,23 @@ OFFICIAL = {
 }
 
 
+def wait() -> None:
+    """Of processes that train together: go on when all are here, however long the first one takes."""
+    if distributed.size() > 1:
+        dist.barrier(_waiting_group())
+
+
+@cache
+def _waiting_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))  # by default half an hour
+
+
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
     """Work in `folder`, made if need be, while the block runs. It shares the project's downloads and nothing else."""
-    paths.DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    downloads = folder / paths.DOWNLOADS
-    downloads.parent.mkdir(parents=True, exist_ok=True)
-    shared = Path(os.path.relpath(paths.DOWNLOADS.resolve(), downloads.parent.resolve()))  # moves with the project
-    if not (downloads.is_symlink() and downloads.readlink() == shared):
-        downloads.unlink(missing_ok=True)
-        downloads.symlink_to(shared)
+    if distributed.is_first():
+        _make(folder)
+    wait()
     project = Path.cwd()
     os.chdir(folder)
     try:
@@ -55,6 +79,16 @@ def inside(folder: Path) -> Iterator[None]:
         raise errors.UserError(f"{error} (in {folder}, where this works)") from None
     finally:
         os.chdir(project)
+
+
+def _make(folder: Path) -> None:
+    paths.DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    downloads = folder / paths.DOWNLOADS
+    downloads.parent.mkdir(parents=True, exist_ok=True)
+    shared = Path(os.path.relpath(paths.DOWNLOADS.resolve(), downloads.parent.resolve()))  # moves with the project
+    if not (downloads.is_symlink() and downloads.readlink() == shared):
+        downloads.unlink(missing_ok=True)
+        downloads.symlink_to(shared)
 
 
 def require_one_process(runtime: params.Runtime) -> None:
@@ -174,6 +208,12 @@ def prepare(p: params.Params, name: str, instead: str | None = None) -> None:
 
     `instead`: the official archive in whose place its images stand. Raises UserError, also as `require_archive` does.
     """
+    if distributed.is_first():
+        _prepare(p, name, instead)
+    wait()
+
+
+def _prepare(p: params.Params, name: str, instead: str | None) -> None:
     dataset = params.dataset(p, name)
     config = sources.configure(dataset)
     made = {
@@ -208,7 +248,9 @@ def whole(longtail: Path) -> bool:
 def run_stage1(p: params.Params, dataset: str, representation: str, late_epochs: int = 0) -> Path:
     """Stage 1, by this process alone; returns what `represent` does."""
     with lock.alone(paths.LOCKS, *represent.outputs(dataset, representation)):
-        return represent.represent(p, dataset, representation, late_epochs)
+        scratch = represent.represent(p, dataset, representation, late_epochs)
+    wait()
+    return scratch
 
 
 @contextlib.contextmanager
@@ -220,6 +262,7 @@ def run_stage2(p: params.Params, where: dict[str, str], late_epochs: int = 0) ->
     cell = tuple(where.values())
     with lock.alone(paths.LOCKS, *calibrate.outputs(*cell)):
         yield calibrate.calibrate(p, *cell, late_epochs)
+    wait()
 
 
 def seconds(where: dict[str, str], seed: int) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from tailcal import distributed
 from tailcal.errors import UserError
@@ -169,3 +171,34 @@ def test_a_stage_started_with_two_processes_ends_as_with_one(project):
     assert said.startswith("error: params.yaml: recipes.digits.batch_size is 63, which 2 processes cannot share evenly")
     assert said.count("\n") == 1, said
     assert not (odd.root / folder).exists()
+
+
+@pytest.mark.pipeline
+def test_two_processes_make_a_published_cell_as_one_does(project):
+    plan = {
+        "seeds": [0],
+        "tables": {
+            "short": {
+                "late_epochs": 2,
+                "grids": [{"datasets": ["digits_lt"], "representations": ["ce"], "classifiers": ["joint", "mislas"]}],
+            }
+        },
+        "datasets": {},
+        "footing": {},
+    }
+    slow = [("lr: 0.1\n", "lr: 0.0001\n"), ("warmup_lr: 0.02\n", "warmup_lr: 0.0001\n")]
+    made = {}
+    for processes in (1, 2):
+        p = project(*slow, ("processes: 1", f"processes: {processes}"), name=str(processes), cut=True)
+        (p.root / "published/params.yaml").write_text(yaml.safe_dump(plan))
+        shutil.rmtree(p.root / "metrics/published/cells", ignore_errors=True)
+        published = p.inside if processes == 1 else p.stage
+        assert published("published").count("cells written: 2") == 1
+        cells = {path.parent.name: path for path in (p.root / "metrics/published/cells").rglob("seed0.json")}
+        made[processes] = {name: json.loads(path.read_text()) for name, path in cells.items()}
+    for name in ("joint", "mislas"):
+        one, two = made[1][name], made[2][name]
+        assert two["nll"] == pytest.approx(one["nll"], rel=1e-3)
+        assert two["best_on_test"]["epochs"] == 2
+        assert two["provenance"]["processes"] == two["provenance"]["stage1"]["processes"] == 2
+        assert "processes" not in one["provenance"].keys() | one["provenance"]["stage1"].keys()

@@ -392,13 +392,6 @@ def test_a_damaged_late_epoch_is_one_line_and_what_is_advised_helps(run, project
     assert again | {"cost": None} == before | {"cost": None}
 
 
-def test_several_processes_are_refused(run, project):
-    (project / "params.yaml").unlink()
-    (project / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("processes: 1", "processes: 4"))
-    with pytest.raises(UserError, match=r"^params\.yaml: runtime\.processes: is 4, and .*: must be 1 here; "):
-        run("--table", "mislas", "--images", "images")
-
-
 def test_a_variant_is_its_preset_but_for_what_it_says():
     chosen, p = plan.load(params.load(ROOT / "params.yaml"), ROOT / plan.PLAN)
     plain, decay = p.datasets["cifar100_lt_50"], p.datasets["cifar100_lt_50_decay"]

@@ -101,7 +101,8 @@ class Trainings(params.Recorded):
 
 class Provenance(params.Recorded):
     """data: SHA-256 of the training split's files; evaluate: how it was measured, as in params.yaml; code, device and
-    versions are of stage 2, and `stage1` has these of stage 1."""
+    versions, and how many processes trained together where it was not one, are of stage 2, and `stage1` has these of
+    stage 1."""
 
     params: Trainings = Trainings()
     data: dict[str, str] = Field({})
@@ -109,6 +110,7 @@ class Provenance(params.Recorded):
     code: str = ""
     device: str = ""
     versions: dict[str, str] = Field({})
+    processes: int = 1
     stage1: dict[str, Any] = Field({})
 
 
@@ -154,8 +156,9 @@ class Run(RunNumbers):
         return (each for each in differences(self.shared(), other.shared()) if each[0].startswith(parts))
 
     def made_by(self) -> dict[str, str]:
-        """Code, device and versions of libraries of both stages: these may differ, as seeds are trained in turn."""
-        return flat(self.provenance.model_dump(include={"code", "device", "versions", "stage1"}))
+        """Code, device, processes and versions of libraries of both stages: these may differ, as seeds are trained in
+        turn."""
+        return flat(self.provenance.model_dump(include={"code", "device", "versions", "processes", "stage1"}))
 
 
 @dataclass(frozen=True)
