@@ -37,6 +37,20 @@ def read_cell(folder: Path, checksums: dict[str, str], seeds: list[int], K: int)
     return cell
 
 
+def require_counts(longtail: Path, meta: dict[str, Any]) -> None:
+    """Raise UserError unless the training counts that `meta` tells, which say who is many, medium and few, are those of
+    the labels in `longtail`, where these are there."""
+    path = longtail / "train_labels.npy"
+    if not path.exists():
+        return
+    files.verify(path, meta["checksums"].get(path.name))
+    if np.bincount(files.read_array(path), minlength=len(meta["class_names"])).tolist() != meta["train_counts"]:
+        raise UserError(
+            f"{longtail / 'meta.json'}: train_counts are not those of {path.name}: delete it and "
+            f"{lineage.again(subsample=(longtail.name,))}"
+        )
+
+
 def metrics(cell: list[Predictions], counts_K: np.ndarray, rules: dict[str, Any], bins: int) -> dict[str, Any]:
     """The cell's numbers over seeds, as trained and after each post-hoc rule; `transductive` is said of a rule."""
     runs = []
@@ -132,6 +146,7 @@ def evaluate(p: params.Params, dataset: params.Dataset, where: dict[str, str]) -
     longtail = paths.longtail(where["dataset"])
     meta = splits.read_meta(longtail)
     splits.require_cut(longtail, meta, dataset, paths.raw(where["dataset"]))
+    require_counts(longtail, meta)
     names, counts_K = meta["class_names"], np.array(meta["train_counts"])
     folder = paths.predictions(**where)
     made = folder / "provenance.json"

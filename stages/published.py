@@ -129,6 +129,7 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
         "data": {
             "train_images": sum(meta["train_counts"]),
             "official": meta["source"]["kind"] != "folder",
+            "trained_on": meta["duplicates"]["test"],
             "test_split": {name: meta["checksums"][name] for name in ("test_images.npy", "test_labels.npy")},
         },
         "backbone": training.backbone,

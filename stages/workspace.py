@@ -34,6 +34,7 @@ from tailcal import (
     sources,
     splits,
 )
+from tailcal.tables import span
 
 
 @dataclass(frozen=True)
@@ -135,29 +136,38 @@ def digest(images: np.ndarray, labels: np.ndarray) -> str:
     return hashlib.sha256(pairs.tobytes()).hexdigest()
 
 
-def require_archive(dataset: params.Dataset, kind: str, raw: Path) -> None:
-    """Raise UserError unless the images in `raw` can take the place of the official archive of a source `kind`: the
-    test split must be its test split, image for image, and each class must have the images that the tail is cut from.
-    """
-    archive, where = OFFICIAL[kind], sources.configure(dataset).key("path")
-    meta, arrays = read_raw(raw)
-    folder, names = dataset.source["path"], meta.class_names
-    if digest(arrays["test_images"], arrays["test_labels"]) != archive.digest:
+def require_files(dataset: params.Dataset, kind: str, listing: sources.Listing) -> None:
+    """Raise UserError unless a folder lists the images that take the place of the official archive of a source `kind`:
+    as many test images of as many classes, and of each class as many training images as the long tail takes."""
+    archive, folder = OFFICIAL[kind], listing.root
+    where, names = sources.configure(dataset).key("path"), listing.class_names
+    tests = np.bincount(listing.test_labels, minlength=len(names))
+    if tests.tolist() != [archive.test] * archive.classes:
         raise errors.UserError(
-            f"{where}: {folder}/test is not the test split of {kind}: it has {len(arrays['test_labels']):,} images of "
-            f"{len(names)} classes, and must have the {archive.test * archive.classes:,} of the official archive, "
-            f"{archive.test:,} of each of {archive.classes} classes, pixel for pixel"
+            f"{where}: {folder}/test is not the test split of {kind}: it has {tests.sum():,} images of {len(names)} "
+            f"classes, {span(set(tests.tolist()))} of each, and must have {archive.test:,} of each of "
+            f"{archive.classes} classes"
         )
     if isinstance(dataset.imbalance, params.LongTail):
-        cut = dataset.imbalance
+        cut, found = dataset.imbalance, np.bincount(listing.train_labels, minlength=len(names))
         wanted = longtail.class_counts(archive.train, archive.classes, cut.factor, cut.profile, names)
-        found = np.bincount(arrays["train_labels"], minlength=archive.classes)
         if (found < wanted).any():
             k = int(np.argmax(found < wanted))
             raise errors.UserError(
                 f"{where}: {folder}/train: {longtail.class_title(k, names)} has {found[k]:,} images, and the long tail "
                 f"takes {wanted[k]:,} of it"
             )
+
+
+def require_pixels(dataset: params.Dataset, kind: str, raw: Path) -> None:
+    """Raise UserError unless the test images in `raw` are, pixel for pixel, those of the official archive of a source
+    `kind`."""
+    _, arrays = read_raw(raw)
+    if digest(arrays["test_images"], arrays["test_labels"]) != OFFICIAL[kind].digest:
+        raise errors.UserError(
+            f"{sources.configure(dataset).key('path')}: {dataset.source['path']}/test is not the test split of {kind}: "
+            "of some images the pixels are others (drawn from elsewhere, compressed with loss, or of another class)"
+        )
 
 
 def require_planned(runs: dict[Path, measured.Run], p: params.Params) -> None:
@@ -206,7 +216,8 @@ def listing(config: sources.Source) -> str | None:
 def prepare(p: params.Params, name: str, instead: str | None = None) -> None:
     """Download and subsample a data set, unless the same code has done so from the same block, and it is all there.
 
-    `instead`: the official archive in whose place its images stand. Raises UserError, also as `require_archive` does.
+    `instead`: the official archive in whose place its images stand. Raises UserError, also as `require_files` and
+    `require_pixels` do.
     """
     if distributed.is_first():
         _prepare(p, name, instead)
@@ -228,9 +239,11 @@ def _prepare(p: params.Params, name: str, instead: str | None) -> None:
     if stamp.exists() and files.read_json(stamp) == made and whole(paths.longtail(name)):
         return
     with lock.alone(paths.LOCKS, paths.raw(name), paths.longtail(name), paths.scratch("pack", name)):
+        if instead:
+            require_files(dataset, instead, sources.load(config, paths.DOWNLOADS))  # before thousands are decoded
         download(name, config)
         if instead:
-            require_archive(dataset, instead, paths.raw(name))
+            require_pixels(dataset, instead, paths.raw(name))
         subsample(name, dataset)
         files.write_json(stamp, made)
 

@@ -455,3 +455,23 @@ def test_from_the_command_line_an_error_is_one_line():
     assert (done.returncode, done.stdout) == (1, "")
     missing = "data/predictions/digits_lt/ce/joint/seed2.npz"
     assert done.stderr == f"error: {missing} is missing: {files.REPRO}\n"
+
+
+def test_training_counts_are_those_of_the_labels_where_these_are_there():
+    path, meta = paths.longtail("digits_lt") / "train_labels.npy", paths.longtail("digits_lt") / "meta.json"
+    np.save(path, np.repeat(np.arange(K), COUNTS))
+    checksums = CHECKSUMS | {path.name: files.sha256(path)}
+    content = json.loads(meta.read_text())
+    made = paths.predictions(**CELL) / "provenance.json"
+    made.write_text(json.dumps(json.loads(made.read_text()) | {"data": checksums, "predicted": checksums}))
+    meta.write_text(json.dumps(content | {"checksums": checksums}))
+    evaluate.main(ARGUMENTS)
+    meta.write_text(json.dumps(content | {"checksums": checksums, "train_counts": [COUNTS[0] + 60, *COUNTS[1:]]}))
+    says = (
+        r"meta\.json: train_counts are not those of train_labels\.npy: delete it and run .*stages\.subsample --dataset"
+    )
+    with pytest.raises(UserError, match=says):
+        evaluate.main(ARGUMENTS)
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"train_labels\.npy is damaged: its SHA-256 is"):
+        evaluate.main(ARGUMENTS)

@@ -492,16 +492,28 @@ def two_classes(images: Path):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("edit", [one_pixel, two_classes, lambda images: (images / "test/class4/1.png").unlink()])
-def test_other_images_than_the_official_ones_are_refused(run, project, edit):
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (one_pixel, "of some images the pixels are others "),
+        (
+            two_classes,
+            f"it has {2 * TEST} images of 2 classes, {TEST} of each, and must have {TEST} of each of {CLASSES} ",
+        ),
+        (
+            lambda images: (images / "test/class4/1.png").unlink(),
+            rf"of {CLASSES} classes, {TEST - 1} to {TEST} of each",
+        ),
+    ],
+)
+def test_other_images_than_the_official_ones_are_refused(run, project, edit, says):
     edit(project / "images/cifar10")
-    with pytest.raises(
-        UserError, match=r"^--images \S*images: source\.path: \S*/test is not the test split of "
-    ) as caught:
+    start = r"^--images \S*images: source\.path: \S*/test is not the test split of cifar10: "
+    with pytest.raises(UserError, match=f"{start}.*{says}") as caught:
         run("--table", "later", "--images", "images")
-    assert f"of each of {CLASSES} classes, pixel for pixel" in str(caught.value)
     assert "where this works" not in str(caught.value)
     assert not paths.PUBLISHED.exists()
+    assert Path("data/published/data/raw/small").exists() == (edit == one_pixel)  # the others before any is decoded
 
 
 def test_too_few_training_images_for_the_tail_are_named(run, project):

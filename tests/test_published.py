@@ -788,6 +788,15 @@ def test_what_is_no_seed_of_a_cell_is_named_or_passed_over():
         stage.main()
 
 
+def test_test_images_that_were_trained_on_are_told():
+    data = {"train_images": 10847, "official": True, "test_split": {"test_images.npy": "a"}}
+    put(cell(predictions(0.40, 0.41), data=data | {"trained_on": 15}), "footing_cpu", "ce", "joint")
+    stage.main()
+    says = "Of the test images, 15 of footing_cpu are in the training split too."
+    assert says in stage.TEXT.read_text()
+    assert says in paths.OVERVIEW.read_text()
+
+
 def test_a_copy_of_a_seed_is_named():
     runs = cell(predictions(0.40, 0.41, 0.42))
     put([runs[0], runs[1], runs[1] | {"seed": 2, "top1": runs[1]["top1"], "ece": 0.07}])

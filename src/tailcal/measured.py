@@ -44,11 +44,12 @@ class RunNumbers(params.Recorded):
 
 class Data(params.Recorded):
     """official: the images come as they were published, and so in the published order, and not from a folder.
-    test_split: SHA-256 of the test split's files."""
+    test_split: SHA-256 of the test split's files. trained_on: how many test images are in the training split too."""
 
     train_images: Count
     official: bool
     test_split: dict[str, str]
+    trained_on: Annotated[int, Field(ge=0)] = 0
 
 
 class Cost(params.Recorded):
@@ -144,7 +145,7 @@ class Run(RunNumbers):
             "precision": self.precision,
             "backbone": self.backbone,
             "epochs": self.epochs,
-            "data": self.data.model_dump(),
+            "data": self.data.model_dump(exclude={"trained_on"}),  # follows from the checksums
             "test_images": self.test_images,
             "rules": sorted(self.posthoc),
             "late epochs": self.best_on_test and self.best_on_test.epochs,

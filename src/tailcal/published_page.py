@@ -101,6 +101,8 @@ def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
     data = {name: cell.one.data for name, cell in measured}
     drawn = [f"{name} ({of.train_images:,})" for name, of in data.items() if not of.official]
     sentences = [f"Trained {'; or '.join(machines)}."]
+    if known := [f"{of.trained_on:,} of {name}" for name, of in data.items() if of.trained_on]:
+        sentences.append(f"Of the test images, {' and '.join(known)} are in the training split too.")
     if drawn:
         sentences.append(
             f"The training images of {', '.join(drawn)} were taken from a folder and not from the official archive, "
