@@ -93,7 +93,7 @@ def _make(folder: Path) -> None:
 
 
 def require_one_process(runtime: params.Runtime) -> None:
-    """Raise UserError when several processes are asked for: what works in a workspace starts none."""
+    """Raise UserError when several processes are asked for: what calls this starts none."""
     if runtime.processes > 1:
         raise errors.UserError(
             f"{params.PARAMS}: runtime.processes: is {runtime.processes}, and this trains in one process: must be 1 "
@@ -150,12 +150,13 @@ def require_files(dataset: params.Dataset, kind: str, listing: sources.Listing) 
         )
     if isinstance(dataset.imbalance, params.LongTail):
         cut, found = dataset.imbalance, np.bincount(listing.train_labels, minlength=len(names))
-        wanted = longtail.class_counts(archive.train, archive.classes, cut.factor, cut.profile, names)
+        wanted = longtail.class_counts(cut.largest, archive.classes, cut.factor, cut.profile, names)
+        wanted += dataset.holdout_per_class
         if (found < wanted).any():
             k = int(np.argmax(found < wanted))
             raise errors.UserError(
                 f"{where}: {folder}/train: {longtail.class_title(k, names)} has {found[k]:,} images, and the long tail "
-                f"takes {wanted[k]:,} of it"
+                f"and the hold-out take {wanted[k]:,} of it"
             )
 
 
@@ -259,7 +260,7 @@ def whole(longtail: Path) -> bool:
 
 
 def run_stage1(p: params.Params, dataset: str, representation: str, late_epochs: int = 0) -> Path:
-    """Stage 1, by this process alone; returns what `represent` does."""
+    """Stage 1, by this process alone or with those that train with it; returns what `represent` does."""
     with lock.alone(paths.LOCKS, *represent.outputs(dataset, representation)):
         scratch = represent.represent(p, dataset, representation, late_epochs)
     wait()
@@ -268,7 +269,7 @@ def run_stage1(p: params.Params, dataset: str, representation: str, late_epochs:
 
 @contextlib.contextmanager
 def run_stage2(p: params.Params, where: dict[str, str], late_epochs: int = 0) -> Iterator[Path]:
-    """Stage 2 of the cell `where`, {axis: name}, by this process alone until the block ends.
+    """Stage 2 of the cell `where`, {axis: name}, as `run_stage1` does stage 1, until the block ends.
 
     Yields what `calibrate` returns.
     """

@@ -519,7 +519,9 @@ def test_other_images_than_the_official_ones_are_refused(run, project, edit, say
 def test_too_few_training_images_for_the_tail_are_named(run, project):
     for path in sorted((project / "images/cifar10/train/class0").iterdir())[5:]:
         path.unlink()
-    message = rf"cifar10/train: class 0 \(class0\) has 5 images, and the long tail takes {LARGEST} of it$"
+    message = (
+        rf"cifar10/train: class 0 \(class0\) has 5 images, and the long tail and the hold-out take {LARGEST} of it$"
+    )
     with pytest.raises(UserError, match=message):
         run("--table", "later", "--images", "images")
 

@@ -676,7 +676,11 @@ def test_where_the_card_of_an_earlier_export_is_damaged_what_is_advised_helps(tm
 def test_predictions_take_the_place_of_no_image_and_of_nothing_strange(tmp_path, model, pictures, monkeypatch):
     image = next(pictures.rglob("*.png"))
     content = image.read_bytes()
-    for out, says in ((image, "is one of the images"), (tmp_path, "is a folder"), ("/dev/null", "no regular file")):
+    for out, says in (
+        (image, "is one of the files to read"),
+        (tmp_path, "is a folder"),
+        ("/dev/null", "no regular file"),
+    ):
         with pytest.raises(UserError, match=says):
             run(monkeypatch, "--model", model, "--out", out, image)
     assert image.read_bytes() == content
@@ -798,6 +802,19 @@ def test_what_is_wrong_with_frequencies_is_one_line(text, says, tmp_path, model,
         run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", "--frequencies", path, pictures)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_frequencies_may_lie_far_apart_and_end_in_an_empty_line(tmp_path, model, pictures, monkeypatch):
+    path = frequency_file(tmp_path / "often.csv", 1e40, 1e-50, 1, 1)
+    path.write_text(path.read_text() + "\n")
+    run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", "--frequencies", path, pictures)
+    assert {(row["class"], row["confidence"]) for row in table(tmp_path / "out.csv")} == {(NAMES[0], "1.000000")}
+
+
+def test_predictions_do_not_take_the_place_of_the_frequencies(tmp_path, model, pictures, monkeypatch):
+    path = frequency_file(tmp_path / "often.csv", 1, 1, 1, 1)
+    with pytest.raises(UserError, match="is one of the files to read: must be another file"):
+        run(monkeypatch, "--model", model, "--out", path, "--frequencies", path, pictures)
 
 
 def test_a_name_of_two_classes_has_no_frequency(tmp_path):

@@ -791,6 +791,7 @@ def test_what_is_no_seed_of_a_cell_is_named_or_passed_over():
 def test_test_images_that_were_trained_on_are_told():
     data = {"train_images": 10847, "official": True, "test_split": {"test_images.npy": "a"}}
     put(cell(predictions(0.40, 0.41), data=data | {"trained_on": 15}), "footing_cpu", "ce", "joint")
+    put(cell(predictions(0.50, 0.51, seed=1), data=data), "footing_cpu", "mixup", "mislas")  # of before it was kept
     stage.main()
     says = "Of the test images, 15 of footing_cpu are in the training split too."
     assert says in stage.TEXT.read_text()

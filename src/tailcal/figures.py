@@ -256,7 +256,7 @@ def class_counts(classes: pd.DataFrame, title: str, path: Path) -> None:
 
 @rc_context(STYLE)
 def per_class_accuracy(cells: Mapping[Cell, pd.DataFrame], title: str, path: Path) -> None:
-    """Test accuracy per class against its frequency rank: one panel per representation, one line per classifier.
+    """Test accuracy per class against its frequency rank: one panel per representation, one marker per classifier.
 
     Up to NAMED_CLASSES classes are named below the lowest panels, a band each, in which the classifiers stand side by
     side with bars of one standard deviation over seeds; more are averaged over groups of ranks, with lines.

@@ -44,12 +44,13 @@ class RunNumbers(params.Recorded):
 
 class Data(params.Recorded):
     """official: the images come as they were published, and so in the published order, and not from a folder.
-    test_split: SHA-256 of the test split's files. trained_on: how many test images are in the training split too."""
+    test_split: SHA-256 of the test split's files. trained_on: how many test images are in the training split too, None
+    where that was not kept."""
 
     train_images: Count
     official: bool
     test_split: dict[str, str]
-    trained_on: Annotated[int, Field(ge=0)] = 0
+    trained_on: Annotated[int, Field(ge=0)] | None = None
 
 
 class Cost(params.Recorded):
@@ -102,8 +103,8 @@ class Trainings(params.Recorded):
 
 class Provenance(params.Recorded):
     """data: SHA-256 of the training split's files; evaluate: how it was measured, as in params.yaml; code, device and
-    versions, and how many processes trained together where it was not one, are of stage 2, and `stage1` has these of
-    stage 1."""
+    versions, and how many processes trained together at the end where it was not one, are of stage 2, and `stage1` has
+    these of stage 1."""
 
     params: Trainings = Trainings()
     data: dict[str, str] = Field({})

@@ -296,7 +296,9 @@ def predict(
                 images = torch.from_numpy(np.stack([image for _, image in good])).to(device)
                 probabilities = model(images)
                 if frequencies:
-                    probabilities = adjust_to_prior(probabilities, torch.tensor(frequencies, device=device).double())
+                    probabilities = adjust_to_prior(
+                        probabilities, torch.tensor(frequencies, dtype=torch.float64, device=device)
+                    )
                 if not probabilities.isfinite().all():
                     raise UserError(f"the model's probabilities are no finite numbers: {AGAIN}")
                 for cells in rows(card.class_names, [path for path, _ in good], probabilities, top):
@@ -337,15 +339,17 @@ def same(one: Path, other: Path) -> bool:
         return False
 
 
-def check_out(out: Path, images: list[Path], model: Path) -> None:
-    """Raise UserError when the CSV would take the place of an image, of a file of the model, or of no regular file.
+def check_out(out: Path, read: list[Path], model: Path) -> None:
+    """Raise UserError when the CSV would take the place of a file that is read, of one of the model, or of no regular
+    file.
 
-    model: the exported folder, in which the names of its files are not free even where there is no such file.
+    read: the images, and the file of frequencies; model: the exported folder, in which the names of its files are not
+    free even where there is no such file.
     """
     if out.exists() and not out.is_file():
         raise UserError(f"--out {out}: is {'a folder' if out.is_dir() else 'no regular file'}: must be a file to write")
-    if out.exists() and any(same(out, image) for image in images):
-        raise UserError(f"--out {out}: is one of the images: must be another file")
+    if out.exists() and any(same(out, path) for path in read):
+        raise UserError(f"--out {out}: is one of the files to read: must be another file")
     own = (CARD, WEIGHTS, ONNX)
     if any(same(out, model / name) for name in own) or (out.name in own and same(out.parent, model)):
         raise UserError(f"--out {out}: is a file of the model: must be another file")
@@ -401,7 +405,7 @@ def main() -> None:
             card.train_counts if as_in_training else read_frequencies(Path(args.frequencies), card.class_names)
         )
     paths, closed = find(args.images)
-    check_out(args.out, paths, args.model)
+    check_out(args.out, paths + ([Path(args.frequencies)] if args.frequencies else []), args.model)
     for problem in closed:
         print(f"error: {problem}", file=sys.stderr)
     if not paths:

@@ -14,10 +14,10 @@ HEADER = ["class", "frequency"]
 def adjust_to_prior(probabilities_NK: Tensor, frequencies_K: Tensor) -> Tensor:
     """p'_k = p_k f_k / sum_j p_j f_j (Saerens et al. 2002, eq. 2.4, from equally frequent classes), float64 [N, K].
 
-    probabilities_NK: [N, K], of a model that takes all classes for equally frequent; frequencies_K: [K], above 0, on
-    any scale.
+    probabilities_NK: [N, K], of a model that takes all classes for equally frequent; frequencies_K: float64
+    [K], above 0, on any scale.
     """
-    weighted_NK = probabilities_NK.double() * (frequencies_K / frequencies_K.max()).double()
+    weighted_NK = probabilities_NK.double() * (frequencies_K / frequencies_K.max())
     return weighted_NK / weighted_NK.sum(dim=1, keepdim=True)
 
 
@@ -39,6 +39,8 @@ def read_frequencies(path: Path, names: list[str]) -> list[float]:
         raise UserError(f"--frequencies {path} line 1: must be {','.join(HEADER)}")
     found: dict[str, float] = {}
     for number, line in enumerate(lines[1:], start=2):
+        if not line:  # such as spreadsheets leave at the end
+            continue
         where = f"--frequencies {path} line {number}"
         if len(line) != len(HEADER):
             raise UserError(f"{where}: must have a class and its frequency")

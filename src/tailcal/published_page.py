@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from tailcal.measured import Measured, Numbers
+from tailcal.measured import Measured, Numbers, Run
 from tailcal.published import CONFIDENCE, MISS, RESAMPLES, SEEDS, Comparison, FootingRow, FootingTable, points
 from tailcal.references import TITLES
 from tailcal.tables import DASH, MARK, Table, bold_if, signed, span
@@ -94,15 +94,17 @@ def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
     """Sentences: in which precision, on which machine and on which images these (data set, cell) were trained."""
     measured = list(measured)
     machines = {
-        f"in {run.precision}, {_networks(run.cost.at_once)} at a time on {run.cost.machine}": None
+        f"in {run.precision}, {_networks(run.cost.at_once)} at a time on {run.cost.machine}{_processes(run)}": None
         for _, cell in measured
         for run in cell.runs
     }
     data = {name: cell.one.data for name, cell in measured}
     drawn = [f"{name} ({of.train_images:,})" for name, of in data.items() if not of.official]
     sentences = [f"Trained {'; or '.join(machines)}."]
-    if known := [f"{of.trained_on:,} of {name}" for name, of in data.items() if of.trained_on]:
-        sentences.append(f"Of the test images, {' and '.join(known)} are in the training split too.")
+    trained_on = {name: run.data.trained_on for name, cell in measured for run in cell.runs if run.data.trained_on}
+    if trained_on:
+        known = " and ".join(f"{images:,} of {name}" for name, images in trained_on.items())
+        sentences.append(f"Of the test images, {known} are in the training split too.")
     if drawn:
         sentences.append(
             f"The training images of {', '.join(drawn)} were taken from a folder and not from the official archive, "
@@ -112,6 +114,10 @@ def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
         if keys:
             sentences.append(f"Of {name}, some seeds of a cell were trained apart, and their files differ in {keys}.")
     return " ".join(sentences)
+
+
+def _processes(run: Run) -> str:
+    return f" by {run.provenance.processes} processes" if run.provenance.processes > 1 else ""
 
 
 def _below(rows: list[Comparison], command: str) -> list[str]:
