@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from tailcal import portable  # before the libraries: tailcal sees to interrupts while they are imported
 
 portable.set_variables()
+# Else streams beyond eight share a queue to the GPU. It is read when a program first asks for one.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def _begin_under_dvc() -> None:

@@ -114,7 +114,7 @@ def own_streams(seed: int) -> int:
 
 
 def predict(
-    p: params.Params, trained: dict[int, train.Trained], placed: dict[str, store.Images], cell: tuple[str, ...]
+    p: params.Params, trained: dict[int, train.TrainedNetwork], placed: dict[str, store.Images], cell: tuple[str, ...]
 ) -> dict[int, predictions.Predictions]:
     """What each seed's network says of the held-out and the test split. Raises UserError for what is no number."""
     networks = [one.network for one in trained.values()]

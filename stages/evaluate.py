@@ -1,6 +1,8 @@
 """Measure one cell of the grid from its saved predictions: metrics, reliability diagram, per-class table, confusion.
 
-It reads predictions and nothing else, so a new metric or post-hoc rule retrains nothing. Imports no torch.
+It measures saved predictions, so a new metric or post-hoc rule retrains nothing. Of what the cell was made of it reads
+only what tells whether the predictions are of it; through these, and not by deps of their own, they rerun it. Imports
+no torch.
 """
 
 import argparse
@@ -35,20 +37,6 @@ def read_cell(folder: Path, checksums: dict[str, str], seeds: list[int], K: int)
                 f"{files.REPRO}"
             )
     return cell
-
-
-def require_counts(longtail: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError unless the training counts that `meta` tells, which say who is many, medium and few, are those of
-    the labels in `longtail`, where these are there."""
-    path = longtail / "train_labels.npy"
-    if not path.exists():
-        return
-    files.verify(path, meta["checksums"].get(path.name))
-    if np.bincount(files.read_array(path), minlength=len(meta["class_names"])).tolist() != meta["train_counts"]:
-        raise UserError(
-            f"{longtail / 'meta.json'}: train_counts are not those of {path.name}: delete it and "
-            f"{lineage.again(subsample=(longtail.name,))}"
-        )
 
 
 def metrics(cell: list[Predictions], counts_K: np.ndarray, rules: dict[str, Any], bins: int) -> dict[str, Any]:
@@ -146,7 +134,9 @@ def evaluate(p: params.Params, dataset: params.Dataset, where: dict[str, str]) -
     longtail = paths.longtail(where["dataset"])
     meta = splits.read_meta(longtail)
     splits.require_cut(longtail, meta, dataset, paths.raw(where["dataset"]))
-    require_counts(longtail, meta)
+    if (labels := longtail / "train_labels.npy").exists():
+        files.verify(labels, meta["checksums"].get(labels.name))
+        splits.require_train_counts(longtail, meta, files.read_array(labels))
     names, counts_K = meta["class_names"], np.array(meta["train_counts"])
     folder = paths.predictions(**where)
     made = folder / "provenance.json"

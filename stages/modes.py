@@ -106,7 +106,7 @@ def main() -> None:
             machine=measure.machine(device),
             versions=provenance.versions(),
             code=digest,
-            at_once=train.at_once(p.runtime, len(suite.seeds)),
+            at_once=train.at_once(p.runtime, len(suite.seeds), device),
             seeds=suite.seeds,
             modes=suite.modes,
             cells=[compare_modes(p, cell, suite, instead.get(cell.dataset)) for cell in suite.cells],

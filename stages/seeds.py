@@ -64,7 +64,7 @@ def train_seeds(
     scratch: Path,
     late_epochs: int,
     streams: Callable[[int], int] = int,
-) -> dict[int, train.Trained]:
+) -> dict[int, train.TrainedNetwork]:
     """Train what `make` makes of each seed; checkpoints, and the networks of the last `late_epochs`, go to `scratch`.
 
     `streams` makes of a seed that of the training's random numbers. Raises UserError as `train.train` does.
@@ -83,7 +83,7 @@ def train_seeds(
     return dict(zip(p.seeds, train.train(replicas, data, training.recipe, p.runtime, p.precision), strict=True))
 
 
-def write_seeds(trained: dict[int, train.Trained], out: Path) -> dict[int, str]:
+def write_seeds(trained: dict[int, train.TrainedNetwork], out: Path) -> dict[int, str]:
     """Write the weights and history.csv to `out`; returns the SHA-256 of each seed's weights."""
     written = {
         seed: weights.save_weights(one.network, out / f"seed{seed}.safetensors") for seed, one in trained.items()
@@ -95,13 +95,13 @@ def write_seeds(trained: dict[int, train.Trained], out: Path) -> dict[int, str]:
 
 
 def write_costs(
-    p: params.Params, stage: str, cell: tuple[str, ...], trained: dict[int, train.Trained], data: store.Images
+    p: params.Params, stage: str, cell: tuple[str, ...], trained: dict[int, train.TrainedNetwork], data: store.Images
 ) -> None:
     """Write what the training took, as `tailcal.costs` has it: before anything is predicted, which takes memory too."""
     costs.write(
         paths.costs(stage, *cell),
         train.machine(data.device),
         data.placement,
-        train.at_once(p.runtime, len(trained)),
+        train.at_once(p.runtime, len(trained), data.device),
         {seed: one.cost for seed, one in trained.items()},
     )

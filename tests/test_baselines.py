@@ -14,7 +14,7 @@ from tailcal.methods.focal import focal
 from tailcal.methods.ldam_drw import margins, subtract_margins
 from tailcal.methods.logit_adjustment import log_priors
 from tailcal.models import Network, build
-from tailcal.models.heads import Cosine
+from tailcal.models.heads import CosineClassifier
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = 2 * torch.randn(8, 4, generator=GENERATOR)
@@ -162,7 +162,7 @@ def test_a_margin_is_taken_off_the_label_alone():
 
 def test_ldam_gives_the_network_a_scaled_cosine_head():
     network, _ = prepared("ldam_drw", scale=20.0)
-    assert isinstance(network.head, Cosine)
+    assert isinstance(network.head, CosineClassifier)
     assert network.head.scale.tolist() == [20.0] * 4
     features = network.backbone(IMAGES)
     expected = 20 * F.cosine_similarity(features[:, None], network.head.direction[None], dim=2)

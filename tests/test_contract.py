@@ -17,7 +17,7 @@ from tailcal import method as methods
 from tailcal import params, train
 from tailcal.costs import Cost
 from tailcal.errors import UserError
-from tailcal.method import Method, Trained, configure
+from tailcal.method import Method, TrainedConfig, configure
 from tailcal.models import build
 from tailcal.models.heads import HEADS
 from tailcal.optim import SGD, learning_rate
@@ -106,7 +106,7 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
     network, history = run("ce", tmp_path, epochs=1)
     parameters = SimpleNamespace(runtime=RUNTIME)
     placed = {"holdout": images(), "test": images()}
-    good, bad = (train.Trained(copy.deepcopy(network), history, Cost()) for _ in range(2))
+    good, bad = (train.TrainedNetwork(copy.deepcopy(network), history, Cost()) for _ in range(2))
     found = calibrate.predict(parameters, {3: good}, placed, ("d", "ce", "crt"))
     assert np.array_equal(found[3].test_logits, predict(network, images()))
     assert np.array_equal(found[3].holdout_labels, images().labels)
@@ -268,7 +268,7 @@ def test_sam_trains_it_too(name, tmp_path):
 @pytest.mark.parametrize("name", names())
 def test_what_takes_steps_has_an_augmentation_and_nothing_else_has(name):
     cls = load(name)
-    assert issubclass(cls.Config, Trained) == cls.trained
+    assert issubclass(cls.Config, TrainedConfig) == cls.trained
     assert not (cls.trained and cls.fitted)
 
 

@@ -84,14 +84,20 @@ def test_batch_norm_in_step_is_batch_norm_in_any_precision(dtype):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         x = (3 + 2 * torch.randn(16, 4, 5, 5)).to(dtype)
+        weights = torch.rand(16, 4, 5, 5)
         plain, ours = resnet.BatchNorm2d(4), distributed.SyncBatchNorm2d(4)
-        expected, found = plain(x.float()), ours(x)
+        known, own = x.clone().float().requires_grad_(), x.clone().requires_grad_()
+        expected, found = plain(known), ours(own)
+        (expected.sigmoid() * weights).sum().backward()
+        (found.sigmoid() * weights).sum().backward()
     finally:
         torch.distributed.destroy_process_group()
-    assert found.dtype == dtype
-    torch.testing.assert_close(
-        found.float(), expected, **({} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2})
-    )
+    assert found.dtype == own.grad.dtype == dtype
+    close = dict.fromkeys(("rtol", "atol"), 1e-5 if dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(found.float(), expected, **close)
+    torch.testing.assert_close(own.grad.float(), known.grad, **close)
+    for mine, given in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, given.grad, **close)
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], value)
 

@@ -68,8 +68,10 @@ def loaded(stage: str, modules: list[str]) -> list[list[Path]]:
 
 def digest(files: list[Path]) -> str:
     """Of sources: the stage's `code`."""
-    content = b"".join(path.name.encode() + b"\0" + path.read_bytes() + b"\0" for path in files)
-    return f"{tailcal.__version__}+{hashlib.sha256(content).hexdigest()[:12]}"
+    texts = {path: path.read_text() for path in files}
+    code = {path: provenance.without_prose(text) if path.suffix == ".py" else text for path, text in texts.items()}
+    content = "".join(f"{path.name}\0{text}\0" for path, text in code.items())
+    return f"{tailcal.__version__}+{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,49 @@ def test_the_code_of_a_stage_is_what_it_loads(stage, written):
     assert settings(written, stage, *cell)["code"] == digest([*files, *templates])
 
 
+PROSE = '''"""A module."""
+
+import this  # for fun
+
+
+class Empty:
+    """Nothing but words."""
+
+
+def f(a):  # takes one
+    """Several
+    lines."""
+    text = "no # comment"
+    return [text, f"{a}  # none either", """
+
+    not a docstring""", ("of two "
+                         "parts")]
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("A module.", "Another.", True),
+        ('"""A module."""', "", True),
+        ("  # for fun", "", True),
+        ("\n\n\nclass", "\n\nclass", True),
+        ("    lines.", "    more\n\n    lines, and übel.", True),
+        ("words.", "wörds.", True),
+        ("no # comment", "no # remark", False),
+        ("# none either", "# either", False),
+        ("\n\n    not a", "\n    not a", False),
+        ("not a docstring", "a docstring", False),
+        ("of two", "of too", False),
+        ("this", "that", False),
+        ("    return", "    if a:\n      return", False),
+    ],
+)
+def test_prose_is_no_part_of_the_code(old, new, same):
+    assert old in PROSE
+    assert (provenance.without_prose(PROSE.replace(old, new)) == provenance.without_prose(PROSE)) is same
+
+
 def test_relative_and_late_imports_are_part_of_the_code(tmp_path, monkeypatch):
     """Nothing of ours has relative ones; a user's method may."""
     sources_of = {
@@ -186,11 +231,11 @@ def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project, monke
     monkeypatch.setattr(check, "TEMPLATES", p.root / "src/tailcal/templates")
 
     def changed(*edited: str) -> set[str]:
-        """The settings that other bytes in these files change: their paths below data/settings, without the cell."""
+        """The settings that other code in these files changes: their paths below data/settings, without the cell."""
         before = {path: path.read_bytes() for path in (p.root / paths.SETTINGS).rglob("*.json")}
         for name in edited:
             with (p.root / name).open("a") as source:
-                source.write("# an edit\n")
+                source.write("# an edit\n" if name.endswith(".html") else "EDITED = True\n")
         p.inside("check")
         assert {path for path in (p.root / paths.SETTINGS).rglob("*.json")} == before.keys()
         return {

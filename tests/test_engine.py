@@ -12,7 +12,7 @@ from tailcal import engine, train
 from tailcal.draws import Draws
 from tailcal.errors import UserError
 from tailcal.method import load, names
-from tailcal.models import HalfPrecision, Network
+from tailcal.models import BFloat16Backbone, Network
 from tests.recording import record
 from tests.test_contract import RECIPE, RUNTIME, images, replica_of, trained
 
@@ -148,7 +148,7 @@ def test_in_bf16_heads_and_losses_compute_in_float32(name, tmp_path):
     (pairs,) = data.steps([np.arange(8)[None]] * len(method.samplers()))
     views = [data.prepare(*pair, method.config.augmentation, draws) for pair in pairs for _ in range(method.views)]
     batch, progress, features = method.mix(views, draws), torch.tensor(0.5, dtype=torch.float64), []
-    half = HalfPrecision(network.backbone)
+    half = BFloat16Backbone(network.backbone)
     half.register_forward_hook(lambda _module, _images, made: features.append(made))
     value, logits = method.loss(Network(half, network.head), batch, progress)
     assert {made.dtype for made in features} == {torch.float32}

@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from tailcal.models import BACKBONES, build
-from tailcal.models.heads import HEADS, Cosine, Linear, Scaled
+from tailcal.models.heads import HEADS, CosineClassifier, Linear, Scaled
 from tailcal.models.resnet import BasicBlock, BatchNorm2d, ConvShortcut, PadShortcut
 
 
@@ -71,7 +71,7 @@ def test_a_shortcut_is_the_identity_where_the_shape_stays():
 
 
 def test_cosine_head_by_hand():
-    head = Cosine(2, 2)
+    head = CosineClassifier(2, 2)
     head.direction.data = torch.tensor([[3.0, 0.0], [0.0, 0.1]])
     torch.testing.assert_close(head(torch.tensor([[0.6, 0.8]])), torch.tensor([[0.6, 0.8]]))
     head.rescale(torch.tensor([30.0, 10.0]))

@@ -255,15 +255,15 @@ def test_a_seed_of_other_parameters_is_refused_before_it_is_trained(run):
     for attempt in (partial(run, *short, "--missing"), partial(run, *short, "--seed", "1"), tables.main):
         with pytest.raises(
             UserError,
-            match=r"^metrics/published/cells/small/mixup/joint/seed0\.json is of params\.representation\.recipe\."
-            r"epochs 2, and the parameters say 3: set it back, or move the file away and run `python -m stages\."
-            "published --missing --dataset small --representation mixup --classifier joint --seed 0`, with the",
+            match=r"^metrics/published/cells/small/mixup/joint/seed0\.json was made with params\.representation\."
+            r"recipe\.epochs 2, and the parameters say 3: set it back, or move the file away and run `python -m "
+            r"stages\.published --missing --dataset small --representation mixup --classifier joint --seed 0`, with",
         ):
             attempt()
     plan.PLAN.write_text(yaml.safe_dump(PLAN, sort_keys=False))
     Path("params.yaml").unlink()
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text().replace("bins: 15", "bins: 10"))
-    with pytest.raises(UserError, match=r"seed0\.json is of evaluate\.bins 15, and the parameters say 10: "):
+    with pytest.raises(UserError, match=r"seed0\.json was made with evaluate\.bins 15, and the parameters say 10: "):
         run(*short, "--missing")
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
     del content["evaluate"]["posthoc"]["temperature"]  # a rule may come or go, but not change
@@ -273,7 +273,7 @@ def test_a_seed_of_other_parameters_is_refused_before_it_is_trained(run):
     content["evaluate"]["posthoc"]["logit_adjustment"]["tau"] = 2.0
     Path("params.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(
-        UserError, match=r"is of evaluate\.posthoc\.logit_adjustment\.tau 1\.0, and the parameters say 2\.0"
+        UserError, match=r"was made with evaluate\.posthoc\.logit_adjustment\.tau 1\.0, and the parameters say 2\.0"
     ):
         tables.main()
     assert path.read_bytes() == said
@@ -295,8 +295,10 @@ def test_a_cell_of_another_data_set_fills_no_row(run):
     change(more)
     path = run("--table", "later", "--images", "images", "--dataset", "small")["small/mixup/joint/seed0.json"]
     shutil.copytree(paths.PUBLISHED / "small", paths.PUBLISHED / "other")
-    message = r"other/mixup/joint/seed0\.json is of params\.dataset\.imbalance\.factor 10\.0, and .* say 100\.0: "
-    with pytest.raises(UserError, match=rf"^metrics/published/cells/{message}.*--images of the .* 2 such files\)$"):
+    message = r"joint/seed0\.json was made with params\.dataset\.imbalance\.factor 10\.0, and .* say 100\.0: "
+    with pytest.raises(
+        UserError, match=rf"^metrics/published/cells/other/mixup/{message}.*--images of the .* 2 such files\)$"
+    ):
         tables.main()
     with pytest.raises(UserError, match=message):
         run("--table", "later", "--missing")
@@ -304,7 +306,7 @@ def test_a_cell_of_another_data_set_fills_no_row(run):
     path.write_text(path.read_text().replace('"official": false', '"official": true'))
     path.with_name("seed1.json").unlink()
     with pytest.raises(
-        UserError, match=r"seed0\.json is of params\.dataset\.imbalance\.largest 20, and the parameters"
+        UserError, match=r"seed0\.json was made with params\.dataset\.imbalance\.largest 20, and the parameters"
     ):
         tables.main()
 

@@ -423,6 +423,7 @@ RIGHT_TAU = "must be a number, 0 or more, or the word tuned"
         ({"pn_inductive": {"tau": True}}, f"pn_inductive.tau: {RIGHT_TAU}, got True"),
         ({"pn_inductive": {"tau": None}}, f"pn_inductive.tau: {RIGHT_TAU}, got None"),
         ({"pn_transductive": {"tau": float("nan")}}, f"pn_transductive.tau: {RIGHT_TAU}, got nan"),
+        ({"pn_transductive": {"tau": 10**400}}, f"pn_transductive.tau: {RIGHT_TAU}, got 1{'0' * 400}"),
         ({"pn_transductive": {"tau": float("inf")}}, f"pn_transductive.tau: {RIGHT_TAU}, got inf"),
     ],
 )

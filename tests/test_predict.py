@@ -267,7 +267,8 @@ def test_a_network_of_other_parameters_is_exported_with_a_warning(tmp_path, monk
         export(cell, tmp_path / "model", root=tmp_path)
         said = capsys.readouterr().err
         line = (
-            "warning: the network is of classifier.recipe.lr 0.2, and the parameters say 0.1; exported is the network"
+            "warning: the network was made with classifier.recipe.lr 0.2, and the parameters say 0.1; exported is the "
+            "network"
         )
         assert (line in said) == warned
 

@@ -468,34 +468,37 @@ def edit(path, change):
     [
         (
             lambda p: p["recipes"]["digits"].update(lr=0.03),
-            "ce/joint.json is of params.representation.recipe.lr 0.1, and the parameters say 0.03: run `dvc repro`, or "
-            "without DVC or off the grid `python -m stages.represent --dataset digits_lt --representation ce` "
-            "and `python -m "
+            "ce/joint.json was made with params.representation.recipe.lr 0.1, and the parameters say 0.03: run `dvc "
+            "repro`, or without DVC or off the grid `python -m stages.represent --dataset digits_lt --representation "
+            "ce` and `python -m "
             "stages.calibrate --dataset digits_lt --representation ce --classifier joint` and `python -m "
             "stages.evaluate --dataset digits_lt --representation ce --classifier joint`",
         ),
         (
             lambda p: p.update(precision="bf16"),
-            "is of params.representation.precision float32, and .* say bf16",
+            "was made with params.representation.precision float32, and .* say bf16",
         ),
         (lambda p: p["datasets"]["digits_lt"]["imbalance"].update(factor=10), "imbalance.factor 20.0, and .* say 10.0"),
         (
             lambda p: p["evaluate"].update(bins=9),
-            "is of evaluate.bins 15, and the parameters say 9: run `dvc repro`, or without DVC or off the grid "
+            "was made with evaluate.bins 15, and the parameters say 9: run `dvc repro`, or without DVC or off the grid "
             "`python -m "
             "stages.evaluate --dataset digits_lt --representation ce --classifier joint`$",
         ),
         (
             lambda p: p["datasets"]["digits_lt"]["source"].update(test_per_class=40),
-            "is of params.dataset.source.test_per_class 50, and .* say 40: .* without DVC or off the grid "
+            "was made with params.dataset.source.test_per_class 50, and .* say 40: .* without DVC or off the grid "
             "`python -m stages.download "
             "--dataset digits_lt` and `python -m stages.subsample --dataset digits_lt` and .*stages.evaluate",
         ),
         (
             lambda p: p["evaluate"]["posthoc"].pop("temperature"),
-            r"is of evaluate.posthoc.temperature \{\}, and the parameters have none: run",
+            r"was made with evaluate.posthoc.temperature \{\}, and the parameters have none: run",
         ),
-        (lambda p: p.update(seeds=[0, 1, 4]), r"is of seeds \[0, 1, 2\], and the parameters say \[0, 1, 4\]: run"),
+        (
+            lambda p: p.update(seeds=[0, 1, 4]),
+            r"was made with seeds \[0, 1, 2\], and the parameters say \[0, 1, 4\]: run",
+        ),
     ],
 )
 def test_cells_of_other_parameters_are_not_reported(change, says):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailcal.errors import UserError
@@ -153,20 +154,42 @@ class _Gather(torch.autograd.Function):
         return gradient[dist.get_rank() * ctx.rows :][: ctx.rows]
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over processes. Backward: the sum of the processes' gradients."""
+class _SharedNorm(torch.autograd.Function):
+    """Batch norm of a share [B, C, H, W] by the mean and variance [C] of all equal shares; returns all three.
+
+    Each process runs torch's own kernels on its share, with one message of 2C numbers in each direction. Backward
+    (Ioffe & Szegedy 2015): with x^ the normalised share, g the gradient of its result and N the values of a channel in
+    all shares, the share's gradient is weight / std * (g - (sum g + x^ * sum(g x^)) / N), the sums over all shares.
+    Those of weight and bias are of the own share, as every gradient of the backbone is until `sum_gradients`.
+    """
 
     @staticmethod
-    def forward(_ctx, value: Tensor) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value)
-        return value
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        own = torch.stack(torch.batch_norm_update_stats(x.float(), None, None, 0.0))  # no running ones, no momentum
+        shares = [torch.empty_like(own) for _ in range(size())]
+        dist.all_gather(shares, own)
+        means, variances = torch.stack(shares).unbind(dim=1)
+        variance, mean = variances.mean(dim=0) + means.var(dim=0, correction=0), means.mean(dim=0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance
 
     @staticmethod
-    def backward(_ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
+    def backward(ctx, gradient: Tensor, *_statistics: None) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        constants = None, None, False, ctx.eps, [True, True, True]
+        # The first term: the gradient where mean and variance are given.
+        given, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, *constants
+        )
+        sums = torch.stack((of_weight, of_bias))
+        dist.all_reduce(sums)
+        scale = (variance + ctx.eps).rsqrt()
+        slope, level = sums * (weight * scale / (size() * x.numel() / x.shape[1]))
+        slope = slope * scale
+        through = torch.addcmul((level - slope * mean)[:, None, None], x, slope[:, None, None])  # mean and variance
+        return given.sub_(through), of_weight, of_bias, None
 
 
 class SyncBatchNorm2d(BatchNorm2d):
@@ -175,16 +198,12 @@ class SyncBatchNorm2d(BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        count, x32 = x.numel() / x.shape[1] * size(), x.float()  # statistics are float32, whatever the activations are
-        # Two sums, since the difference of mean square and squared mean cancels where the mean is large.
-        mean = _Sum.apply(x32.sum(dim=(0, 2, 3))) / count
-        centred = x32 - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        count = x.numel() / x.shape[1] * size()
+        normalised, mean, variance = _SharedNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return normalised
 
 
 class Shared(nn.Module):

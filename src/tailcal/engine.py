@@ -27,6 +27,7 @@ Training = Callable[[], Generator[None, None, T]]
 Pairs = list[tuple[Tensor, Tensor]]
 Step = Callable[[Pairs, Draws], None]
 
+STREAMS = 32  # after which torch hands out the first ones again: two networks on one would share a workspace of cuBLAS
 WARM_UP = 3  # steps that are taken one kernel at a time before a step is recorded: libraries set themselves up in them
 
 
@@ -116,7 +117,7 @@ class _Tape(Draws):
 
     def begin(self, number: int) -> None:
         """Turn to step `number`: the generators, and once the tape is complete its numbers, are that step's."""
-        super().__init__(self.seed, number, self.generator)
+        super().__init__(self.seed, number, self.generator)  # Draws has no state but that of its step
         self._next = iter(self.slots)
         if self.complete:
             for draw, slot in self.slots:

@@ -116,9 +116,9 @@ def outdated(
 
 
 def unlike(what: Path | str, key: str, then: str | None, now: str | None) -> str:
-    """How an error line says one of `differences`: what `what` is of, and what the parameters say now."""
-    of = f"{what} has no {key}" if then is None else f"{what} is of {key} {then}"
-    return f"{of}, and the parameters {'have none' if now is None else f'say {now}'}"
+    """How an error line says one of `differences`: what `what` was made with, and what the parameters say now."""
+    made = f"{what} was made without {key}" if then is None else f"{what} was made with {key} {then}"
+    return f"{made}, and the parameters {'have none' if now is None else f'say {now}'}"
 
 
 def require_seeds(names: Iterable[str], seeds: list[int], what: Path, advice: str) -> None:

@@ -51,7 +51,7 @@ class ParameterGroup:
     lr_factor: float = 1.0
 
 
-class Trained(Strict):
+class TrainedConfig(Strict):
     """Settings of every method that takes training steps. What the two augmentations are, the data set says."""
 
     augmentation: Literal["standard", "strong"]
@@ -60,7 +60,7 @@ class Trained(Strict):
 class Method(nn.Module):
     """What both kinds of method share: by default, plain cross-entropy on one stream of images."""
 
-    class Config(Trained):
+    class Config(TrainedConfig):
         """Settings of the method: the keys of its block in params.yaml."""
 
     stage: ClassVar[Stage]

@@ -18,8 +18,9 @@ def soft_targets(labels: Tensor, partner_labels: Tensor, lam: Tensor | float, nu
 
 def box(lam: float, centre: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
     """CutMix's box (Yun et al. 2019): sides sqrt(1 - lambda) of the image's, rounded up to whole pixels as in the codes
-    of GLMC and FSGL, half of them on each side of `centre` (row, column), clipped at the border. Returns (top, bottom,
-    left, right), ends exclusive. Rounded down, boxes that lie within an image of 32 pixels would on average be 8 %
+    of GLMC and FSGL, half of them on each side of `centre` (row, column), clipped at the border; the labels keep lambda
+    all the same, as in these codes, where CutMix's own takes it from the clipped box. Returns (top, bottom, left,
+    right), ends exclusive. Rounded down, boxes that lie within an image of 32 pixels would on average be 8 %
     smaller than the 1 - lambda of the labels.
     """
     sides = math.ceil(height * math.sqrt(1 - lam)), math.ceil(width * math.sqrt(1 - lam))

@@ -132,9 +132,10 @@ def optimiser(groups: list[ParameterGroup], recipe: Recipe, after_backward: Call
 def learning_rate(recipe: Recipe, spent: int) -> float:
     """The learning rate once `spent` of the recipe's epochs (or iterations) have been spent.
 
-    Warm-up over w: linear from warmup_lr at 0 to lr at w - 1. (An epoch e of 1..w that uses e / w of lr, as in MiSLAS,
-    is a warmup_lr of lr / w.) Multi-step: times gamma for each milestone that has been spent. Cosine: over what follows
-    the warm-up, from lr at its first epoch towards 0, which it would reach one epoch after the last.
+    Warm-up over w: linear from warmup_lr at 0 to lr at w - 1; where w is 1, warmup_lr at 0. (An epoch e of 1..w that
+    uses e / w of lr, as in MiSLAS, is a warmup_lr of lr / w.) Multi-step: times gamma for each milestone that has been
+    spent. Cosine: over what follows the warm-up, from lr at its first epoch towards 0, which it would reach one epoch
+    after the last.
     """
     schedule = recipe.schedule
     if spent < schedule.warmup:

@@ -177,7 +177,7 @@ class ResizedCrop(_Normalised):
 Augmentation = Annotated[PadCrop | ResizedCrop, Field(discriminator="kind")]
 
 
-class Cosine(Strict):
+class CosineSchedule(Strict):
     """Linear warm-up, then half a cosine down to 0, stepped once an epoch."""
 
     shape: Literal["cosine"]
@@ -215,7 +215,7 @@ class Recipe(Strict):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0, le=1000)]
     sam_rho: Annotated[float, Field(ge=0, le=1000)]
-    schedule: Annotated[Cosine | MultiStep, Field(discriminator="shape")]
+    schedule: Annotated[CosineSchedule | MultiStep, Field(discriminator="shape")]
 
     @property
     def budget(self) -> int:

@@ -11,6 +11,7 @@ What is fitted suits data with the hold-out's class frequencies: our hold-outs a
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -53,7 +54,7 @@ class NoSettings(Strict):
 
 def _tau(value: Any) -> float | str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value != TUNED and not (number and 0 <= value < float("inf")):
+    if value != TUNED and not (number and 0 <= value <= sys.float_info.max):  # an int of YAML may be larger
         raise ValueError(f"must be a number, 0 or more, or the word {TUNED}")
     return float(value) if number else value
 

@@ -4,7 +4,9 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import platform
+import tokenize
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -61,13 +63,35 @@ def closure(*modules: str) -> list[Path]:
     return sorted(_file_of(module) for module in seen)
 
 
+def without_prose(source: str) -> str:
+    """A Python source without comments, docstrings and blank lines, which decide no result; the same text by every
+    version of Python, whose tokens of f-strings differ."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    code = [token for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    prose = [token for token in tokens if token.type == tokenize.COMMENT or not token.line.strip()]  # or blank
+    begins = tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT  # what a statement comes after
+    for before, token, after in zip([None, *code], code, code[1:], strict=False):
+        alone = (before is None or before.type in begins) and after.type == tokenize.NEWLINE
+        if token.type == tokenize.STRING and alone:
+            prose.append(token)
+    lines = source.splitlines()
+    for (row, column), (last, end) in sorted({(token.start, token.end) for token in prose}, reverse=True):
+        if row <= len(lines):  # the end of the source is a token too
+            kept = (lines[row - 1][:column] + lines[last - 1][end:]).rstrip()
+            lines[row - 1 : last] = [kept] if kept else []
+    return "\n".join(lines)
+
+
 def code_version(*modules: str, data: Iterable[Path] = ()) -> str:
     """A digest of the sources of modules of ours, imports included, and of the files `data` that they read.
 
-    It changes when, and only when, one of these does. Raises ValueError as `closure` does.
+    It changes when, and only when, one of these does, comments and docstrings aside. Raises ValueError as `closure`
+    does.
     """
     digest = hashlib.sha256()
-    for path in [*closure(*modules), *sorted(data)]:
+    for path in closure(*modules):
+        digest.update(f"{path.name}\0{without_prose(path.read_text(encoding='utf-8'))}\0".encode())
+    for path in sorted(data):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{tailcal.__version__}+{digest.hexdigest()[:12]}"
 

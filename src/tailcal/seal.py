@@ -1,8 +1,9 @@
 """The honest protocol, enforced: while a training runs, the process cannot open what it must not see.
 
 Below data/ a training may read its own split, the meta.json of data sets, the weights it begins from and its settings.
-Everything else there (the test split and the hold-out, the source's own images, predictions, which hold test labels)
-raises an error in whatever code tries to open it: in a method, in a library, in the stage itself.
+Opening anything else there (the test split and the hold-out, the source's own images, predictions, which hold test
+labels) raises an error, in a method, in a library or in the stage itself, as long as Python opens the file. It is a
+guard against mistakes: compiled code that opens files by itself (safetensors, torch.from_file) passes it by.
 """
 
 import contextlib

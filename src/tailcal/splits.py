@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from tailcal import lineage, sources
 from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
-from tailcal.files import REPRO, read_array, read_json, verify
+from tailcal.files import read_array, read_json, verify
 from tailcal.params import Dataset, Recorded, recorded
 
 Counts = dict[str, Annotated[int, Field(ge=0)]]
@@ -115,9 +115,19 @@ def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tupl
         verify(path, meta["checksums"].get(path.name))
     images, labels = read_array(images_path, mmap=True), read_array(labels_path)
     check(folder, split, images, labels, len(meta["class_names"]))
-    if split == "train" and np.bincount(labels, minlength=len(meta["class_names"])).tolist() != meta["train_counts"]:
-        raise UserError(f"{folder / 'meta.json'}: train_counts are not those of {labels_path.name}: {REPRO}")
+    if split == "train":
+        require_train_counts(folder, meta, labels)
     return images, labels
+
+
+def require_train_counts(folder: Path, meta: dict[str, Any], labels: np.ndarray) -> None:
+    """Raise UserError unless the training counts that `meta` tells, which say who is many, medium and few, are those of
+    the training labels int64 [N]."""
+    if np.bincount(labels, minlength=len(meta["class_names"])).tolist() != meta["train_counts"]:
+        raise UserError(
+            f"{folder / 'meta.json'}: train_counts are not those of train_labels.npy: delete it and "
+            f"{lineage.again(subsample=(folder.name,))}"
+        )
 
 
 def check(folder: Path, split: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:

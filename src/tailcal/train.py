@@ -20,10 +20,10 @@ from tailcal import checkpoint, distributed, portable
 from tailcal.budget import Budget
 from tailcal.costs import Cost
 from tailcal.draws import Draws, derive
-from tailcal.engine import executor, side_by_side
+from tailcal.engine import STREAMS, executor, side_by_side
 from tailcal.errors import UserError
 from tailcal.method import Method
-from tailcal.models import HalfPrecision, Network
+from tailcal.models import BFloat16Backbone, Network
 from tailcal.optim import SGD, optimiser
 from tailcal.params import PARAMS, Precision, Recipe, Runtime
 from tailcal.progress import Progress
@@ -45,7 +45,6 @@ def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
     if precision == "tf32" and not on_gpu:
         raise UserError(f"{PARAMS}: precision: is tf32, which exists only on a GPU; use float32 or bf16")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else streams beyond eight share a queue to the GPU
     torch.set_num_threads(1)  # sums are split by thread, so that their last bits would depend on the number of cores
     # What torch.use_deterministic_algorithms(True) does, but for importing the compiler, which takes it two seconds.
     torch.set_deterministic_debug_mode("error")
@@ -129,7 +128,7 @@ class Late:
             save_weights(ended, self.folder / f"epoch{epoch}.safetensors")
 
 
-class Trained(NamedTuple):
+class TrainedNetwork(NamedTuple):
     """A network after its last epoch; its history, a dict(epoch, lr, loss, train_accuracy) an epoch; its cost."""
 
     network: Network
@@ -149,12 +148,15 @@ def agreement(logits: Tensor, targets: Tensor) -> Tensor:
     return targets.gather(1, predicted[:, None]).mean()
 
 
-def at_once(runtime: Runtime, networks: int) -> int:
+def at_once(runtime: Runtime, networks: int, device: torch.device) -> int:
     """How many of so many networks train side by side.
 
-    Processes that share a network meet at each step, so they must take the steps of all networks in the same order.
+    Processes that share a network meet at each step, so they must take the steps of all networks in the same order. On
+    a GPU each network has a stream of its own, of which torch has so many and no more.
     """
-    return min(runtime.replicas, networks) if distributed.size() == 1 else 1
+    if distributed.size() > 1:
+        return 1
+    return min(runtime.replicas, networks, STREAMS if device.type == "cuda" else networks)
 
 
 @contextlib.contextmanager
@@ -172,13 +174,14 @@ def enough_memory(advice: str) -> Iterator[None]:
 
 def train(
     replicas: list[Replica], data: Images, recipe: Recipe, runtime: Runtime, precision: Precision = "float32"
-) -> list[Trained]:
+) -> list[TrainedNetwork]:
     """Train networks side by side, each going on from its checkpoint if there is one.
 
     A network is a function of (code, recipe, precision, data, its seed): interruptions and neighbours leave no trace in
     it. Where several processes train together (`tailcal.distributed`), each calls this and each gets the same networks.
     precision: of the backbone, forwards and backwards; weights, updates, heads and losses are float32 always.
-    Raises UserError; one that names runtime.replicas and the batch size when they need more memory than there is.
+    Raises UserError when there is too little memory, naming runtime.replicas and the batch size, and when a loss or a
+    weight becomes no finite number.
     """
     trainings = [partial(_training, replica, data, recipe, runtime, precision) for replica in replicas]
     if data.device.type == "cuda":
@@ -186,7 +189,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(data.device)
     batch_size = f", or {replicas[0].recipe_key}.batch_size" if replicas[0].recipe_key else ""
     with enough_memory(f"use a smaller runtime.replicas{batch_size}"):
-        return side_by_side(trainings, data.device, at_once(runtime, len(replicas)))
+        return side_by_side(trainings, data.device, at_once(runtime, len(replicas), data.device))
 
 
 @dataclass
@@ -232,7 +235,7 @@ class _State:
 
 def _training(
     replica: Replica, data: Images, recipe: Recipe, runtime: Runtime, precision: Precision
-) -> Generator[None, None, Trained]:
+) -> Generator[None, None, TrainedNetwork]:
     """The one training loop; pauses after every step."""
     with _INITIALISING:
         torch.manual_seed(derive(replica.seed, "initialisation"))
@@ -243,7 +246,7 @@ def _training(
     if not method.trained:
         if method.fitted:
             method.fit(network, over_batches(network.backbone, data), data.labels)
-        return Trained(network, [], Cost())
+        return TrainedNetwork(network, [], Cost())
 
     labels = data.labels.cpu().numpy()
     budget = Budget(recipe, len(labels))
@@ -253,8 +256,8 @@ def _training(
     state.resume(replica.scratch, device)
     distributed.require_same(state.epoch, replica.scratch, device)
 
-    half = precision == "bf16"
-    learning = distributed.share(Network(HalfPrecision(network.backbone), network.head) if half else network)
+    computing = Network(BFloat16Backbone(network.backbone), network.head) if precision == "bf16" else network
+    learning = distributed.share(computing)
     # What changes from epoch to epoch, and the sums over one: tensors, so that a step never waits for the device.
     lr, progress = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.float64)
     sums = torch.zeros(2, device=device)  # of losses, of training accuracies
@@ -278,21 +281,20 @@ def _training(
     images, first = budget.steps * recipe.batch_size, distributed.is_first()
     bar = Progress(replica.title, "epoch", budget.epochs, state.epoch, images, silent=not first)
     last_saved = began = time.monotonic()
-    coming = drawn(state.epoch) if state.epoch < budget.epochs else []
+    indices = drawn(state.epoch) if state.epoch < budget.epochs else []
     for epoch in range(state.epoch, budget.epochs):
         method.set_mode(network)
         rate = budget.learning_rate(epoch)
         lr.fill_(rate)
         progress.fill_(epoch / budget.epochs)
         sums.zero_()
-        taken = len(coming[0])
-        present, coming = coming, []
-        for number, pairs in enumerate(state.cost.waiting(data.steps(present)), start=epoch * budget.steps):
+        taken = len(indices[0])
+        for number, pairs in enumerate(state.cost.waiting(data.steps(indices)), start=epoch * budget.steps):
             execute(pairs, number)
-            if not coming and epoch + 1 < budget.epochs:
-                coming = drawn(epoch + 1)  # while the device is at work
             yield
 
+        if epoch + 1 < budget.epochs:
+            indices = drawn(epoch + 1)  # while the device is at work on the steps that are launched
         loss, accuracy = (sums / taken).tolist()
         replica.require_finite(math.isfinite(loss), f"the loss became {loss}", epoch)
         state.epoch = epoch + 1
@@ -310,7 +312,7 @@ def _training(
     network.zero_grad(set_to_none=True)  # of the size of the network, and of no more use
     method.finish(network)
     replica.require_finite_weights(network, budget.epochs - 1)
-    return Trained(network, state.history, state.cost)
+    return TrainedNetwork(network, state.history, state.cost)
 
 
 @torch.no_grad()
@@ -329,4 +331,5 @@ def predict(networks: list[Network], data: Images, runtime: Runtime) -> list[np.
         return logits
 
     with enough_memory("use a smaller runtime.replicas"):
-        return side_by_side([partial(predicting, network) for network in networks], data.device, runtime.replicas)
+        together = at_once(runtime, len(networks), data.device)
+        return side_by_side([partial(predicting, network) for network in networks], data.device, together)

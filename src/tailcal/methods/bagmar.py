@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tailcal.method import Batch, Representation, Trained
+from tailcal.method import Batch, Representation, TrainedConfig
 
 
 def adjust(logits: Tensor, positive: Tensor, strength: float) -> Tensor:
@@ -39,7 +39,7 @@ def accumulate(gradient: Tensor, total: Tensor, logits: Tensor, labels: Tensor) 
 class Method(Representation):
     """Cross-entropy on logits adjusted by the gradients so far, which are state of the training."""
 
-    class Config(Trained):
+    class Config(TrainedConfig):
         """lambda1: strength of the margin; accumulation: what G is."""
 
         lambda1: Annotated[float, Field(ge=0, le=100)]

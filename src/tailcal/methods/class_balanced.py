@@ -9,13 +9,13 @@ from pydantic import Field
 from torch import Tensor
 
 from tailcal.losses import effective_number_weights, weighted_cross_entropy
-from tailcal.method import Batch, Representation, Trained
+from tailcal.method import Batch, Representation, TrainedConfig
 
 
 class Method(Representation):
     """Only the loss differs from cross-entropy."""
 
-    class Config(Trained):
+    class Config(TrainedConfig):
         """beta: 0 is no re-weighting, towards 1 is by the inverse of the counts."""
 
         beta: Annotated[float, Field(ge=0, lt=1)]

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tailcal.losses import generalized_reweight_weights, weighted_cross_entropy
-from tailcal.method import Batch, Classifier, ParameterGroup, Trained
+from tailcal.method import Batch, Classifier, ParameterGroup, TrainedConfig
 from tailcal.models import Network
 from tailcal.samplers import Sampler, instance
 
@@ -48,7 +48,7 @@ class Aligned(nn.Module):
 class Method(Classifier):
     """The classifier of stage 1 is frozen; what learns is around it."""
 
-    class Config(Trained):
+    class Config(TrainedConfig):
         """rho: strength of the re-weighting, 0 is none."""
 
         rho: Annotated[float, Field(ge=0, le=5)]

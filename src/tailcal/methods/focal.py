@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tailcal.method import Batch, Representation, Trained
+from tailcal.method import Batch, Representation, TrainedConfig
 
 
 def focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
@@ -28,8 +28,8 @@ def focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
 class Method(Representation):
     """Only the loss differs from cross-entropy."""
 
-    class Config(Trained):
-        """gamma: how fast an image that is right stops to count."""
+    class Config(TrainedConfig):
+        """gamma: the focusing parameter; the larger, the less an image counts that is classified well."""
 
         gamma: Annotated[float, Field(ge=0, le=100)]
 

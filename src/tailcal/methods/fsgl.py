@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tailcal.draws import Draws
 from tailcal.losses import require_counts
-from tailcal.method import Batch, ParameterGroup, Representation, Trained
+from tailcal.method import Batch, ParameterGroup, Representation, TrainedConfig
 from tailcal.mixing import cutmix, draw_box, soft_targets
 from tailcal.models import Network
 from tailcal.models.heads import Linear
@@ -77,7 +77,7 @@ class Method(Representation):
 
     views = 2
 
-    class Config(Trained):
+    class Config(TrainedConfig):
         """gamma: strength of feature scaling (`fcc` in the released code); label_weighting: q; sampling: the
         exponent r with which the second batch is drawn (0 is uniform); hidden: H; consistency: c."""
 
@@ -125,6 +125,7 @@ class Method(Representation):
         z_mix, z_cut = (network.head.projector(f) for f in features)
         p_mix, p_cut = network.head.predictor(z_mix), network.head.predictor(z_cut)
         agreement = consistency(p_mix, z_cut) + consistency(p_cut, z_mix)
+        # Accuracy is that of the mixup view: its targets are those of every pixel, and not of a box.
         return value + self.config.consistency * agreement, network.head(features[0])
 
     def ascent_loss(self, network: Network, batch: Batch, progress: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from tailcal.losses import effective_number_weights, require_counts, weighted_cross_entropy
-from tailcal.method import Batch, ParameterGroup, Representation, Trained
+from tailcal.method import Batch, ParameterGroup, Representation, TrainedConfig
 from tailcal.models import Network
-from tailcal.models.heads import Cosine
+from tailcal.models.heads import CosineClassifier
 from tailcal.params import Fraction
 
 
@@ -34,12 +34,12 @@ def margins(counts: Tensor, max_margin: float) -> Tensor:
     return (max_margin * (n.min() / n) ** 0.25).float()
 
 
-def subtract_margins(logits: Tensor, labels: Tensor, of_class: Tensor) -> Tensor:
+def subtract_margins(logits: Tensor, labels: Tensor, class_margins: Tensor) -> Tensor:
     """z - m_y e_y: the label's logit alone less the margin of its class.
 
-    logits [B, K], labels int64 [B], of_class [K] (margins in units of the logits). Returns [B, K].
+    logits [B, K], labels int64 [B], class_margins [K] (in units of the logits). Returns [B, K].
     """
-    return logits - F.one_hot(labels, logits.shape[1]) * of_class
+    return logits - F.one_hot(labels, logits.shape[1]) * class_margins
 
 
 class Method(Representation):
@@ -47,9 +47,9 @@ class Method(Representation):
 
     head = "cosine"
 
-    class Config(Trained):
-        """max_margin: of the rarest class, in cosines; scale: s; beta: of the effective number; drw_start: the share
-        of the epochs without re-weighting."""
+    class Config(TrainedConfig):
+        """max_margin: of the rarest class, in cosines; scale: s; beta: of the class-balanced weights (Cui et al. 2019);
+        drw_start: the share of the epochs without re-weighting."""
 
         max_margin: Annotated[float, Field(ge=0, le=2)]
         scale: Annotated[float, Field(gt=0, le=1e6)]
@@ -62,7 +62,7 @@ class Method(Representation):
         self.register_buffer("weights", effective_number_weights(counts, config.beta), persistent=False)
 
     def setup(self, network: Network) -> list[ParameterGroup]:
-        network.head = Cosine(network.head.in_features, network.head.out_features)
+        network.head = CosineClassifier(network.head.in_features, network.head.out_features)
         network.head.rescale(torch.full((network.head.out_features,), self.config.scale))
         return super().setup(network)
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tailcal.losses import require_counts
-from tailcal.method import Batch, Representation, Trained
+from tailcal.method import Batch, Representation, TrainedConfig
 
 
 def log_priors(counts: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def log_priors(counts: Tensor) -> Tensor:
 class Method(Representation):
     """Cross-entropy on the shifted logits; the test logits are not shifted."""
 
-    class Config(Trained):
+    class Config(TrainedConfig):
         """tau: strength of the shift; 0 is cross-entropy."""
 
         tau: Annotated[float, Field(ge=0, le=100)]

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tailcal.losses import generalized_reweight_weights, weighted_cross_entropy
-from tailcal.method import Batch, Classifier, ParameterGroup, Trained
+from tailcal.method import Batch, Classifier, ParameterGroup, TrainedConfig
 from tailcal.models import Network
 from tailcal.samplers import Sampler, instance
 
@@ -41,7 +41,7 @@ class CalibratedMargins(nn.Module):
 class Method(Classifier):
     """Two numbers a class learn."""
 
-    class Config(Trained):
+    class Config(TrainedConfig):
         """rho: strength of the re-weighting, 0 is none; shifted_bn: see `tailcal.method.Classifier`."""
 
         rho: Annotated[float, Field(ge=0, le=5)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tailcal.method import Batch, Classifier, ParameterGroup, Trained
+from tailcal.method import Batch, Classifier, ParameterGroup, TrainedConfig
 from tailcal.models import Network
 from tailcal.models.heads import Scaled
 from tailcal.params import Fraction, Positive
@@ -64,11 +64,11 @@ def label_aware_smoothing(logits: Tensor, labels: Tensor, factors: Tensor) -> Te
 class Method(Classifier):
     """Scales and classifier learn together."""
 
-    class Config(Trained):
-        """smoothing: how e falls between them; power: of exponential smoothing, and of it alone; smooth_head,
-        smooth_tail: e of the most and the least frequent class; lr_factor: learning rate of the classifier, as a
-        multiple of the scales'; shifted_bn: see `tailcal.method.Classifier`; in_a_row: images that a class gives when
-        its turn comes, 1 unless it is said (copies of the released code take 4)."""
+    class Config(TrainedConfig):
+        """smoothing: the shape of e between head and tail; power: of exponential smoothing, and of it alone;
+        smooth_head, smooth_tail: e of the most and the least frequent class; lr_factor: learning rate of the
+        classifier, as a multiple of the scales'; shifted_bn: see `tailcal.method.Classifier`; in_a_row: images that a
+        class gives when its turn comes, 1 unless it is said (copies of the released code take 4)."""
 
         smoothing: Literal["concave", "linear", "convex", "exponential"]
         power: Positive | None = None

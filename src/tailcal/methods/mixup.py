@@ -10,14 +10,14 @@ from typing import Annotated
 from pydantic import Field
 
 from tailcal.draws import Draws
-from tailcal.method import Batch, Representation, Trained
+from tailcal.method import Batch, Representation, TrainedConfig
 from tailcal.mixing import mixup
 
 
 class Method(Representation):
     """The mixed batch goes through plain cross-entropy."""
 
-    class Config(Trained):
+    class Config(TrainedConfig):
         """alpha: both parameters of the Beta distribution."""
 
         alpha: Annotated[float, Field(gt=0, le=1e6)]

@@ -31,7 +31,7 @@ class Network(nn.Module):
         return self
 
 
-class HalfPrecision(nn.Module):
+class BFloat16Backbone(nn.Module):
     """A backbone that computes in bf16, on the same weights, and returns float32 features.
 
     Heads and losses stay in float32: they cost next to nothing, and bf16's 8 bits cannot hold a small difference of

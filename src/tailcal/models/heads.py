@@ -34,7 +34,7 @@ class Linear(nn.Linear):
         self.bias.zero_()
 
 
-class Cosine(nn.Module):
+class CosineClassifier(nn.Module):
     """z_k = s_k cos(W_k, f), without a bias. The scales s (1 at first) are state, not learnt."""
 
     def __init__(self, in_features: int, out_features: int, kaiming: bool = True):
@@ -73,4 +73,4 @@ class Scaled(nn.Module):
         return self.scale * self.inner(features)
 
 
-HEADS = {"linear": Linear, "cosine": Cosine}
+HEADS = {"linear": Linear, "cosine": CosineClassifier}
