@@ -224,22 +224,23 @@ def paired(correct_MN: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) ->
     """
     if len(correct_MN) < 2:
         return []
-    rows_P, columns_P = np.tril_indices(len(correct_MN), -1)
-    difference_PN = correct_MN[rows_P] - correct_MN[columns_P]
-    interval = bootstrap(
-        (difference_PN,),
+    means_MR = bootstrap(
+        (correct_MN,),
         np.mean,
         n_resamples=resamples,
-        batch=1,  # the fastest, and P x N numbers at a time
+        batch=1,  # the fastest, and M x N numbers at a time
         vectorized=True,
         axis=-1,
-        confidence_level=CONFIDENCE,
-        method="percentile",
+        method="percentile",  # the cheapest: only the resamples are taken, which are the same by any method
         rng=seed,
-    ).confidence_interval
+    ).bootstrap_distribution
+    rows_P, columns_P = np.tril_indices(len(correct_MN), -1)
+    tail = 50 * (1 - CONFIDENCE)
+    low_P, high_P = np.percentile(means_MR[rows_P] - means_MR[columns_P], [tail, 100 - tail], axis=-1)
+    means_M = correct_MN.mean(axis=1)
     # All are shares of the images and seeds: what lies beyond DIGITS is how a version of NumPy sums them, which would
-    # decide how a number half way between two shown ones is shown, and whether an end at 0 lies above it.
-    shares = (numbers.round(DIGITS) for numbers in (difference_PN.mean(axis=1), interval.low, interval.high))
+    # decide how a number half way between two shown ones is shown, and whether an end at 0 lies above it. No 0 is -0.0.
+    shares = (numbers.round(DIGITS) + 0.0 for numbers in (means_M[rows_P] - means_M[columns_P], low_P, high_P))
     return [Pair(*pair) for pair in zip(*(numbers.tolist() for numbers in (rows_P, columns_P, *shares)), strict=True)]
 
 
