@@ -30,16 +30,28 @@ ALIKE += tuple(  # but for sam_rho, which is the method's own
 )  # which keys of `Run.shared` the rows of a footing have in common
 
 
-def _less(ours: float | None, published: float | None) -> float | None:
-    """Ours, a fraction, less the published number, in points as the two are shown; None where one is missing."""
-    if ours is None or published is None:
-        return None
-    return round(points(ours) - published, 2) + 0.0  # never -0.0
+@dataclass(frozen=True)
+class Beside:
+    """A number of ours with its standard deviation over seeds, fractions, beside the published one, in percent; None
+    where there is none."""
 
+    ours: float | None
+    std: float | None
+    published: float | None
 
-def _far(difference: float | None, deviation: float | None) -> bool:
-    """Whether a difference, in points, is more than MISS beyond a deviation, a fraction."""
-    return difference is not None and round(abs(difference) - points(deviation or 0.0), 2) > MISS
+    @property
+    def difference(self) -> float | None:
+        """Ours less the published one, in points, of the two as they are shown; None where one is missing."""
+        if self.ours is None or self.published is None:
+            return None
+        return round(points(self.ours) - self.published, 2) + 0.0  # never -0.0
+
+    @property
+    def misses(self) -> bool | None:
+        """Whether the difference, up or down, is more than MISS points and the deviation; None where there is none."""
+        if self.difference is None:
+            return None
+        return round(abs(self.difference) - points(self.std or 0.0), 2) > MISS
 
 
 @dataclass(frozen=True)
@@ -60,24 +72,14 @@ class Comparison:
         return self.cell and self.cell.best(self.reference.rule)
 
     @property
-    def difference(self) -> float | None:
-        """Ours less the published top-1, in points, of the two as they are shown; None where one is missing."""
-        return _less(self.numbers and self.numbers.top1, self.reference.top1)
+    def top1(self) -> Beside:
+        ours = self.numbers
+        return Beside(ours and ours.top1, ours and ours.top1_std, self.reference.top1)
 
     @property
-    def ece_difference(self) -> float | None:
-        """Ours less the published ECE, as `difference` has it of top-1."""
-        return _less(self.numbers and self.numbers.ece, self.reference.ece)
-
-    @property
-    def misses(self) -> bool:
-        """Whether ours is further from the published top-1, up or down, than MISS points and the seeds' spread."""
-        return _far(self.difference, self.numbers and self.numbers.top1_std)
-
-    @property
-    def ece_misses(self) -> bool:
-        """The same of the ECE."""
-        return _far(self.ece_difference, self.numbers and self.numbers.ece_std)
+    def ece(self) -> Beside:
+        ours = self.numbers
+        return Beside(ours and ours.ece, ours and ours.ece_std, self.reference.ece)
 
 
 def compare(references: Iterable[Reference], cells: Cells) -> dict[str, list[Comparison]]:
@@ -129,10 +131,10 @@ def _flat(row: Comparison) -> dict[str, Any]:
         "best_on_test_epochs": best and cell.late_epochs,
         "ece": ours and points(ours.ece, 4),
         "ece_std": ours and points(ours.ece_std, 4),
-        "difference": row.difference,
-        "misses": None if row.difference is None else row.misses,
-        "ece_difference": row.ece_difference,
-        "ece_misses": None if row.ece_difference is None else row.ece_misses,
+        "difference": row.top1.difference,
+        "misses": row.top1.misses,
+        "ece_difference": row.ece.difference,
+        "ece_misses": row.ece.misses,
         "seeds": cell and cell.seeds,
         "seconds": cell and cell.seconds,
         "at_once": cell and cell.at_once,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from tailcal.measured import Measured, Numbers, Run
-from tailcal.published import CONFIDENCE, MISS, RESAMPLES, SEEDS, Comparison, FootingRow, FootingTable, points
+from tailcal.published import CONFIDENCE, MISS, RESAMPLES, SEEDS, Beside, Comparison, FootingRow, FootingTable, points
 from tailcal.references import TITLES
 from tailcal.tables import DASH, MARK, Table, bold_if, signed, span
 
@@ -47,10 +47,8 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[str]:
         _marked(published.method, ours),
         _printed(published.top1),
         _printed(published.ece),
-        _spread(ours and ours.top1, ours and ours.top1_std),
-        bold_if(_difference(row.difference), row.misses),
-        _spread(ours and ours.ece, ours and ours.ece_std),
-        bold_if(_difference(row.ece_difference), row.ece_misses),
+        *_ours(row.top1),
+        *_ours(row.ece),
         _spread(row.best and row.best.top1, row.best and row.best.top1_std),
         _spread(row.best and row.best.ece, row.best and row.best.ece_std),
         _between(row.best and row.best.ece_least, row.best and row.best.ece_most),
@@ -58,6 +56,12 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[str]:
         f"{row.cell.seconds:,.0f}" if ours else DASH,
         f"[{sources.index((published.source, published.note)) + 1}]",
     ]
+
+
+def _ours(number: Beside) -> list[str]:
+    """Ours, and its difference from the published number, bold where it misses."""
+    difference = DASH if number.difference is None else signed(number.difference)
+    return [_spread(number.ours, number.std), bold_if(difference, number.misses)]
 
 
 def _caption(rows: list[Comparison]) -> str:
@@ -127,9 +131,9 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
         paragraphs.append(
             f"{DASH} in ours: {len(missing)} of {len(rows)} rows have not been measured. `{command}` runs them."
         )
-    compared = [row for row in rows if (row.difference, row.ece_difference) != (None, None)]
+    compared = [row for row in rows if (row.top1.difference, row.ece.difference) != (None, None)]
     off = f"Rows off by more than {MISS:g} point plus our standard deviation"
-    if missed := [row for row in compared if row.misses or row.ece_misses]:
+    if missed := [row for row in compared if row.top1.misses or row.ece.misses]:
         lines = [f"- {row.reference.dataset}, {row.reference.method}: {_missed(row)}" for row in missed]
         paragraphs.append(f"{off}, in top-1 or ECE: {len(missed)} of {len(compared)}.\n\n" + "\n".join(lines))
     elif compared:
@@ -159,15 +163,12 @@ _TRANSDUCTIVE = f"{MARK} transductive: the prediction for one test image depends
 
 def _missed(row: Comparison) -> str:
     """By how much, of what: top-1, ECE or both."""
-    ours, best, published, said = row.numbers, row.best, row.reference, []
-    for misses, name, difference, mean, deviation, printed, of_best in (
-        (row.misses, "top-1", row.difference, ours.top1, ours.top1_std, published.top1, best and best.top1),
-        (row.ece_misses, "ECE", row.ece_difference, ours.ece, ours.ece_std, published.ece, best and best.ece),
-    ):
-        if misses:
+    best, said = row.best, []
+    for name, number, of_best in (("top-1", row.top1, best and best.top1), ("ECE", row.ece, best and best.ece)):
+        if number.misses:
             there = f"; at the epoch that is best on test {points(of_best):.2f}" if best else ""
-            told = f"(ours {_spread(mean, deviation)}, published {_printed(printed)}{there})"
-            said.append(f"{name} {signed(difference)} {told}")
+            told = f"(ours {_spread(number.ours, number.std)}, published {_printed(number.published)}{there})"
+            said.append(f"{name} {signed(number.difference)} {told}")
     return ", ".join(said)
 
 
@@ -227,16 +228,14 @@ _BEST_ON_TEST = (
 
 
 def _short(row: Comparison) -> list[str]:
-    published, ours = row.reference, row.numbers
+    published = row.reference
     return [
         published.dataset,
-        _marked(published.method, ours),
+        _marked(published.method, row.numbers),
         _printed(published.top1),
-        _spread(ours.top1, ours.top1_std),
-        bold_if(_difference(row.difference), row.misses),
+        *_ours(row.top1),
         _printed(published.ece),
-        _spread(ours.ece, ours.ece_std),
-        bold_if(_difference(row.ece_difference), row.ece_misses),
+        *_ours(row.ece),
         str(row.cell.seeds),
         f"{row.cell.seconds:,.0f}",
     ]
@@ -366,10 +365,6 @@ def _spread(mean: float | None, deviation: float | None) -> str:
 
 def _between(least: float | None, most: float | None) -> str:
     return DASH if least is None else f"{points(least):.2f} to {points(most):.2f}"
-
-
-def _difference(points: float | None) -> str:
-    return DASH if points is None else signed(points)
 
 
 def _networks(number: int) -> str:
