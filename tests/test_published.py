@@ -316,7 +316,7 @@ def test_the_border_of_a_miss(top1, deviation, misses):
 
 def test_a_cell_behind_two_published_rows_and_a_rule():
     """Table and checkpoint both show the cell; a rule shows its own numbers, and its own best epochs."""
-    put(cell(predictions(0.52, 0.53)), "cifar100_lt_50")
+    put(cell(predictions(0.52, 0.53), epochs=20), "cifar100_lt_50")
     rule = numbers_of(predictions(0.51, 0.52), 0.04, transductive=True)
     bagmar = cell(predictions(0.5, 0.51), posthoc={"pn_transductive": rule}, epochs=20)
     for run in bagmar:
@@ -329,6 +329,7 @@ def test_a_cell_behind_two_published_rows_and_a_rule():
         ("cifar100_lt_50", "MiSLAS", "52.3", "2.47", "52.50 ± 0.71"),
         ("cifar100_lt_50", "MiSLAS", "52.3", "2.25", "52.50 ± 0.71"),
     ]
+    assert "- epochs 20 (published 200): cifar100_lt_50, MiSLAS\n" in section("MiSLAS"), "which is named once"
     text = section("BaGMar")
     ours = [row for row in rows(text)[1:] if row[4] != "—"]
     assert [(row[0], row[1], row[4], row[8]) for row in ours] == [

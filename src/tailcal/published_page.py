@@ -1,12 +1,15 @@
 """The published tables and those of one footing in Markdown."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
 
 from tailcal.measured import Measured, Numbers, Run
 from tailcal.published import CONFIDENCE, MISS, RESAMPLES, SEEDS, Beside, Comparison, FootingRow, FootingTable, points
 from tailcal.references import TITLES
 from tailcal.tables import DASH, MARK, Table, bold_if, signed, span
+
+Key = TypeVar("Key", bound=Hashable)
 
 INTRODUCTION = f"""\
 # Published tables, and the same footing
@@ -141,20 +144,15 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
     paragraphs += _otherwise(rows)
     if any(row.numbers and row.numbers.transductive for row in rows):
         paragraphs.append(_TRANSDUCTIVE)
-    names: dict[str, list[str]] = {}
-    for row in rows:
-        names.setdefault(row.reference.cell, []).append(row.reference.method)
-    cells = [f"{', '.join(dict.fromkeys(methods))} = `{cell}`" for cell, methods in names.items()]
-    return [*paragraphs, f"Our cells: {'; '.join(cells)}."]
+    cells = _grouped((row.reference.cell, row.reference.method) for row in rows)
+    said = "; ".join(f"{methods} = `{cell}`" for cell, methods in cells.items())
+    return [*paragraphs, f"Our cells: {said}."]
 
 
 def _otherwise(rows: list[Comparison]) -> list[str]:
     """A paragraph that lists the rows whose training differs from the published one; none where none does."""
-    others: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if text := _other(row):
-            others.setdefault((text, row.reference.dataset), []).append(row.reference.method)
-    lines = [f"- {text}: {dataset}, {', '.join(methods)}" for (text, dataset), methods in others.items()]
+    others = _grouped(((text, row.reference.dataset), row.reference.method) for row in rows if (text := _other(row)))
+    lines = [f"- {text}: {dataset}, {methods}" for (text, dataset), methods in others.items()]
     return ["Not trained as published:\n\n" + "\n".join(lines)] if lines else []
 
 
@@ -213,11 +211,8 @@ def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], 
 
 def _noted(measured: list[Comparison]) -> list[str]:
     """A paragraph of what the references note of these rows; none where they note nothing."""
-    notes: dict[str, list[str]] = {}
-    for row in measured:
-        if row.reference.note:
-            notes.setdefault(row.reference.note, []).append(row.reference.method)
-    lines = [f"- {', '.join(dict.fromkeys(methods))}: {note}" for note, methods in notes.items()]
+    notes = _grouped((row.reference.note, row.reference.method) for row in measured if row.reference.note)
+    lines = [f"- {methods}: {note}" for note, methods in notes.items()]
     return ["Of the published numbers:\n\n" + "\n".join(lines)] if lines else []
 
 
@@ -286,22 +281,15 @@ def _footing_caption(table: FootingTable) -> str:
 
 def _seeds(found: list[FootingRow]) -> str:
     """A sentence that tells the rows' seeds apart; nothing where all have the same."""
-    rows: dict[str, list[str]] = {}
-    for row in found:
-        rows.setdefault(", ".join(str(run.seed) for run in row.cell.runs), []).append(row.name)
-    each = "; ".join(f"{seeds}: {', '.join(names)}" for seeds, names in rows.items())
+    rows = _grouped((", ".join(str(run.seed) for run in row.cell.runs), row.name) for row in found)
+    each = "; ".join(f"{seeds}: {names}" for seeds, names in rows.items())
     return f" Seeds: {each}." if len(rows) > 1 else ""
 
 
 def _stage2(found: list[FootingRow]) -> str:
     """What rows with a second stage train longer than the others; nothing where there are none."""
-    longer: dict[str, list[str]] = {}
-    for row in found:
-        if row.cell.stage2:
-            longer.setdefault(row.cell.stage2, []).append(row.trained)
-    return "".join(
-        f"; stage 2 takes {budget} more: {', '.join(dict.fromkeys(names))}" for budget, names in longer.items()
-    )
+    longer = _grouped((row.cell.stage2, row.trained) for row in found if row.cell.stage2)
+    return "".join(f"; stage 2 takes {budget} more: {names}" for budget, names in longer.items())
 
 
 def _footing_numbers(found: list[FootingRow]) -> Table:
@@ -346,6 +334,14 @@ def _matrix(table: FootingTable) -> Table:
             for row in rows
         ],
     )
+
+
+def _grouped(pairs: Iterable[tuple[Key, str]]) -> dict[Key, str]:
+    """{key: its names}: each name once, a comma between two; keys and names in the order in which they first come."""
+    groups: dict[Key, dict[str, None]] = {}
+    for key, name in pairs:
+        groups.setdefault(key, {})[name] = None
+    return {key: ", ".join(names) for key, names in groups.items()}
 
 
 def _marked(name: str, numbers: Numbers | None) -> str:
