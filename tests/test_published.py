@@ -429,6 +429,24 @@ def test_seconds_of_unlike_conditions_say_theirs():
     assert [row[9] for row in rows(section("Everything on one"))[1:3]] == ["1,041, 3 at a time", "9, 1 at a time"]
 
 
+def test_the_overview_says_once_what_holds_of_all_its_footing_tables():
+    put(cell(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
+    put(cell(predictions(0.5, 0.52)), "footing_strong", "ce", "joint")
+    stage.main()
+    text = paths.OVERVIEW.read_text()
+    said = ("The training images of footing_cpu (10,847), footing_strong (10,847) were", "Many, medium and few are")
+    trained = "Trained in float32, 3 networks at a time on NVIDIA H200."
+    assert [text.count(sentence) for sentence in (*said, trained)] == [1, 1, 1]
+    assert [section(title).count(trained) for title in ("Everything on one footing", "Not run")] == [1, 1]
+    cost = {"machine": "CPU, 1 core", "seconds": 9, "at_once": 1}
+    put(cell(predictions(0.5, 0.52), cost=cost), "footing_strong", "ce", "joint")
+    stage.main()
+    common, small, never = re.split(r"\*\*.*\*\*\n", paths.OVERVIEW.read_text())
+    assert all(sentence in common for sentence in said)
+    assert [trained in text for text in (common, small, never)] == [False, True, False]
+    assert "(200). Trained in float32, one network at a time on CPU, 1 core.\n" in never
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -100,19 +100,29 @@ def _networks_behind(measured: list[Comparison]) -> str:
 def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
     """Sentences: in which precision, on which machine and on which images these (data set, cell) were trained."""
     measured = list(measured)
+    return " ".join([_trained(cell for _, cell in measured), *_of_data_sets(measured)])
+
+
+def _trained(cells: Iterable[Measured]) -> str:
+    """A sentence: in which precision and on which machine."""
     machines = {
         f"in {run.precision}, {_networks(run.cost.at_once)} at a time on {run.cost.machine}{_processes(run)}": None
-        for _, cell in measured
+        for cell in cells
         for run in cell.runs
     }
-    data = {name: cell.one.data for name, cell in measured}
-    drawn = [f"{name} ({of.train_images:,})" for name, of in data.items() if not of.official]
-    sentences = [f"Trained {'; or '.join(machines)}."]
+    return f"Trained {'; or '.join(machines)}."
+
+
+def _of_data_sets(measured: list[tuple[str, Measured]]) -> list[str]:
+    """Sentences, each of which names its data sets: on which images these (data set, cell) were trained, and whether
+    all seeds in one way."""
+    sentences = []
     trained_on = {name: run.data.trained_on for name, cell in measured for run in cell.runs if run.data.trained_on}
     if trained_on:
         known = " and ".join(f"{images:,} of {name}" for name, images in trained_on.items())
         sentences.append(f"Of the test images, {known} are in the training split too.")
-    if drawn:
+    data = [(name, cell.one.data) for name, cell in measured]
+    if drawn := {f"{name} ({of.train_images:,})": None for name, of in data if not of.official}:
         sentences.append(
             f"The training images of {', '.join(drawn)} were taken from a folder and not from the official archive, "
             "whose order decides which images are kept: they are another draw than the published list."
@@ -120,7 +130,7 @@ def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
     for name, keys in {(name, ", ".join(cell.unlike)): None for name, cell in measured}:
         if keys:
             sentences.append(f"Of {name}, some seeds of a cell were trained apart, and their files differ in {keys}.")
-    return " ".join(sentences)
+    return sentences
 
 
 def _processes(run: Run) -> str:
@@ -200,13 +210,23 @@ def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], 
         table = Table([*header, "seeds", "s per network"], [_short(row) for row in measured])
         parts += [table.markdown().rstrip(), f"{_caption(measured)} {_BEST_ON_TEST}", *_otherwise(measured)]
         parts += _noted(measured)
-    for table in footings:
-        if table.rows:
-            parts += [f"**{table.footing.title}**", _footing_numbers(table.rows).markdown().rstrip()]
-            parts.append(_footing_caption(table))
-    if any(row.numbers.transductive for row in [*measured, *(row for table in footings for row in table.rows)]):
+    if found := [table for table in footings if table.rows]:
+        parts += _footings(found)
+    if any(row.numbers.transductive for row in [*measured, *(row for table in found for row in table.rows)]):
         parts.append(_TRANSDUCTIVE)
     return "\n\n".join(parts) + "\n"
+
+
+def _footings(tables: list[FootingTable]) -> list[str]:
+    """The paragraphs of an overview's footing tables: first what holds of all of them, and then each with its own."""
+    trained = [_trained(row.cell for row in table.rows) for table in tables]
+    shared = set(trained) if len(set(trained)) == 1 else set()
+    images = _of_data_sets([(table.footing.dataset, row.cell) for table in tables for row in table.rows])
+    parts = [" ".join(["Each table below compares methods on one footing.", _LEGEND, *shared, *images])]
+    for table, how in zip(tables, trained, strict=True):
+        parts += [f"**{table.footing.title}**", _footing_numbers(table.rows).markdown().rstrip()]
+        parts.append(" ".join([_footing_setup(table), *({how} - shared), *_footing_apart(table)]))
+    return parts
 
 
 def _noted(measured: list[Comparison]) -> list[str]:
@@ -265,25 +285,32 @@ _PAIRS = (
 )
 
 
+_LEGEND = (
+    "Accuracies and ECE are in %; the negative log-likelihood (NLL) has no unit. Many, medium and few are classes with "
+    f"more than 100, 20 to 100 and fewer than 20 training images. {DASH}: there is no such class, or no such number."
+)
+
+
 def _footing_caption(table: FootingTable) -> str:
-    cells = [row.cell for row in table.rows]
-    one = cells[0].one
+    conditions = _conditions((table.footing.dataset, row.cell) for row in table.rows)
+    return " ".join([_footing_setup(table), _LEGEND, conditions, *_footing_apart(table)])
+
+
+def _footing_setup(table: FootingTable) -> str:
+    """A sentence: what is the same of all rows."""
+    one = table.rows[0].cell.one
     return (
-        f"{table.footing.dataset}, {one.test_images:,} test images, {one.backbone}; mean ± standard "
-        f"deviation over seeds, at the last epoch ({one.epochs}{_stage2(table.rows)}). Accuracies and ECE are in "
-        "%; the negative log-likelihood (NLL) has no unit. Many, medium and few are classes with more than 100, 20 to "
-        f"100 and fewer than 20 training images. {DASH}: there is no such class, or no such number. "
-        f"{_conditions((table.footing.dataset, cell) for cell in cells)}"
-        + (f" Not the same for all rows: {table.footing.apart}" if table.footing.apart else "")
-        + _seeds(table.rows)
+        f"{table.footing.dataset}, {one.test_images:,} test images, {one.backbone}; mean ± standard deviation over "
+        f"seeds, at the last epoch ({one.epochs}{_stage2(table.rows)})."
     )
 
 
-def _seeds(found: list[FootingRow]) -> str:
-    """A sentence that tells the rows' seeds apart; nothing where all have the same."""
-    rows = _grouped((", ".join(str(run.seed) for run in row.cell.runs), row.name) for row in found)
+def _footing_apart(table: FootingTable) -> list[str]:
+    """Sentences that tell the rows apart; none where all are trained alike, of the same seeds."""
+    rows = _grouped((", ".join(str(run.seed) for run in row.cell.runs), row.name) for row in table.rows)
     each = "; ".join(f"{seeds}: {names}" for seeds, names in rows.items())
-    return f" Seeds: {each}." if len(rows) > 1 else ""
+    sentences = [f"Not the same for all rows: {table.footing.apart}"] if table.footing.apart else []
+    return sentences + ([f"Seeds: {each}."] if len(rows) > 1 else [])
 
 
 def _stage2(found: list[FootingRow]) -> str:
