@@ -306,7 +306,7 @@ def test_the_border_of_a_miss(top1, deviation, misses):
     (reference,) = [
         row for row in references.read_references(REFERENCES) if row.top1 == 47.0 and row.classifier == "mislas"
     ]
-    comparison = published.Comparison(reference, measured.Measured(runs))
+    comparison = published.Comparison(reference, measured.MeasuredCell(runs))
     assert comparison.top1.misses is misses
     text = published_page.paper("mislas", [comparison], "command")
     shown = rows(text)[1][5]

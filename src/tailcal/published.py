@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import bootstrap
 
 from tailcal.errors import UserError
-from tailcal.measured import BestNumbers, Cells, Measured, Numbers, Run, unpack
+from tailcal.measured import BestNumbers, Cells, MeasuredCell, Numbers, Run, unpack
 from tailcal.metrics.cell import HEADLINE
 from tailcal.plan import AS_TRAINED, PLAIN, PLAN, Footing, Plan, cell_name
 from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
@@ -59,7 +59,7 @@ class Comparison:
     """A published row and our cell, None where it has not been run."""
 
     reference: Reference
-    cell: Measured | None
+    cell: MeasuredCell | None
 
     @property
     def numbers(self) -> Numbers | None:
@@ -155,7 +155,7 @@ class FootingRow:
 
     name: str
     trained: str
-    cell: Measured
+    cell: MeasuredCell
     numbers: Numbers
     correct: np.ndarray | None  # [S, N], which test images each seed got right; None where that was not kept
 

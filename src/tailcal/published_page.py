@@ -4,7 +4,7 @@ import re
 from collections.abc import Hashable, Iterable
 from typing import TypeVar
 
-from tailcal.measured import Measured, Numbers, Run
+from tailcal.measured import MeasuredCell, Numbers, Run
 from tailcal.published import CONFIDENCE, MISS, RESAMPLES, SEEDS, Beside, Comparison, FootingRow, FootingTable, points
 from tailcal.references import TITLES
 from tailcal.tables import DASH, MARK, Table, bold_if, signed, span
@@ -97,13 +97,13 @@ def _networks_behind(measured: list[Comparison]) -> str:
     return f"Behind these rows stand{'' if number > 1 else 's'} {_networks(number)} of stage 1."
 
 
-def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
+def _conditions(measured: Iterable[tuple[str, MeasuredCell]]) -> str:
     """Sentences: in which precision, on which machine and on which images these (data set, cell) were trained."""
     measured = list(measured)
     return " ".join([_trained(cell for _, cell in measured), *_of_data_sets(measured)])
 
 
-def _trained(cells: Iterable[Measured]) -> str:
+def _trained(cells: Iterable[MeasuredCell]) -> str:
     """A sentence: in which precision and on which machine."""
     machines = {
         f"in {run.precision}, {_networks(run.cost.at_once)} at a time on {run.cost.machine}{_processes(run)}": None
@@ -113,7 +113,7 @@ def _trained(cells: Iterable[Measured]) -> str:
     return f"Trained {'; or '.join(machines)}."
 
 
-def _of_data_sets(measured: list[tuple[str, Measured]]) -> list[str]:
+def _of_data_sets(measured: list[tuple[str, MeasuredCell]]) -> list[str]:
     """Sentences, each of which names its data sets: on which images these (data set, cell) were trained, and whether
     all seeds in one way."""
     sentences = []
