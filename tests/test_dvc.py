@@ -18,6 +18,13 @@ from tests.conftest import ENVIRONMENT, edit
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 AXES = {"represent": "representations", "calibrate": "classifiers"}
+PUBLISHED = yaml.safe_load((ROOT / "published/dvc.yaml").read_text())["stages"]
+# What stages.tables loads too, and on which nothing in the published tables depends: where files lie, how they are
+# read, written and locked, and how an error ends; what refuses wrong parameters; and what measured the cells before.
+NO_TABLES = ["stages/__init__.py", "stages/paths.py"]
+NO_TABLES += [f"src/tailcal/{name}.py" for name in ("__init__", "errors", "files", "lock", "portable", "params")]
+NO_TABLES += [f"src/tailcal/{name}.py" for name in ("duplicates", "longtail", "posthoc")]
+NO_TABLES += [f"src/tailcal/metrics/{name}.py" for name in ("__init__", "accuracy", "calibration", "scores")]
 DATASETS = ("digits_lt", "cifar10_lt_100", "cifar100_lt_100", "own_images", "imagenet_lt")  # one a source
 # What a fresh interpreter loads of ours: a line for the stage alone, and a line for the stage with each of the modules
 # that follow. Then the import statements inside functions are run too, as often as they bring new modules.
@@ -253,6 +260,15 @@ def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project, monke
     assert changed("src/tailcal/templates/costs.html") == {"report"}
     assert changed("src/tailcal/sources/digits.py") == {"download/digits_lt"}
     assert changed("src/tailcal/sources/list.py", "stages/benchmark.py", "src/tailcal/predict.py") == set()
+
+
+def test_the_published_tables_depend_on_the_code_that_makes_them(monkeypatch):
+    """Of stages.workspace they only use what refuses a cell of other parameters: what it loads to train is left out."""
+    imports = provenance._imports
+    monkeypatch.setattr(provenance, "_imports", lambda name: set() if name == "stages.workspace" else imports(name))
+    loaded = {str(path.relative_to(ROOT)) for path in provenance.closure("stages.tables")}
+    deps = [dep for dep in PUBLISHED["tables"]["deps"] if dep.endswith(".py")]
+    assert sorted([*deps, *NO_TABLES]) == sorted(loaded)
 
 
 def test_measuring_loads_no_torch():

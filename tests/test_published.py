@@ -306,8 +306,8 @@ def test_the_border_of_a_miss(top1, deviation, misses):
     (reference,) = [
         row for row in references.read_references(REFERENCES) if row.top1 == 47.0 and row.classifier == "mislas"
     ]
-    comparison = published.Comparison(reference, measured.Measured(runs))
-    assert comparison.misses is misses
+    comparison = published.Comparison(reference, measured.MeasuredCell(runs))
+    assert comparison.top1.misses is misses
     text = published_page.paper("mislas", [comparison], "command")
     shown = rows(text)[1][5]
     assert (shown == f"**{shown.strip('*')}**") is misses
@@ -316,7 +316,7 @@ def test_the_border_of_a_miss(top1, deviation, misses):
 
 def test_a_cell_behind_two_published_rows_and_a_rule():
     """Table and checkpoint both show the cell; a rule shows its own numbers, and its own best epochs."""
-    put(cell(predictions(0.52, 0.53)), "cifar100_lt_50")
+    put(cell(predictions(0.52, 0.53), epochs=20), "cifar100_lt_50")
     rule = numbers_of(predictions(0.51, 0.52), 0.04, transductive=True)
     bagmar = cell(predictions(0.5, 0.51), posthoc={"pn_transductive": rule}, epochs=20)
     for run in bagmar:
@@ -329,6 +329,7 @@ def test_a_cell_behind_two_published_rows_and_a_rule():
         ("cifar100_lt_50", "MiSLAS", "52.3", "2.47", "52.50 ± 0.71"),
         ("cifar100_lt_50", "MiSLAS", "52.3", "2.25", "52.50 ± 0.71"),
     ]
+    assert "- epochs 20 (published 200): cifar100_lt_50, MiSLAS\n" in section("MiSLAS"), "which is named once"
     text = section("BaGMar")
     ours = [row for row in rows(text)[1:] if row[4] != "—"]
     assert [(row[0], row[1], row[4], row[8]) for row in ours] == [
@@ -426,6 +427,24 @@ def test_seconds_of_unlike_conditions_say_theirs():
     put(cell(predictions(0.5, 0.52), cost=cost), "footing_cpu", "mixup", "mislas")
     stage.main()
     assert [row[9] for row in rows(section("Everything on one"))[1:3]] == ["1,041, 3 at a time", "9, 1 at a time"]
+
+
+def test_the_overview_says_once_what_holds_of_all_its_footing_tables():
+    put(cell(predictions(0.4, 0.42)), "footing_cpu", "ce", "joint")
+    put(cell(predictions(0.5, 0.52)), "footing_strong", "ce", "joint")
+    stage.main()
+    text = paths.OVERVIEW.read_text()
+    said = ("The training images of footing_cpu (10,847), footing_strong (10,847) were", "Many, medium and few are")
+    trained = "Trained in float32, 3 networks at a time on NVIDIA H200."
+    assert [text.count(sentence) for sentence in (*said, trained)] == [1, 1, 1]
+    assert [section(title).count(trained) for title in ("Everything on one footing", "Not run")] == [1, 1]
+    cost = {"machine": "CPU, 1 core", "seconds": 9, "at_once": 1}
+    put(cell(predictions(0.5, 0.52), cost=cost), "footing_strong", "ce", "joint")
+    stage.main()
+    common, small, never = re.split(r"\*\*.*\*\*\n", paths.OVERVIEW.read_text())
+    assert all(sentence in common for sentence in said)
+    assert [trained in text for text in (common, small, never)] == [False, True, False]
+    assert "(200). Trained in float32, one network at a time on CPU, 1 core.\n" in never
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Data(params.Recorded):
     trained_on: Annotated[int, Field(ge=0)] | None = None
 
 
-class Cost(params.Recorded):
+class RunCost(params.Recorded):
     """seconds: training one network, stage 1 and 2, with `at_once` networks side by side."""
 
     machine: Line
@@ -122,7 +122,7 @@ class Run(RunNumbers):
     posthoc: dict[str, RunNumbers] = Field({})
     seed: Annotated[int, Field(ge=0)]
     data: Data
-    cost: Cost
+    cost: RunCost
     best_on_test: RunBest | None = None
     epochs: Count
     backbone: Line
@@ -193,7 +193,7 @@ class BestNumbers:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCell:
     """A cell: what was measured of each of its seeds, which were trained and tested in the same way."""
 
     runs: list[Run]
@@ -265,7 +265,7 @@ class Measured:
 
 
 CellName = tuple[str, str, str]  # data set, representation, classifier
-Cells = dict[CellName, Measured]
+Cells = dict[CellName, MeasuredCell]
 
 
 def run_file(folder: Path, cell: CellName, seed: int) -> Path:
@@ -279,8 +279,8 @@ def seed_of(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def again(cell: CellName, seed: int | str) -> str:
-    """How the file of one seed of a cell is made."""
+def how_to_make(cell: CellName, seed: int | str) -> str:
+    """How the file of one seed of a cell is made, as an error line ends."""
     dataset, representation, classifier = cell
     return (
         f"run `python -m stages.published --missing --dataset {dataset} --representation {representation} "
@@ -315,7 +315,7 @@ def read_measured(folder: Path, plan: Plan) -> Cells:
     return {cell: join(cell, [paths[seed] for seed in sorted(paths)]) for cell, paths in found.items()}
 
 
-def join(cell: CellName, paths: Iterable[Path]) -> Measured:
+def join(cell: CellName, paths: Iterable[Path]) -> MeasuredCell:
     """The cell whose seeds are in these files. Raises UserError as `read_measured` does."""
     runs = {path: read_run(path) for path in paths}
     _require_own_networks(cell, runs)
@@ -325,9 +325,9 @@ def join(cell: CellName, paths: Iterable[Path]) -> Measured:
             raise UserError(
                 f"{path}: its {key} is {ours}, that of {first.name} {theirs}, and the seeds of a cell must be trained "
                 f"and measured in the same way: delete the one that is not as {params.PARAMS}, {PLAN} and your "
-                f"options say, and {again(cell, 'SEED')}"
+                f"options say, and {how_to_make(cell, 'SEED')}"
             )
-    return Measured(list(runs.values()))
+    return MeasuredCell(list(runs.values()))
 
 
 def _require_own_networks(cell: CellName, runs: dict[Path, Run]) -> None:
@@ -338,14 +338,14 @@ def _require_own_networks(cell: CellName, runs: dict[Path, Run]) -> None:
         if run.correct is not None and same != path:
             raise UserError(
                 f"{path} has the predictions of {same.name}, image by image, and each seed is a network of its own: "
-                f"delete the copy and {again(cell, 'SEED')}"
+                f"delete the copy and {how_to_make(cell, 'SEED')}"
             )
 
 
 def read_run(path: Path) -> Run:
     """One seed of a measured cell. Raises UserError naming the file when it is missing or damaged, or when what is in
     it is of another seed or cell than its name says."""
-    advice = again(path.parts[-4:-1], path.stem.removeprefix("seed"))
+    advice = how_to_make(path.parts[-4:-1], path.stem.removeprefix("seed"))
     content = files.read_json(path, advice)
     try:
         run = Run.model_validate(content)
@@ -367,7 +367,7 @@ def unplanned(path: Path, run: Run, params: dict[str, Any], evaluate: dict[str, 
     `params` and `evaluate` are as `lineage.outdated` takes them. Post-hoc rules may have come or gone since: no other
     number depends on them.
     """
-    anew = again(path.parts[-4:-1], run.seed)
+    anew = how_to_make(path.parts[-4:-1], run.seed)
     record = run.provenance.model_dump(exclude_defaults=True)
     if not {"params", "evaluate"} <= record.keys():
         return f"{path} does not say by which parameters it was trained and measured: move it away and {anew}"

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import bootstrap
 
 from tailcal.errors import UserError
-from tailcal.measured import BestNumbers, Cells, Measured, Numbers, Run, unpack
+from tailcal.measured import BestNumbers, Cells, MeasuredCell, Numbers, Run, unpack
 from tailcal.metrics.cell import HEADLINE
 from tailcal.plan import AS_TRAINED, PLAIN, PLAN, Footing, Plan, cell_name
 from tailcal.references import COLUMNS, PERCENT, REFERENCES, Reference
@@ -30,16 +30,28 @@ ALIKE += tuple(  # but for sam_rho, which is the method's own
 )  # which keys of `Run.shared` the rows of a footing have in common
 
 
-def _less(ours: float | None, published: float | None) -> float | None:
-    """Ours, a fraction, less the published number, in points as the two are shown; None where one is missing."""
-    if ours is None or published is None:
-        return None
-    return round(points(ours) - published, 2) + 0.0  # never -0.0
+@dataclass(frozen=True)
+class Beside:
+    """A number of ours with its standard deviation over seeds, fractions, beside the published one, in percent; None
+    where there is none."""
 
+    ours: float | None
+    std: float | None
+    published: float | None
 
-def _far(difference: float | None, deviation: float | None) -> bool:
-    """Whether a difference, in points, is more than MISS beyond a deviation, a fraction."""
-    return difference is not None and round(abs(difference) - points(deviation or 0.0), 2) > MISS
+    @property
+    def difference(self) -> float | None:
+        """Ours less the published one, in points, of the two as they are shown; None where one is missing."""
+        if self.ours is None or self.published is None:
+            return None
+        return round(points(self.ours) - self.published, 2) + 0.0  # never -0.0
+
+    @property
+    def misses(self) -> bool | None:
+        """Whether the difference, up or down, is more than MISS points and the deviation; None where there is none."""
+        if self.difference is None:
+            return None
+        return round(abs(self.difference) - points(self.std or 0.0), 2) > MISS
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Comparison:
     """A published row and our cell, None where it has not been run."""
 
     reference: Reference
-    cell: Measured | None
+    cell: MeasuredCell | None
 
     @property
     def numbers(self) -> Numbers | None:
@@ -60,24 +72,14 @@ class Comparison:
         return self.cell and self.cell.best(self.reference.rule)
 
     @property
-    def difference(self) -> float | None:
-        """Ours less the published top-1, in points, of the two as they are shown; None where one is missing."""
-        return _less(self.numbers and self.numbers.top1, self.reference.top1)
+    def top1(self) -> Beside:
+        ours = self.numbers
+        return Beside(ours and ours.top1, ours and ours.top1_std, self.reference.top1)
 
     @property
-    def ece_difference(self) -> float | None:
-        """Ours less the published ECE, as `difference` has it of top-1."""
-        return _less(self.numbers and self.numbers.ece, self.reference.ece)
-
-    @property
-    def misses(self) -> bool:
-        """Whether ours is further from the published top-1, up or down, than MISS points and the seeds' spread."""
-        return _far(self.difference, self.numbers and self.numbers.top1_std)
-
-    @property
-    def ece_misses(self) -> bool:
-        """The same of the ECE."""
-        return _far(self.ece_difference, self.numbers and self.numbers.ece_std)
+    def ece(self) -> Beside:
+        ours = self.numbers
+        return Beside(ours and ours.ece, ours and ours.ece_std, self.reference.ece)
 
 
 def compare(references: Iterable[Reference], cells: Cells) -> dict[str, list[Comparison]]:
@@ -129,10 +131,10 @@ def _flat(row: Comparison) -> dict[str, Any]:
         "best_on_test_epochs": best and cell.late_epochs,
         "ece": ours and points(ours.ece, 4),
         "ece_std": ours and points(ours.ece_std, 4),
-        "difference": row.difference,
-        "misses": None if row.difference is None else row.misses,
-        "ece_difference": row.ece_difference,
-        "ece_misses": None if row.ece_difference is None else row.ece_misses,
+        "difference": row.top1.difference,
+        "misses": row.top1.misses,
+        "ece_difference": row.ece.difference,
+        "ece_misses": row.ece.misses,
         "seeds": cell and cell.seeds,
         "seconds": cell and cell.seconds,
         "at_once": cell and cell.at_once,
@@ -153,7 +155,7 @@ class FootingRow:
 
     name: str
     trained: str
-    cell: Measured
+    cell: MeasuredCell
     numbers: Numbers
     correct: np.ndarray | None  # [S, N], which test images each seed got right; None where that was not kept
 
@@ -224,22 +226,23 @@ def paired(correct_MN: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) ->
     """
     if len(correct_MN) < 2:
         return []
-    rows_P, columns_P = np.tril_indices(len(correct_MN), -1)
-    difference_PN = correct_MN[rows_P] - correct_MN[columns_P]
-    interval = bootstrap(
-        (difference_PN,),
+    means_MR = bootstrap(
+        (correct_MN,),
         np.mean,
         n_resamples=resamples,
-        batch=1,  # the fastest, and P x N numbers at a time
+        batch=1,  # the fastest, and M x N numbers at a time
         vectorized=True,
         axis=-1,
-        confidence_level=CONFIDENCE,
-        method="percentile",
+        method="percentile",  # the cheapest: only the resamples are taken, which are the same by any method
         rng=seed,
-    ).confidence_interval
+    ).bootstrap_distribution
+    rows_P, columns_P = np.tril_indices(len(correct_MN), -1)
+    tail = 50 * (1 - CONFIDENCE)
+    low_P, high_P = np.percentile(means_MR[rows_P] - means_MR[columns_P], [tail, 100 - tail], axis=-1)
+    means_M = correct_MN.mean(axis=1)
     # All are shares of the images and seeds: what lies beyond DIGITS is how a version of NumPy sums them, which would
-    # decide how a number half way between two shown ones is shown, and whether an end at 0 lies above it.
-    shares = (numbers.round(DIGITS) for numbers in (difference_PN.mean(axis=1), interval.low, interval.high))
+    # decide how a number half way between two shown ones is shown, and whether an end at 0 lies above it. No 0 is -0.0.
+    shares = (numbers.round(DIGITS) + 0.0 for numbers in (means_M[rows_P] - means_M[columns_P], low_P, high_P))
     return [Pair(*pair) for pair in zip(*(numbers.tolist() for numbers in (rows_P, columns_P, *shares)), strict=True)]
 
 

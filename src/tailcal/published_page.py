@@ -1,12 +1,15 @@
 """The published tables and those of one footing in Markdown."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
 
-from tailcal.measured import Measured, Numbers, Run
-from tailcal.published import CONFIDENCE, MISS, RESAMPLES, SEEDS, Comparison, FootingRow, FootingTable, points
+from tailcal.measured import MeasuredCell, Numbers, Run
+from tailcal.published import CONFIDENCE, MISS, RESAMPLES, SEEDS, Beside, Comparison, FootingRow, FootingTable, points
 from tailcal.references import TITLES
 from tailcal.tables import DASH, MARK, Table, bold_if, signed, span
+
+Key = TypeVar("Key", bound=Hashable)
 
 INTRODUCTION = f"""\
 # Published tables, and the same footing
@@ -47,10 +50,8 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[str]:
         _marked(published.method, ours),
         _printed(published.top1),
         _printed(published.ece),
-        _spread(ours and ours.top1, ours and ours.top1_std),
-        bold_if(_difference(row.difference), row.misses),
-        _spread(ours and ours.ece, ours and ours.ece_std),
-        bold_if(_difference(row.ece_difference), row.ece_misses),
+        *_ours(row.top1),
+        *_ours(row.ece),
         _spread(row.best and row.best.top1, row.best and row.best.top1_std),
         _spread(row.best and row.best.ece, row.best and row.best.ece_std),
         _between(row.best and row.best.ece_least, row.best and row.best.ece_most),
@@ -58,6 +59,12 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[str]:
         f"{row.cell.seconds:,.0f}" if ours else DASH,
         f"[{sources.index((published.source, published.note)) + 1}]",
     ]
+
+
+def _ours(number: Beside) -> list[str]:
+    """Ours, and its difference from the published number, bold where it misses."""
+    difference = DASH if number.difference is None else signed(number.difference)
+    return [_spread(number.ours, number.std), bold_if(difference, number.misses)]
 
 
 def _caption(rows: list[Comparison]) -> str:
@@ -90,22 +97,32 @@ def _networks_behind(measured: list[Comparison]) -> str:
     return f"Behind these rows stand{'' if number > 1 else 's'} {_networks(number)} of stage 1."
 
 
-def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
+def _conditions(measured: Iterable[tuple[str, MeasuredCell]]) -> str:
     """Sentences: in which precision, on which machine and on which images these (data set, cell) were trained."""
     measured = list(measured)
+    return " ".join([_trained(cell for _, cell in measured), *_of_data_sets(measured)])
+
+
+def _trained(cells: Iterable[MeasuredCell]) -> str:
+    """A sentence: in which precision and on which machine."""
     machines = {
         f"in {run.precision}, {_networks(run.cost.at_once)} at a time on {run.cost.machine}{_processes(run)}": None
-        for _, cell in measured
+        for cell in cells
         for run in cell.runs
     }
-    data = {name: cell.one.data for name, cell in measured}
-    drawn = [f"{name} ({of.train_images:,})" for name, of in data.items() if not of.official]
-    sentences = [f"Trained {'; or '.join(machines)}."]
+    return f"Trained {'; or '.join(machines)}."
+
+
+def _of_data_sets(measured: list[tuple[str, MeasuredCell]]) -> list[str]:
+    """Sentences, each of which names its data sets: on which images these (data set, cell) were trained, and whether
+    all seeds in one way."""
+    sentences = []
     trained_on = {name: run.data.trained_on for name, cell in measured for run in cell.runs if run.data.trained_on}
     if trained_on:
         known = " and ".join(f"{images:,} of {name}" for name, images in trained_on.items())
         sentences.append(f"Of the test images, {known} are in the training split too.")
-    if drawn:
+    data = [(name, cell.one.data) for name, cell in measured]
+    if drawn := {f"{name} ({of.train_images:,})": None for name, of in data if not of.official}:
         sentences.append(
             f"The training images of {', '.join(drawn)} were taken from a folder and not from the official archive, "
             "whose order decides which images are kept: they are another draw than the published list."
@@ -113,7 +130,7 @@ def _conditions(measured: Iterable[tuple[str, Measured]]) -> str:
     for name, keys in {(name, ", ".join(cell.unlike)): None for name, cell in measured}:
         if keys:
             sentences.append(f"Of {name}, some seeds of a cell were trained apart, and their files differ in {keys}.")
-    return " ".join(sentences)
+    return sentences
 
 
 def _processes(run: Run) -> str:
@@ -127,9 +144,9 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
         paragraphs.append(
             f"{DASH} in ours: {len(missing)} of {len(rows)} rows have not been measured. `{command}` runs them."
         )
-    compared = [row for row in rows if (row.difference, row.ece_difference) != (None, None)]
+    compared = [row for row in rows if (row.top1.difference, row.ece.difference) != (None, None)]
     off = f"Rows off by more than {MISS:g} point plus our standard deviation"
-    if missed := [row for row in compared if row.misses or row.ece_misses]:
+    if missed := [row for row in compared if row.top1.misses or row.ece.misses]:
         lines = [f"- {row.reference.dataset}, {row.reference.method}: {_missed(row)}" for row in missed]
         paragraphs.append(f"{off}, in top-1 or ECE: {len(missed)} of {len(compared)}.\n\n" + "\n".join(lines))
     elif compared:
@@ -137,20 +154,15 @@ def _below(rows: list[Comparison], command: str) -> list[str]:
     paragraphs += _otherwise(rows)
     if any(row.numbers and row.numbers.transductive for row in rows):
         paragraphs.append(_TRANSDUCTIVE)
-    names: dict[str, list[str]] = {}
-    for row in rows:
-        names.setdefault(row.reference.cell, []).append(row.reference.method)
-    cells = [f"{', '.join(dict.fromkeys(methods))} = `{cell}`" for cell, methods in names.items()]
-    return [*paragraphs, f"Our cells: {'; '.join(cells)}."]
+    cells = _grouped((row.reference.cell, row.reference.method) for row in rows)
+    said = "; ".join(f"{methods} = `{cell}`" for cell, methods in cells.items())
+    return [*paragraphs, f"Our cells: {said}."]
 
 
 def _otherwise(rows: list[Comparison]) -> list[str]:
     """A paragraph that lists the rows whose training differs from the published one; none where none does."""
-    others: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if text := _other(row):
-            others.setdefault((text, row.reference.dataset), []).append(row.reference.method)
-    lines = [f"- {text}: {dataset}, {', '.join(methods)}" for (text, dataset), methods in others.items()]
+    others = _grouped(((text, row.reference.dataset), row.reference.method) for row in rows if (text := _other(row)))
+    lines = [f"- {text}: {dataset}, {methods}" for (text, dataset), methods in others.items()]
     return ["Not trained as published:\n\n" + "\n".join(lines)] if lines else []
 
 
@@ -159,15 +171,12 @@ _TRANSDUCTIVE = f"{MARK} transductive: the prediction for one test image depends
 
 def _missed(row: Comparison) -> str:
     """By how much, of what: top-1, ECE or both."""
-    ours, best, published, said = row.numbers, row.best, row.reference, []
-    for misses, name, difference, mean, deviation, printed, of_best in (
-        (row.misses, "top-1", row.difference, ours.top1, ours.top1_std, published.top1, best and best.top1),
-        (row.ece_misses, "ECE", row.ece_difference, ours.ece, ours.ece_std, published.ece, best and best.ece),
-    ):
-        if misses:
+    best, said = row.best, []
+    for name, number, of_best in (("top-1", row.top1, best and best.top1), ("ECE", row.ece, best and best.ece)):
+        if number.misses:
             there = f"; at the epoch that is best on test {points(of_best):.2f}" if best else ""
-            told = f"(ours {_spread(mean, deviation)}, published {_printed(printed)}{there})"
-            said.append(f"{name} {signed(difference)} {told}")
+            told = f"(ours {_spread(number.ours, number.std)}, published {_printed(number.published)}{there})"
+            said.append(f"{name} {signed(number.difference)} {told}")
     return ", ".join(said)
 
 
@@ -201,22 +210,29 @@ def overview(papers: dict[str, list[Comparison]], footings: list[FootingTable], 
         table = Table([*header, "seeds", "s per network"], [_short(row) for row in measured])
         parts += [table.markdown().rstrip(), f"{_caption(measured)} {_BEST_ON_TEST}", *_otherwise(measured)]
         parts += _noted(measured)
-    for table in footings:
-        if table.rows:
-            parts += [f"**{table.footing.title}**", _footing_numbers(table.rows).markdown().rstrip()]
-            parts.append(_footing_caption(table))
-    if any(row.numbers.transductive for row in [*measured, *(row for table in footings for row in table.rows)]):
+    if found := [table for table in footings if table.rows]:
+        parts += _footings(found)
+    if any(row.numbers.transductive for row in [*measured, *(row for table in found for row in table.rows)]):
         parts.append(_TRANSDUCTIVE)
     return "\n\n".join(parts) + "\n"
 
 
+def _footings(tables: list[FootingTable]) -> list[str]:
+    """The paragraphs of an overview's footing tables: first what holds of all of them, and then each with its own."""
+    trained = [_trained(row.cell for row in table.rows) for table in tables]
+    shared = set(trained) if len(set(trained)) == 1 else set()
+    images = _of_data_sets([(table.footing.dataset, row.cell) for table in tables for row in table.rows])
+    parts = [" ".join(["Each table below compares methods on one footing.", _LEGEND, *shared, *images])]
+    for table, how in zip(tables, trained, strict=True):
+        parts += [f"**{table.footing.title}**", _footing_numbers(table.rows).markdown().rstrip()]
+        parts.append(" ".join([_footing_setup(table), *({how} - shared), *_footing_apart(table)]))
+    return parts
+
+
 def _noted(measured: list[Comparison]) -> list[str]:
     """A paragraph of what the references note of these rows; none where they note nothing."""
-    notes: dict[str, list[str]] = {}
-    for row in measured:
-        if row.reference.note:
-            notes.setdefault(row.reference.note, []).append(row.reference.method)
-    lines = [f"- {', '.join(dict.fromkeys(methods))}: {note}" for note, methods in notes.items()]
+    notes = _grouped((row.reference.note, row.reference.method) for row in measured if row.reference.note)
+    lines = [f"- {methods}: {note}" for note, methods in notes.items()]
     return ["Of the published numbers:\n\n" + "\n".join(lines)] if lines else []
 
 
@@ -227,16 +243,14 @@ _BEST_ON_TEST = (
 
 
 def _short(row: Comparison) -> list[str]:
-    published, ours = row.reference, row.numbers
+    published = row.reference
     return [
         published.dataset,
-        _marked(published.method, ours),
+        _marked(published.method, row.numbers),
         _printed(published.top1),
-        _spread(ours.top1, ours.top1_std),
-        bold_if(_difference(row.difference), row.misses),
+        *_ours(row.top1),
         _printed(published.ece),
-        _spread(ours.ece, ours.ece_std),
-        bold_if(_difference(row.ece_difference), row.ece_misses),
+        *_ours(row.ece),
         str(row.cell.seeds),
         f"{row.cell.seconds:,.0f}",
     ]
@@ -271,38 +285,38 @@ _PAIRS = (
 )
 
 
+_LEGEND = (
+    "Accuracies and ECE are in %; the negative log-likelihood (NLL) has no unit. Many, medium and few are classes with "
+    f"more than 100, 20 to 100 and fewer than 20 training images. {DASH}: there is no such class, or no such number."
+)
+
+
 def _footing_caption(table: FootingTable) -> str:
-    cells = [row.cell for row in table.rows]
-    one = cells[0].one
+    conditions = _conditions((table.footing.dataset, row.cell) for row in table.rows)
+    return " ".join([_footing_setup(table), _LEGEND, conditions, *_footing_apart(table)])
+
+
+def _footing_setup(table: FootingTable) -> str:
+    """A sentence: what is the same of all rows."""
+    one = table.rows[0].cell.one
     return (
-        f"{table.footing.dataset}, {one.test_images:,} test images, {one.backbone}; mean ± standard "
-        f"deviation over seeds, at the last epoch ({one.epochs}{_stage2(table.rows)}). Accuracies and ECE are in "
-        "%; the negative log-likelihood (NLL) has no unit. Many, medium and few are classes with more than 100, 20 to "
-        f"100 and fewer than 20 training images. {DASH}: there is no such class, or no such number. "
-        f"{_conditions((table.footing.dataset, cell) for cell in cells)}"
-        + (f" Not the same for all rows: {table.footing.apart}" if table.footing.apart else "")
-        + _seeds(table.rows)
+        f"{table.footing.dataset}, {one.test_images:,} test images, {one.backbone}; mean ± standard deviation over "
+        f"seeds, at the last epoch ({one.epochs}{_stage2(table.rows)})."
     )
 
 
-def _seeds(found: list[FootingRow]) -> str:
-    """A sentence that tells the rows' seeds apart; nothing where all have the same."""
-    rows: dict[str, list[str]] = {}
-    for row in found:
-        rows.setdefault(", ".join(str(run.seed) for run in row.cell.runs), []).append(row.name)
-    each = "; ".join(f"{seeds}: {', '.join(names)}" for seeds, names in rows.items())
-    return f" Seeds: {each}." if len(rows) > 1 else ""
+def _footing_apart(table: FootingTable) -> list[str]:
+    """Sentences that tell the rows apart; none where all are trained alike, of the same seeds."""
+    rows = _grouped((", ".join(str(run.seed) for run in row.cell.runs), row.name) for row in table.rows)
+    each = "; ".join(f"{seeds}: {names}" for seeds, names in rows.items())
+    sentences = [f"Not the same for all rows: {table.footing.apart}"] if table.footing.apart else []
+    return sentences + ([f"Seeds: {each}."] if len(rows) > 1 else [])
 
 
 def _stage2(found: list[FootingRow]) -> str:
     """What rows with a second stage train longer than the others; nothing where there are none."""
-    longer: dict[str, list[str]] = {}
-    for row in found:
-        if row.cell.stage2:
-            longer.setdefault(row.cell.stage2, []).append(row.trained)
-    return "".join(
-        f"; stage 2 takes {budget} more: {', '.join(dict.fromkeys(names))}" for budget, names in longer.items()
-    )
+    longer = _grouped((row.cell.stage2, row.trained) for row in found if row.cell.stage2)
+    return "".join(f"; stage 2 takes {budget} more: {names}" for budget, names in longer.items())
 
 
 def _footing_numbers(found: list[FootingRow]) -> Table:
@@ -349,6 +363,14 @@ def _matrix(table: FootingTable) -> Table:
     )
 
 
+def _grouped(pairs: Iterable[tuple[Key, str]]) -> dict[Key, str]:
+    """{key: its names}: each name once, a comma between two; keys and names in the order in which they first come."""
+    groups: dict[Key, dict[str, None]] = {}
+    for key, name in pairs:
+        groups.setdefault(key, {})[name] = None
+    return {key: ", ".join(names) for key, names in groups.items()}
+
+
 def _marked(name: str, numbers: Numbers | None) -> str:
     return f"{name} {MARK}" if numbers and numbers.transductive else name
 
@@ -366,10 +388,6 @@ def _spread(mean: float | None, deviation: float | None) -> str:
 
 def _between(least: float | None, most: float | None) -> str:
     return DASH if least is None else f"{points(least):.2f} to {points(most):.2f}"
-
-
-def _difference(points: float | None) -> str:
-    return DASH if points is None else signed(points)
 
 
 def _networks(number: int) -> str:
