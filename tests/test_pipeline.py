@@ -78,7 +78,7 @@ def test_repro_makes_everything_then_nothing_and_an_edit_reruns_only_its_own(pro
     assert (p.root / "plots/report.html").stat().st_size > 50_000
 
     with (p.root / "src/tailcal/methods/mislas.py").open("a") as source:
-        source.write("# an edit\n")
+        source.write("EDITED = True\n")
     monkeypatch.setattr(provenance, "OURS", {"tailcal": p.root / "src", "stages": p.root})
     p.inside("check")
     measured = ("data/predictions/digits_lt/ce/joint", "metrics/cells")  # what the next stage must see change
