@@ -131,16 +131,16 @@ def test_a_killed_repro_goes_on_whoever_asks_meanwhile_and_ends_with_the_same_bi
         assert artefacts(p.root) == artefacts(alone.root)
 
 
-# How it is run: as a `stage`, a process of its own; or `inside` this one, where another stage importing torch for the
-# second time would show nothing new.
+# How it is run: as a `stage`, a process of its own; as a `script`, or `inside`, in this process, where importing torch
+# again would show nothing new.
 @pytest.mark.parametrize(
     ("run", "change", "stage", "arguments", "says"),
     [
         ("stage", ("factor: 20", "factor: 9999"), "subsample", CELL[:2], "class"),
         ("stage", ("test_per_class: 50", "test_per_class: 5000"), "download", CELL[:2], "class"),
         ("stage", ("holdout_per_class: 20", "holdout_per_class: 124"), "subsample", CELL[:2], "class"),
-        ("stage", ("batch_size: 64", "batch_size: 100000"), "represent", CELL, "batch_size is 100000, but the trai"),
-        ("stage", ("alpha: 1.0", "alpha: -1.0"), "check", (), "representations.mixup.alpha"),
+        ("script", ("batch_size: 64", "batch_size: 100000"), "represent", CELL, "batch_size is 100000, but the trai"),
+        ("script", ("alpha: 1.0", "alpha: -1.0"), "check", (), "representations.mixup.alpha"),
         ("inside", ("kind: digits", "kind: digit"), "check", (), "datasets.digits_lt.source.kind"),
         ("inside", ("backbone: resnet8", "backbone: resnet9"), "check", (), "datasets.digits_lt.backbone"),
         ("inside", ("tau: 1.0\n  mislas", "taw: 1.0\n  mislas"), "check", (), "classifiers.tau_norm.ta"),
@@ -149,7 +149,7 @@ def test_a_killed_repro_goes_on_whoever_asks_meanwhile_and_ends_with_the_same_bi
         ("inside", None, "represent", ("--dataset", "digits_lt", "--representation", "nope"), "no block nope"),
         ("inside", None, "represent", CELL, "data/lt/digits_lt/meta.json is missing"),
         ("stage", None, "evaluate", (*CELL, "--classifier", "joint"), "missing"),
-        ("stage", None, "report", (), "missing"),
+        ("script", None, "report", (), "missing"),
     ],
 )
 def test_a_mistake_ends_with_one_line(project, run, change, stage, arguments, says):
