@@ -1,10 +1,12 @@
 """Copies of the project to run in, so that no test touches the checkout."""
 
+import compileall
 import contextlib
 import importlib
 import io
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -142,6 +144,13 @@ class Project:
 
         A process of its own imports torch for seconds, to train for a tenth of one.
         """
+        return self._inside(lambda: errors.run(importlib.import_module(f"stages.{name}").main), name, *arguments, ok=ok)
+
+    def script(self, name: str, *arguments: str, ok: bool = True) -> str:
+        """The same, from the first line of the stage's script to its last, as a process of its own runs it."""
+        return self._inside(lambda: runpy.run_module(f"stages.{name}", run_name="__main__"), name, *arguments, ok=ok)
+
+    def _inside(self, call: Callable[[], object], name: str, *arguments: str, ok: bool) -> str:
         said, code, mode = io.StringIO(), 0, torch.get_deterministic_debug_mode()
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -150,10 +159,11 @@ class Project:
             contextlib.redirect_stderr(said),
         ):
             warnings.simplefilter("ignore", DeprecationWarning)  # as in a process of its own, which prints the others
+            warnings.filterwarnings("ignore", "'stages", RuntimeWarning)  # of runpy: what it runs is imported already
             patch.chdir(self.root)
             patch.setattr(sys, "argv", [name, *arguments])
             try:
-                errors.run(importlib.import_module(f"stages.{name}").main)
+                call()
             except SystemExit as end:
                 code = end.code
                 print(code)
@@ -179,6 +189,8 @@ def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Project:
     lock = yaml.load((root / "dvc.lock").read_text(), yaml.CSafeLoader)
     lock["stages"] = {name: stage for name, stage in lock["stages"].items() if TINY_STAGES.fullmatch(name)}
     (root / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+    for folder in ("src", "stages"):  # once, and not by the first process in each copy
+        compileall.compile_dir(root / folder, quiet=2)
     p = Project(root)
     for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "copy"]):
         p.run(*command)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -112,14 +112,26 @@ def lost_work(root: Path, began: float) -> float:
     return time.time() - max([began, *(when for when in saved if when > began)])
 
 
+def has_begun(root: Path, process: subprocess.Popen) -> bool:
+    """Whether a stage holds its lock: it has imported its libraries, and begins its work."""
+    for lock in root.glob(".scratch/locks/*.lock"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been done
+            if lock.read_text() == str(process.pid):
+                return True
+    return False
+
+
 def kill_after(
-    project: Project, seconds: float, how: signal.Signals, whom: str, *command: str
+    project: Project, seconds: float, how: signal.Signals, whom: str, *command: str, in_its_work: bool = False
 ) -> tuple[str, Kill | None]:
     """Start a command and kill it after so many seconds; returns what it printed, and the kill, None if it was done.
 
     It must have ended well then. whom: stage | dvc | group. Where that is not at work the command itself is killed.
+    in_its_work: the command is a stage, and the seconds count from when it has begun.
     """
     process = project.start(*command)
+    while in_its_work and process.poll() is None and not has_begun(project.root, process):
+        time.sleep(0.01)
     try:
         output, _ = process.communicate(timeout=seconds)
         assert process.returncode == 0, output
@@ -170,13 +182,18 @@ def kill_until_done(
     times: tuple[float, float],
     whom: tuple[str, ...],
     *command: str,
+    in_its_work: bool = False,
+    last: Callable[[], str] | None = None,
 ) -> None:
-    """Run a command until it ends well, killing it `kills` times before, at a random one of `times` after its start."""
+    """Run a command until it ends well, killing it `kills` times before, at a random one of `times` after its start.
+
+    in_its_work: as in `kill_after`. last: what runs it when it is no more killed.
+    """
     for _ in range(kills):
         how, hit = generator.choice(HOW), generator.choice(whom)
         if hit == "dvc" and how == signal.SIGINT:
             hit = "group"  # DVC leaves interrupts to its stage: only a terminal sends them, and to both
-        output, kill = kill_after(project, generator.uniform(*times), how, hit, *command)
+        output, kill = kill_after(project, generator.uniform(*times), how, hit, *command, in_its_work=in_its_work)
         tally.resumed += output.count("goes on after")
         if kill is None:
             return
@@ -184,4 +201,4 @@ def kill_until_done(
         if found := torn(project.root):
             tally.torn.update(found)
             project.run("sh", "-c", MEND)
-    tally.resumed += project.run(*command).count("goes on after")
+    tally.resumed += (last() if last else project.run(*command)).count("goes on after")

@@ -1,4 +1,7 @@
-"""Several processes at once: one makes an artefact, the others end with a clear message, and nothing is corrupted."""
+"""Several processes at once: one makes an artefact, the others end with a clear message, and nothing is corrupted.
+
+Two `dvc repro` are in tests/test_pipeline.py.
+"""
 
 import hashlib
 import os
@@ -14,7 +17,7 @@ from stages import calibrate, paths, represent, workspace
 from tailcal import cifar_archive, lock
 from tailcal.errors import UserError
 from tests.conftest import edit
-from tests.killing import artefacts, leftovers
+from tests.killing import leftovers
 
 CELL = ("--dataset", "digits_lt", "--representation", "ce")
 LOCK = f".scratch/locks/{hashlib.sha256(b'data/representations/digits_lt/ce').hexdigest()[:32]}.lock"
@@ -130,26 +133,6 @@ def test_two_trainings_of_one_cell(project):
     first.wait()
     edit(p.root / "params.yaml", [LONGER[::-1]])  # nobody has to come upon this one
     p.inside("represent", *CELL)
-
-
-@pytest.mark.pipeline
-def test_two_repros_and_an_experiment_beside_them(project, long):
-    """DVC keeps the second out of what the first is making, and says so; nothing of the first is lost."""
-    p = project(LONGER)
-    target = ("represent@digits_lt-ce",)
-    first = p.start("dvc", "repro", *target)
-    wait_for(p.root / LOCK, first)
-    output = p.run("dvc", "repro", *target, ok=False)
-    assert "is busy, it is being blocked by" in output
-    assert f"(PID {first.pid}): " in output
-    if long:  # in a copy of the project, which has its own locks
-        assert "Ran experiment(s): beside" in p.run("dvc", "exp", "run", "--temp", "-n", "beside", *target)
-    assert first.wait(timeout=300) == 0, first.communicate()[0]
-    if long:
-        assert "up to date" in p.run("dvc", "repro", *target)
-        alone = project(LONGER, name="alone")
-        alone.run("dvc", "repro", *target)
-        assert artefacts(p.root) == artefacts(alone.root)
 
 
 def test_an_error_of_an_option_in_a_workspace_says_no_other_folder(tmp_path, monkeypatch):

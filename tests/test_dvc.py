@@ -26,16 +26,19 @@ NO_TABLES += [f"src/tailcal/{name}.py" for name in ("__init__", "errors", "files
 NO_TABLES += [f"src/tailcal/{name}.py" for name in ("duplicates", "longtail", "posthoc")]
 NO_TABLES += [f"src/tailcal/metrics/{name}.py" for name in ("__init__", "accuracy", "calibration", "scores")]
 DATASETS = ("digits_lt", "cifar10_lt_100", "cifar100_lt_100", "own_images", "imagenet_lt")  # one a source
-# What a fresh interpreter loads of ours: a line for the stage alone, and a line for the stage with each of the modules
-# that follow. Then the import statements inside functions are run too, as often as they bring new modules.
+# What an interpreter that has loaded nothing of ours loads of it: a line for each stage alone, and a line for the stage
+# with each of its modules. Then the import statements inside functions are run too, as often as they bring new modules.
+# The libraries that take long are there before, once for all.
 LOADED = """
-import ast, importlib, os, sys
+import ast, importlib, json, os, sys
+import matplotlib.pyplot, pandas, torch
 
 def ours():
     return {n: m for n, m in sys.modules.items() if n.split(".")[0] in ("stages", "tailcal")}
 
+done = set()
+
 def loaded():
-    done = set()
     while new := ours().keys() - done:
         for name in new:
             module = ours()[name]
@@ -43,15 +46,20 @@ def loaded():
                 named = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
                 if isinstance(node, ast.Import | ast.ImportFrom) and named[0].split(".")[0] in ("stages", "tailcal"):
                     exec(ast.unparse(node), dict(vars(module)))
-        done |= new
+        done.update(new)
     return " ".join(sorted(m.__file__ for m in ours().values()))
 
-stage, *modules = sys.argv[1:]
-importlib.import_module(f"stages.{stage}")
-for module in ["", *modules]:
+assert not ours()
+for stage, modules in json.loads(sys.argv[1]).items():
     if not os.fork():
-        module and importlib.import_module(module)
+        importlib.import_module(f"stages.{stage}")
         print(loaded(), flush=True)
+        for module in modules:
+            if not os.fork():
+                importlib.import_module(module)
+                print(loaded(), flush=True)
+                os._exit(0)
+            os.wait()
         os._exit(0)
     os.wait()
 """
@@ -64,12 +72,17 @@ def test_what_is_changed_in_a_preset_is_told():
     assert all((ROOT / path).is_file() for path in told)
 
 
-def loaded(stage: str, modules: list[str]) -> list[list[Path]]:
-    """The sources that a fresh interpreter loads: for the stage, and for the stage with each of these modules."""
-    command = [sys.executable, "-c", LOADED, stage, *modules]
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[list[Path]]]:
+    """The sources that an interpreter loads for each stage: for it alone, and for it with each of its modules."""
+    asked = {stage: [method.module(name) for name in method.names(axis)] for stage, axis in AXES.items()}
+    asked |= {"download": [sources.module(kind) for kind in sources.kinds()]}
+    asked |= {stage: [] for stage in ("subsample", "evaluate", "report")}
+    command = [sys.executable, "-c", LOADED, json.dumps(asked)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found = [[Path(file) for file in line.split()] for line in ran.stdout.splitlines()]
-    assert len(found) == 1 + len(modules)
+    lines = iter([[Path(file) for file in line.split()] for line in ran.stdout.splitlines()])
+    found = {stage: [next(lines) for _ in ["", *modules]] for stage, modules in asked.items()}
+    assert not list(lines)
     return found
 
 
@@ -136,10 +149,10 @@ def test_what_a_stage_reads_of_the_parameters_is_in_its_settings(written):
 
 
 @pytest.mark.parametrize("stage", ["represent", "calibrate"])
-def test_the_code_of_a_training_is_what_it_loads(stage, written):
+def test_the_code_of_a_training_is_what_it_loads(stage, written, loaded):
     blocks = getattr(params.load(ROOT / "params.yaml"), AXES[stage])
     methods = method.names(AXES[stage])
-    alone, *each = loaded(stage, [method.module(name) for name in methods])
+    alone, *each = loaded[stage]
     files = dict(zip(methods, each, strict=True))
     for name, own in files.items():
         here = {path.stem for path in set(own) - set(alone) if path.parent.name == "methods"}
@@ -148,9 +161,9 @@ def test_the_code_of_a_training_is_what_it_loads(stage, written):
         assert settings(written, stage, dataset, name)["code"] == digest(files[block.get("method", name)])
 
 
-def test_the_code_of_a_download_is_what_it_loads(written):
+def test_the_code_of_a_download_is_what_it_loads(written, loaded):
     kinds = sources.kinds()
-    _, *each = loaded("download", [sources.module(kind) for kind in kinds])
+    _, *each = loaded["download"]
     files, seen = dict(zip(kinds, each, strict=True)), set()
     for dataset in DATASETS:
         found = settings(written, "download", dataset)
@@ -160,8 +173,8 @@ def test_the_code_of_a_download_is_what_it_loads(written):
 
 
 @pytest.mark.parametrize("stage", ["subsample", "evaluate", "report"])
-def test_the_code_of_a_stage_is_what_it_loads(stage, written):
-    (files,) = loaded(stage, [])
+def test_the_code_of_a_stage_is_what_it_loads(stage, written, loaded):
+    (files,) = loaded[stage]
     templates = sorted(ROOT.glob("src/tailcal/templates/*")) if stage == "report" else []
     cell = ["digits_lt"] if stage == "subsample" else []
     assert settings(written, stage, *cell)["code"] == digest([*files, *templates])
@@ -260,6 +273,8 @@ def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project, monke
     assert changed("src/tailcal/templates/costs.html") == {"report"}
     assert changed("src/tailcal/sources/digits.py") == {"download/digits_lt"}
     assert changed("src/tailcal/sources/list.py", "stages/benchmark.py", "src/tailcal/predict.py") == set()
+    edit(p.root / "params.yaml", [("smooth_head: 0.1", "smooth_head: 0.2")])
+    assert changed() == {"calibrate/digits_lt-mislas"}
 
 
 def test_the_published_tables_depend_on_the_code_that_makes_them(monkeypatch):

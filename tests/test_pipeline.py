@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ import torch
 from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score
 
+from tailcal import params, provenance
 from tailcal.models import BACKBONES
-from tests.conftest import edit
+from tests.conftest import Project, edit
+from tests.killing import artefacts, stage_at_work, wait_for_the_end
 
 pytestmark = pytest.mark.pipeline
 CELL = ("--dataset", "digits_lt", "--representation", "ce")
@@ -27,10 +31,39 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_repro_makes_everything_then_nothing_and_an_edit_reruns_only_its_own(project):
-    p = project()
+def until(there: Callable[[], object], process: subprocess.Popen) -> None:
+    """Wait for something that a running process brings about."""
+    deadline = time.monotonic() + 120
+    while not there():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def changed(p: Project, *targets: str) -> dict[str, list]:
+    """What DVC says has changed since it last ran, by stage."""
+    return json.loads(p.run("dvc", "status", "--json", *targets).splitlines()[-1])
+
+
+def test_repro_makes_everything_then_nothing_and_an_edit_reruns_only_its_own(project, monkeypatch):
+    p = project(("  - joint\n  - mislas\n", "  - joint\n"))
     p.run("dvc", "repro", "evaluate@digits_lt-ce-joint")
-    p.run("dvc", "repro")
+    p.run("git", "add", "-A")
+    p.run("git", "commit", "-qm", "results")
+    same = ("dvc", "exp", "run", "--temp", "-S", "evaluate.bins=15", "-n", "same", "evaluate@digits_lt-ce-joint")
+    assert "Running stage" not in p.run(*same)
+
+    # Another cell, and with it the report: all there is.
+    output = p.run(
+        "dvc", "exp", "run", "-S", "grid.classifiers=[joint,mislas]", "-S", "classifiers.mislas.smooth_head=0.2"
+    )
+    ran = re.findall(r"Running stage '(\S+)'", output)
+    assert ran == ["check", "calibrate@digits_lt-ce-mislas", "evaluate@digits_lt-ce-mislas", "report"]
+    difference = json.loads(p.run("dvc", "metrics", "diff", "--json"))
+    assert set(difference.get("diff", difference)) == {
+        "metrics/headline/digits_lt/ce/mislas.json",
+        "metrics/summary.json",
+    }
     for name in ("joint", "mislas"):
         cell = json.loads((p.root / f"metrics/cells/digits_lt/ce/{name}.json").read_text())
         tops = []
@@ -41,68 +74,73 @@ def test_repro_makes_everything_then_nothing_and_an_edit_reruns_only_its_own(pro
         assert cell["top1_std"] == pytest.approx(np.std(tops, ddof=1), abs=1e-6)
         assert cell["seeds"] == 2
         assert cell["provenance"]["params"]["dataset"]["imbalance"]["factor"] == 20
+    assert cell["provenance"]["params"]["classifier"]["settings"]["smooth_head"] == 0.2
     assert (p.root / "plots/report.html").stat().st_size > 50_000
 
-    assert "up to date" in p.run("dvc", "repro")
-    p.run("git", "add", "-A")
-    p.run("git", "commit", "-qm", "results")
-
     with (p.root / "src/tailcal/methods/mislas.py").open("a") as source:
-        source.write("# an edit\n")
-    assert list(json.loads(p.run("dvc", "status", "--json").splitlines()[-1])) == ["check"]
-    p.run("dvc", "repro", "check")
-    assert list(json.loads(p.run("dvc", "status", "--json").splitlines()[-1])) == ["calibrate@digits_lt-ce-mislas"]
-    p.run("git", "checkout", "-q", ".")
-
-    assert "Running stage" not in p.run("dvc", "exp", "run", "--temp", "-S", "evaluate.bins=15", "-n", "same")
-    p.run("dvc", "exp", "run", "-S", "classifiers.mislas.smooth_head=0.2", "-S", "grid.representations=[ce]")
-    difference = json.loads(p.run("dvc", "metrics", "diff", "--json"))
-    assert set(difference.get("diff", difference)) == {
-        "metrics/headline/digits_lt/ce/mislas.json",
-        "metrics/summary.json",
-    }
-
-    # The same artefacts again, from nothing, in another folder.
-    again = project(name="again")
-    for stage in ("download", "subsample"):
-        again.inside(stage, *CELL[:2])
-    again.inside("represent", *CELL)
-    again.inside("calibrate", *CELL, "--classifier", "joint")
-    for folder in ("data/lt", "data/representations/digits_lt/ce", "data/predictions/digits_lt/ce/joint"):
-        assert snapshot(again.root / folder) == snapshot(p.root / folder)
+        source.write("EDITED = True\n")
+    monkeypatch.setattr(provenance, "OURS", {"tailcal": p.root / "src", "stages": p.root})
+    p.inside("check")
+    measured = ("data/predictions/digits_lt/ce/joint", "metrics/cells")  # what the next stage must see change
+    for path in (p.root / measured[0] / "provenance.json", p.root / measured[1] / "digits_lt/ce/joint.json"):
+        path.write_text(path.read_text() + " ")
+    found = changed(p)
+    joint = {"calibrate@digits_lt-ce-joint", "evaluate@digits_lt-ce-joint"}
+    assert found.keys() == {"check", "calibrate@digits_lt-ce-mislas", *joint, "report"}
+    assert {"changed deps": {"src/tailcal": "modified"}} in found["check"]
+    assert {"changed deps": {measured[0]: "modified"}} in found["evaluate@digits_lt-ce-joint"]
+    assert {"changed deps": {measured[1]: "modified"}} in found["report"]
 
 
-def test_a_killed_repro_resumes_and_ends_with_the_same_bits(project):
-    longer = [("epochs: 8\n", "epochs: 30\n"), ("checkpoint_seconds: 5", "checkpoint_seconds: 0")]
+def test_a_killed_repro_goes_on_whoever_asks_meanwhile_and_ends_with_the_same_bits(project, long):
+    """DVC keeps a second one out of what the first is making, and says so; nothing of the first is lost."""
+    longer = [("epochs: 8\n", "epochs: 20\n"), ("checkpoint_seconds: 5", "checkpoint_seconds: 0")]
     p = project(*longer)
     undisturbed = project(*longer, name="undisturbed", cut=True)
     undisturbed.inside("represent", *CELL)
+    out, repro = "data/representations/digits_lt/ce", ("dvc", "repro", "represent@digits_lt-ce")
 
-    process = p.start("dvc", "repro", "represent@digits_lt-ce")
-    deadline = time.monotonic() + 120
-    while not list(p.root.glob(".scratch/represent/*/*/seed1.pt")):  # in the midst of the second seed
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not (p.root / "data/representations/digits_lt/ce/provenance.json").exists()
+    killed = p.start(*repro)
+    until(lambda: list(p.root.glob(".scratch/represent/*/*/seed1.pt")), killed)  # in the midst of the second seed
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    wait_for_the_end(p.root)
+    assert not (p.root / out / "provenance.json").exists()
 
-    assert "goes on after " in p.run("dvc", "repro", "represent@digits_lt-ce")
-    out = "data/representations/digits_lt/ce"
+    first = p.start(*repro)
+    until(lambda: stage_at_work(p.root), first)
+    stage = stage_at_work(p.root)
+    assert stage.name == "represent"  # all before it is there
+    os.kill(stage.pid, signal.SIGSTOP)  # so that it is not done before the others have asked
+    try:
+        output = p.run(*repro, ok=False)
+        assert "is busy, it is being blocked by" in output
+        assert f"(PID {first.pid}): " in output
+        if long:  # in a copy of the project, which has its own locks
+            assert "Ran experiment(s): beside" in p.run("dvc", "exp", "run", "--temp", "-n", "beside", repro[-1])
+    finally:
+        os.kill(stage.pid, signal.SIGCONT)
+    output, _ = first.communicate(timeout=300)
+    assert first.returncode == 0, output
+    assert "goes on after " in output
     assert snapshot(p.root / out) == snapshot(undisturbed.root / out)
+    if long:
+        assert "up to date" in p.run(*repro)
+        alone = project(*longer, name="alone")
+        alone.run(*repro)
+        assert artefacts(p.root) == artefacts(alone.root)
 
 
-# How it is run: as a `stage`, a process of its own; or `inside` this one, where another stage importing torch for the
-# second time would show nothing new.
+# How it is run: as a `stage`, a process of its own; as a `script`, or `inside`, in this process, where importing torch
+# again would show nothing new.
 @pytest.mark.parametrize(
     ("run", "change", "stage", "arguments", "says"),
     [
         ("stage", ("factor: 20", "factor: 9999"), "subsample", CELL[:2], "class"),
         ("stage", ("test_per_class: 50", "test_per_class: 5000"), "download", CELL[:2], "class"),
         ("stage", ("holdout_per_class: 20", "holdout_per_class: 124"), "subsample", CELL[:2], "class"),
-        ("stage", ("batch_size: 64", "batch_size: 100000"), "represent", CELL, "batch_size is 100000, but the trai"),
-        ("stage", ("alpha: 1.0", "alpha: -1.0"), "check", (), "representations.mixup.alpha"),
+        ("script", ("batch_size: 64", "batch_size: 100000"), "represent", CELL, "batch_size is 100000, but the trai"),
+        ("script", ("alpha: 1.0", "alpha: -1.0"), "check", (), "representations.mixup.alpha"),
         ("inside", ("kind: digits", "kind: digit"), "check", (), "datasets.digits_lt.source.kind"),
         ("inside", ("backbone: resnet8", "backbone: resnet9"), "check", (), "datasets.digits_lt.backbone"),
         ("inside", ("tau: 1.0\n  mislas", "taw: 1.0\n  mislas"), "check", (), "classifiers.tau_norm.ta"),
@@ -111,7 +149,7 @@ def test_a_killed_repro_resumes_and_ends_with_the_same_bits(project):
         ("inside", None, "represent", ("--dataset", "digits_lt", "--representation", "nope"), "no block nope"),
         ("inside", None, "represent", CELL, "data/lt/digits_lt/meta.json is missing"),
         ("stage", None, "evaluate", (*CELL, "--classifier", "joint"), "missing"),
-        ("stage", None, "report", (), "missing"),
+        ("script", None, "report", (), "missing"),
     ],
 )
 def test_a_mistake_ends_with_one_line(project, run, change, stage, arguments, says):
@@ -167,25 +205,38 @@ def test_another_file_of_pretrained_weights_reruns_stage_1(project):
         ("warmup: 5 ", "warmup: 0 "),
         ("      - 6\n", "      - 1\n"),
     ]
-    p = project(("    backbone: resnet8\n", f"    backbone: resnet10\n    {begins}\n"), *short)
+    p = project(("    backbone: resnet8\n", f"    backbone: resnet10\n    {begins}\n"), *short, cut=True)
     assert "pretrained.file: there is no file data/pretrained/w.safetensors" in p.inside("check", ok=False)
-    file, stage = p.root / "data/pretrained/w.safetensors", ("dvc", "repro", "represent@digits_lt-ce")
-    for seed in (0, 1):
+    file, settings = p.root / "data/pretrained/w.safetensors", p.root / "data/settings"
+
+    def checked() -> dict[str, bytes]:
+        p.inside("check")
+        found = snapshot(settings)
+        digest = json.loads(found["represent/digits_lt-ce.json"])["pretrained"]["sha256"]
+        assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+        return found
+
+    def write(seed: int) -> None:
         torch.manual_seed(seed)
-        save_file(BACKBONES["resnet10"](1).state_dict(), file)
-        output = p.run(*stage)
-        assert "Running stage 'check'" in output
-        assert "Running stage 'represent@digits_lt-ce'" in output
-        settings = json.loads((p.root / "data/settings/represent/digits_lt-ce.json").read_text())
-        assert settings["pretrained"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        save_file(BACKBONES["resnet10"](1).state_dict(), file)  # through the link, where it is one
+
+    write(0)
+    before = checked()
+    write(1)
+    after = checked()
+    stage_1 = {f"represent/digits_lt-{name}.json" for name in params.load(p.root / "params.yaml").representations}
+    assert {name for name, content in after.items() if content != before[name]} == stage_1
+    p.inside("represent", *CELL)
+    told = json.loads((p.root / "data/representations/digits_lt/ce/provenance.json").read_text())
+    assert told["data"]["pretrained"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+    p.run("dvc", "commit", "--force", "check")
     os.utime(file, (0, 0))
-    assert "Running stage" not in p.run(*stage)
     file.rename(p.root / "elsewhere")
     file.symlink_to(p.root / "elsewhere")
-    assert "Running stage" not in p.run(*stage)
-    torch.manual_seed(2)
-    save_file(BACKBONES["resnet10"](1).state_dict(), p.root / "elsewhere")
-    assert list(json.loads(p.run("dvc", "status", "--json", "check").splitlines()[-1])) == ["check"]
+    assert changed(p, "check") == {}
+    write(2)
+    assert changed(p, "check") == {"check": [{"changed deps": {"data/pretrained": "modified"}}]}
 
     edit(p.root / "params.yaml", [("data/pretrained/w.safetensors", "elsewhere")])
     output = p.inside("check", ok=False)

@@ -55,7 +55,7 @@ CELLS = {  # classifier: representation; of each representation the network
     "disalign": "ldam_drw",
     "marc": "ldam_drw",
 }
-NETWORKS = {"ce": ("resnet8", "linear"), "ldam_drw": ("resnet32", "cosine")}
+NETWORKS = {"ce": ("resnet8", "linear"), "ldam_drw": ("resnet20", "cosine")}
 
 
 class Prepared(Strict):
@@ -193,7 +193,8 @@ def call(*arguments: object, cwd: Path, module: str = "predict") -> subprocess.C
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("classifier", CELLS)
+# The others have the modules of `joint` and of `mislas`, and only other numbers in them.
+@pytest.mark.parametrize("classifier", ["joint", "mislas", "ncm", "disalign", "marc"])
 def test_the_onnx_file_gives_the_calibrated_probabilities_of_any_batch(classifier, tmp_path):
     cell = make_cell(tmp_path, classifier, **({"distance": "euclidean"} if classifier == "ncm" else {}))
     card = export(cell, tmp_path / "model", root=tmp_path)

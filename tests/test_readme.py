@@ -20,35 +20,23 @@ def block(name: str) -> str:
 
 
 @pytest.mark.pipeline
-def test_the_method_of_the_walk_through_can_really_be_added(project):
+def test_the_method_and_the_rule_of_the_walk_throughs_can_really_be_added(project):
     p = project(name="added", cut=True)
     (p.root / "src/tailcal/methods/label_smoothing.py").write_text(block("method"))
-    params = p.root / "params.yaml"
+    source, params = p.root / "src/tailcal/posthoc.py", p.root / "params.yaml"
+    imported = source.read_text().replace("from pydantic import", "from pydantic import Field,")
+    source.write_text(f"{imported}\n\n{block('rule')}")
     text = params.read_text()
-    start = text.index("\n", text.index("\nrepresentations:") + 1) + 1
-    params.write_text(text[:start] + block("block") + text[start:])
+    for place, added in (("\nrepresentations:", "block"), ("\n  posthoc:", "setting")):
+        start = text.index("\n", text.index(place) + 1) + 1
+        text = text[:start] + block(added) + text[start:]
+    params.write_text(text)
     assert "passed" in p.run("python", "-m", "pytest", "-q", "tests/test_contract.py", "-k", "label_smoothing")
     added = "--dataset digits_lt --representation label_smoothing"
     cell = f"{added} --classifier joint"
     p.in_order("check", f"represent {added}", f"calibrate {cell}", f"evaluate {cell}")
     cell = json.loads((p.root / "metrics/cells/digits_lt/label_smoothing/joint.json").read_text())
     assert cell["provenance"]["params"]["representation"]["settings"] == {"augmentation": "standard", "epsilon": 0.1}
-
-
-@pytest.mark.pipeline
-def test_the_rule_of_the_walk_through_can_really_be_added(project):
-    p = project(name="ruled", cut=True)
-    source, params = p.root / "src/tailcal/posthoc.py", p.root / "params.yaml"
-    imported = source.read_text().replace("from pydantic import", "from pydantic import Field,")
-    source.write_text(f"{imported}\n\n{block('rule')}")
-    text = params.read_text()
-    start = text.index("\n", text.index("  posthoc:")) + 1
-    params.write_text(text[:start] + block("setting") + text[start:])
-    cell = "--dataset digits_lt --representation ce --classifier joint"
-    p.run("python", "-m", "stages.represent", *cell.split()[:4])
-    p.run("python", "-m", "stages.calibrate", *cell.split())
-    p.run("python", "-m", "stages.evaluate", *cell.split())
-    cell = json.loads((p.root / "metrics/cells/digits_lt/ce/joint.json").read_text())
     assert cell["posthoc"]["sharpness"]["top1"] == cell["top1"]
     assert cell["posthoc"]["sharpness"]["confidence"] > cell["confidence"]
 
