@@ -67,10 +67,12 @@ def before(record: dict[str, Any], suite: cases.Suite, benchmark: cases.Benchmar
     try:
         known = Before.model_validate(files.read_json(OUT))
     except ValidationError as error:
-        raise errors.UserError(f"{OUT} is damaged ({params.describe(error, '')}): run without --missing") from None
+        raise errors.UserError(
+            f"{OUT} is damaged ({params.describe(error, '')}): move it away, to begin a new one"
+        ) from None
     for key, value in record.items():
         if (other := known.model_extra.get(key)) != value:
-            raise errors.UserError(f"{OUT}: {key} was {other}, and is {value} here: run without --missing")
+            raise errors.UserError(f"{OUT}: {key} was {other}, and is {value} here: move it away, to begin a new one")
     asked = {name: measure.describe(case, benchmark.workload(case)) for name, case in suite.cases.items()}
     asked = json.loads(json.dumps(asked))  # tuples as lists, as in the file
     same = {name for name, case in known.cases.items() if name in asked and case | asked[name] == case}

@@ -323,12 +323,12 @@ def test_what_would_be_measured_otherwise_is_measured_again(benchmark, old, new,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", r"metrics/benchmark.json is damaged \(.*\): run without --missing"),
-        ("{}", r"metrics/benchmark.json is damaged \(start_up: .*\): run without --missing"),
+        ("[]", r"metrics/benchmark.json is damaged \(.*\): move it away, to begin a new one"),
+        ("{}", r"metrics/benchmark.json is damaged \(start_up: .*\): move it away, to begin a new one"),
         ('{"start_up": {}, "cases": {"one": null}}', r"metrics/benchmark.json is damaged \(cases.one: .*"),
         (
             '{"start_up": {}, "cases": {}}',
-            r"metrics/benchmark.json: machine was None, and is \{.*run without --missing",
+            r"metrics/benchmark.json: machine was None, and is \{.*move it away, to begin a new one",
         ),
     ],
 )
