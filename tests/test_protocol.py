@@ -152,7 +152,7 @@ def test_stage_2_takes_no_stage_1_of_other_parameters_or_of_another_split(projec
         edit(p.root / "params.yaml", [(before, after)])
         p.inside("subsample", "--dataset", "digits_lt")
         said = p.inside("calibrate", *cell, "--classifier", "joint", ok=False)
-        what = f"is of {what}" if what else "was trained on another training split than data/lt/digits_lt holds"
+        what = f"was made with {what}" if what else "was trained on another training split than data/lt/digits_lt holds"
         assert said == f"error: {stage1} {what}: {advice}\n"
         (p.root / "params.yaml").write_text(whole)
 

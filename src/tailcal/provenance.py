@@ -63,6 +63,7 @@ def closure(*modules: str) -> list[Path]:
     return sorted(_file_of(module) for module in seen)
 
 
+@cache
 def without_prose(source: str) -> str:
     """A Python source without comments, docstrings and blank lines, which decide no result; the same text by every
     version of Python, whose tokens of f-strings differ."""
