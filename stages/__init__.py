@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from tailcal import portable  # before the libraries: tailcal sees to interrupts while they are imported
 
 portable.set_variables()
-# Else streams beyond eight share a queue to the GPU. It is read when a program first asks for one.
+# Else streams beyond eight share a queue to the GPU. It is read when a program first uses the GPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 

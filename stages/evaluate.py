@@ -1,8 +1,7 @@
 """Measure one cell of the grid from its saved predictions: metrics, reliability diagram, per-class table, confusion.
 
-It measures saved predictions, so a new metric or post-hoc rule retrains nothing. Of what the cell was made of it reads
-only what tells whether the predictions are of it; through these, and not by deps of their own, they rerun it. Imports
-no torch.
+It measures saved predictions, so a new metric or post-hoc rule retrains nothing. The records of earlier stages it reads
+only to check that the predictions belong to them; these are no deps. Imports no torch.
 """
 
 import argparse

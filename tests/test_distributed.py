@@ -96,7 +96,7 @@ def test_batch_norm_in_step_is_batch_norm_in_any_precision(dtype):
     finally:
         torch.distributed.destroy_process_group()
     assert found.dtype == own.grad.dtype == dtype
-    close = dict.fromkeys(("rtol", "atol"), 1e-5 if dtype == torch.float32 else 2e-2)
+    close = dict.fromkeys(("rtol", "atol"), 1e-5 if dtype == torch.float32 else 5e-2)
     torch.testing.assert_close(found.float(), expected, **close)
     torch.testing.assert_close(own.grad.float(), known.grad, **close)
     for mine, given in zip(ours.parameters(), plain.parameters(), strict=True):

@@ -189,6 +189,9 @@ class Empty:
     """Nothing but words."""
 
 
+f"{print}"
+
+
 def f(a):  # takes one
     """Several
     lines."""
@@ -210,6 +213,8 @@ def f(a):  # takes one
         ("    lines.", "    more\n\n    lines, and übel.", True),
         ("words.", "wörds.", True),
         ("no # comment", "no # remark", False),
+        ('f"{print}"', "", False),
+        ("# for fun", "\f# for fun\n#", True),
         ("# none either", "# either", False),
         ("\n\n    not a", "\n    not a", False),
         ("not a docstring", "a docstring", False),

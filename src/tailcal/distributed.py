@@ -160,7 +160,7 @@ class _SharedNorm(torch.autograd.Function):
     Each process runs torch's own kernels on its share, with one message of 2C numbers in each direction. Backward
     (Ioffe & Szegedy 2015): with x^ the normalised share, g the gradient of its result and N the values of a channel in
     all shares, the share's gradient is weight / std * (g - (sum g + x^ * sum(g x^)) / N), the sums over all shares.
-    Those of weight and bias are of the own share, as every gradient of the backbone is until `sum_gradients`.
+    Those of weight and bias are of this share alone, as every gradient of the backbone is until `sum_gradients`.
     """
 
     @staticmethod
@@ -173,6 +173,7 @@ class _SharedNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, variance)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)
         return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance
 
     @staticmethod

@@ -73,9 +73,9 @@ def without_prose(source: str) -> str:
     begins = tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT  # what a statement comes after
     for before, token, after in zip([None, *code], code, code[1:], strict=False):
         alone = (before is None or before.type in begins) and after.type == tokenize.NEWLINE
-        if token.type == tokenize.STRING and alone:
+        if token.type == tokenize.STRING and alone and token.string.lstrip("rRuU")[0] in "'\"":  # f-strings run code
             prose.append(token)
-    lines = source.splitlines()
+    lines = source.split("\n")  # as tokenize has them, and no other separators
     for (row, column), (last, end) in sorted({(token.start, token.end) for token in prose}, reverse=True):
         if row <= len(lines):  # the end of the source is a token too
             kept = (lines[row - 1][:column] + lines[last - 1][end:]).rstrip()

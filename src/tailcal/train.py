@@ -152,11 +152,11 @@ def at_once(runtime: Runtime, networks: int, device: torch.device) -> int:
     """How many of so many networks train side by side.
 
     Processes that share a network meet at each step, so they must take the steps of all networks in the same order. On
-    a GPU each network has a stream of its own, of which torch has so many and no more.
+    a GPU each network has a stream of its own, of which torch has STREAMS.
     """
     if distributed.size() > 1:
         return 1
-    return min(runtime.replicas, networks, STREAMS if device.type == "cuda" else networks)
+    return max(1, min(runtime.replicas, networks, STREAMS if device.type == "cuda" else networks))
 
 
 @contextlib.contextmanager
@@ -181,7 +181,7 @@ def train(
     it. Where several processes train together (`tailcal.distributed`), each calls this and each gets the same networks.
     precision: of the backbone, forwards and backwards; weights, updates, heads and losses are float32 always.
     Raises UserError when there is too little memory, naming runtime.replicas and the batch size, and when a loss or a
-    weight becomes no finite number.
+    weight is not finite.
     """
     trainings = [partial(_training, replica, data, recipe, runtime, precision) for replica in replicas]
     if data.device.type == "cuda":
