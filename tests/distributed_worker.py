@@ -1,8 +1,8 @@
 """Trains methods on a few images, as one of several processes or alone: `python -m tests.distributed_worker OUT ...`.
 
 Arguments: the folder to write to, the epochs, then names of methods. Writes <name>.json (the losses) and <name>.pt (the
-weights) there; checkpoints lie in its subfolder `scratch`. Two processes first hold their batch norm, of shares that are
-unlike each other, against that of the whole batch.
+weights) there; checkpoints lie in its subfolder `scratch`. Two processes first hold their batch norm, of shares that
+are unlike each other, against that of the whole batch.
 """
 
 import json

@@ -76,6 +76,7 @@ def test_repro_makes_everything_then_nothing_and_an_edit_reruns_only_its_own(pro
         assert cell["provenance"]["params"]["dataset"]["imbalance"]["factor"] == 20
     assert cell["provenance"]["params"]["classifier"]["settings"]["smooth_head"] == 0.2
     assert (p.root / "plots/report.html").stat().st_size > 50_000
+    assert changed(p) == {}
 
     with (p.root / "src/tailcal/methods/mislas.py").open("a") as source:
         source.write("EDITED = True\n")
