@@ -96,8 +96,11 @@ def test_batch_norm_in_step_is_batch_norm_in_any_precision(dtype):
     finally:
         torch.distributed.destroy_process_group()
     assert found.dtype == own.grad.dtype == dtype
-    close = dict.fromkeys(("rtol", "atol"), 1e-5 if dtype == torch.float32 else 5e-2)
+    half = dtype == torch.bfloat16
+    close = {"rtol": 1e-2, "atol": 1e-2} if half else {}
     torch.testing.assert_close(found.float(), expected, **close)
+    # Gradients are sums over bf16's rounding of results and of their gradients too.
+    close = {"rtol": 5e-2, "atol": 5e-2} if half else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(own.grad.float(), known.grad, **close)
     for mine, given in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, given.grad, **close)
