@@ -23,11 +23,11 @@ from tailcal import (
     files,
     lineage,
     measured,
+    method,
     models,
     params,
     plan,
     posthoc,
-    predict,
     predictions,
     settings,
     splits,
@@ -76,7 +76,7 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
         networks = []
         for path in late:
             network = models.rebuild(record, stage1 / "provenance.json")
-            networks.append(predict.set_up(network, training.method, block, counts.tolist(), path))
+            networks.append(method.set_up(network, training.method, block, counts.tolist(), path))
             weights.read_weights(networks[-1], path, f"delete {folder} to train again")
         logits = train.predict(networks, data, p.runtime)
         found[seed] = (

@@ -317,7 +317,7 @@ def test_ncm_before_its_fit_is_a_head_of_the_right_shape(distance):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", names("classifiers"))
 def test_the_finished_network_is_rebuilt_from_its_record_and_weights(name, head, tmp_path):
-    """What `tailcal.predict` relies on: build, set up, load, and not one number is other than it was."""
+    """What `tailcal.exported` relies on: build, set up, load, and not one number is other than it was."""
     block = yaml.safe_load((ROOT / "params.yaml").read_text())["classifiers"][name]
 
     def make() -> tuple[Network, Method]:

@@ -41,13 +41,13 @@ from stages import paths, report
 from tailcal import (
     checkpoint,
     cifar_archive,
+    exported,
     files,
     images,
     method,
     models,
     params,
     posthoc,
-    predict,
     predictions,
     sources,
     splits,
@@ -374,11 +374,11 @@ METRICS = {
 def save_model(folder: Path) -> str:
     """Write the weights that CARD describes; returns their SHA-256."""
     torch.manual_seed(0)
-    network = predict.set_up(
+    network = method.set_up(
         models.rebuild(CARD["network"], folder), CARD["classifier"], CARD["settings"], CARD["train_counts"], folder
     )
-    weights.save_weights(network, folder / predict.WEIGHTS)
-    return files.sha256(folder / predict.WEIGHTS)
+    weights.save_weights(network, folder / exported.WEIGHTS)
+    return files.sha256(folder / exported.WEIGHTS)
 
 
 def save_plots() -> None:
@@ -407,7 +407,7 @@ def read_pretrained(path: Path) -> None:
 
 def read_model(path: Path) -> None:
     """A model folder whose weights go with its card, or with a sound one where the card is hostile."""
-    card, model = predict.load(path.parent)
+    card, model = exported.load(path.parent)
     pixels = np.zeros((2, card.image_size, card.image_size, card.channels), np.uint8)
     with torch.inference_mode():
         assert model(torch.from_numpy(pixels)).shape == (2, len(card.class_names))
@@ -1085,7 +1085,7 @@ CARDS = [
 
 @pytest.mark.parametrize("change", CARDS, ids=str)
 def test_a_model_whose_card_does_not_describe_it_is_refused(change, tmp_path):
-    path = tmp_path / predict.CARD
+    path = tmp_path / exported.CARD
     path.write_text(json.dumps(CARD | {"weights": save_model(tmp_path)} | change))
     with bounded(tmp_path, 64 * MEBI), pytest.raises(UserError, match=r"model\.json"):
         read_model(path)

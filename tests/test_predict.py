@@ -25,19 +25,19 @@ from safetensors.torch import load_file, save_file
 from torch.onnx.errors import OnnxExporterError
 
 from stages import paths
-from tailcal import errors, files, posthoc, predict
+from tailcal import errors, exported, files, posthoc, predict
 from tailcal import export as exporting
 from tailcal.augment import normalise, plain
 from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
 from tailcal.export import export
+from tailcal.exported import CellSeed, Predictor
 from tailcal.method import Batch, configure, load, resolve
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece, ece_floor, nll
 from tailcal.metrics.scores import softmax
 from tailcal.models import build
-from tailcal.params import Strict, validate
-from tailcal.predict import Cell, Predictor
+from tailcal.params import Augmentation, Strict, validate
 from tailcal.prior import read_frequencies
 from tailcal.weights import save_weights
 from tests.conftest import ROOT, STAGE1
@@ -59,12 +59,12 @@ NETWORKS = {"ce": ("resnet8", "linear"), "ldam_drw": ("resnet20", "cosine")}
 
 
 class Prepared(Strict):
-    augmentation: predict.Augmentation
+    augmentation: Augmentation
 
 
 def make_cell(
     root: Path, classifier: str = "joint", holdout: int = 40, size: int = 8, augmentation=DIGITS, **settings
-) -> Cell:
+) -> CellSeed:
     """The artefacts of one cell below `root`, as the stages leave them, after a few steps on made-up images."""
     representation = CELLS[classifier]
     where = ("made_up", representation, classifier)
@@ -137,12 +137,12 @@ def make_cell(
     with files.atomic(root / paths.predictions(*where) / "seed0.npz") as stream:
         np.savez(stream, **logits, **labels)
     files.write_json(root / paths.predictions(*where) / "provenance.json", provenance)
-    cell = Cell(dataset="made_up", representation=representation, classifier=classifier, seed=0)
+    cell = CellSeed(dataset="made_up", representation=representation, classifier=classifier, seed=0)
     seal(root, cell)
     return cell
 
 
-def seal(root: Path, cell: Cell) -> None:
+def seal(root: Path, cell: CellSeed) -> None:
     """Take down the checksums of weights and predictions as they are, like the stage calibrate."""
     where = (cell.dataset, cell.representation, cell.classifier)
     made = root / paths.predictions(*where) / "provenance.json"
@@ -151,7 +151,7 @@ def seal(root: Path, cell: Cell) -> None:
     files.write_json(made, json.loads(made.read_text()) | {"checksums": checksums})
 
 
-def saved(root: Path, cell: Cell) -> dict[str, np.ndarray]:
+def saved(root: Path, cell: CellSeed) -> dict[str, np.ndarray]:
     """The logits that the stages saved."""
     with np.load(root / paths.predictions(cell.dataset, cell.representation, cell.classifier) / "seed0.npz") as file:
         return dict(file)
@@ -206,7 +206,7 @@ def test_the_onnx_file_gives_the_calibrated_probabilities_of_any_batch(classifie
 
     pixels = np.load(tmp_path / paths.longtail("made_up") / "test_images.npy")
     expected = softmax(saved(tmp_path, cell)["test_logits"] / card.temperature)
-    _, rebuilt = predict.load(tmp_path / "model")
+    _, rebuilt = exported.load(tmp_path / "model")
     for n in (1, 30):
         found = session.run(None, {"images": pixels[:n]})[0]
         np.testing.assert_allclose(found, expected[:n], rtol=0, atol=1e-5)
@@ -222,7 +222,7 @@ def test_the_folder_gives_the_networks_probabilities(classifier, tmp_path):
     card = export(cell, tmp_path / "model", root=tmp_path)
     assert card.temperature != 1
     pixels = torch.from_numpy(np.load(tmp_path / paths.longtail("made_up") / "test_images.npy"))
-    loaded, rebuilt = predict.load(tmp_path / "model")
+    loaded, rebuilt = exported.load(tmp_path / "model")
     assert loaded == card
     with torch.no_grad():
         probabilities = rebuilt(pixels)
@@ -303,7 +303,7 @@ def test_without_the_packages_all_but_onnx_is_written_and_a_line_says_so(tmp_pat
     assert "pip install onnx onnxscript" in said
     assert card.onnx is None
     assert not (tmp_path / "model/model.onnx").exists()
-    assert predict.load(tmp_path / "model")[0] == card
+    assert exported.load(tmp_path / "model")[0] == card
 
 
 def test_a_network_that_cannot_be_translated_is_one_line(tmp_path, monkeypatch, capsys):
@@ -357,7 +357,7 @@ def test_the_card_says_what_the_model_does_on_the_test_split(rule, tmp_path):
     card = export(cell, tmp_path / "model", rule, tmp_path)
     arrays = saved(tmp_path, cell)
     logits, labels = arrays["test_logits"], arrays["test_labels"]
-    exported = softmax(logits / card.temperature)
+    probabilities = softmax(logits / card.temperature)
     temperature = 1.0 if rule == "none" else card.fitted["temperature"]
     changes = [
         nll(one[None] / temperature, k[None]) - nll(one[None], k[None]) for one, k in zip(logits, labels, strict=True)
@@ -369,8 +369,8 @@ def test_the_card_says_what_the_model_does_on_the_test_split(rule, tmp_path):
             "test_images": 30,
             "top1": top1(logits, labels),
             "ece_as_trained": ece(softmax(logits), labels, bins=15),
-            "ece": ece(exported, labels, bins=15),
-            "ece_floor": ece_floor(exported, bins=15),
+            "ece": ece(probabilities, labels, bins=15),
+            "ece_floor": ece_floor(probabilities, bins=15),
             "nll_as_trained": nll(logits, labels),
             "nll": nll(logits / temperature, labels),
             "nll_error": np.std(changes) / 30**0.5,
@@ -378,7 +378,7 @@ def test_the_card_says_what_the_model_does_on_the_test_split(rule, tmp_path):
     )
     assert (card.measured.ece == card.measured.ece_as_trained) == (rule == "none")
     pixels = torch.from_numpy(np.load(tmp_path / paths.longtail("made_up") / "test_images.npy"))
-    loaded, rebuilt = predict.load(tmp_path / "model")
+    loaded, rebuilt = exported.load(tmp_path / "model")
     assert loaded == card
     with torch.no_grad():  # the numbers are those of the folder
         assert ece(rebuilt(pixels).numpy(), labels) == pytest.approx(card.measured.ece, abs=1e-6)
@@ -389,11 +389,11 @@ def test_a_model_of_an_earlier_version_says_nothing_of_the_test_split_and_is_rea
     card = json.loads(path.read_text())
     del card["measured"]
     path.write_text(json.dumps(card))
-    assert predict.load(model)[0].measured is None
+    assert exported.load(model)[0].measured is None
 
 
 def test_doubts_about_a_calibration(model):
-    card = predict.load(model)[0]
+    card = exported.load(model)[0]
 
     def doubts(**changed) -> list[str]:
         fine = {"holdout_images": 50, "nll_as_trained": 0.3, "nll": 0.3199, "nll_error": 0.01}
@@ -413,7 +413,7 @@ def test_doubts_about_a_calibration(model):
 
 
 def test_test_images_that_were_trained_on_are_told(model):
-    measured = predict.load(model)[0].measured
+    measured = exported.load(model)[0].measured
     assert measured.trained_on == 0
     assert "in the training split too" not in exporting.result(measured, "none")
     leaked = measured.model_copy(update={"trained_on": 4})
@@ -434,7 +434,7 @@ def test_an_interrupt_ends_the_block_at_once():
 SEALED = ("other weights as sealed", "wider weights")  # whose checksums are taken down after the change
 
 
-def wrong_cells(root: Path, cell: Cell) -> dict[str, tuple[Path, bytes | None, str]]:
+def wrong_cells(root: Path, cell: CellSeed) -> dict[str, tuple[Path, bytes | None, str]]:
     """What a user may find in a cell: the file, its bytes (None: it is not there), what is said."""
     folder = (cell.dataset, cell.representation, cell.classifier)
     weights = root / paths.classifier(*folder) / "seed0.safetensors"
@@ -543,7 +543,7 @@ def test_what_is_wrong_with_a_cell_is_one_line_and_writes_nothing(tmp_path):
 
 def test_a_cell_that_is_not_there_is_told_those_that_are(tmp_path):
     make_cell(tmp_path)
-    other = Cell(dataset="made_up", representation="ce", classifier="crt", seed=0)
+    other = CellSeed(dataset="made_up", representation="ce", classifier="crt", seed=0)
     with pytest.raises(UserError, match=r"^made_up/ce/crt is not finished here: .*; finished are: made_up/ce/joint$"):
         export(other, tmp_path / "model", root=tmp_path)
     (tmp_path / "new/data/predictions").mkdir(parents=True)
@@ -736,8 +736,8 @@ def test_confidences_are_softmax_of_logits_by_temperature(tmp_path, model, pictu
     rows = table(out)
     assert list(rows[0]) == ["file", "class", "confidence", "class_2", "confidence_2", "class_3", "confidence_3"]
     assert [row["file"] for row in rows] == [str(path) for path in sorted(pictures.rglob("*.png"))]
-    card, _ = predict.load(model)
-    cell = Cell(dataset="made_up", representation="ce", classifier="joint", seed=0)
+    card, _ = exported.load(model)
+    cell = CellSeed(dataset="made_up", representation="ce", classifier="joint", seed=0)
     logits = saved(tmp_path, cell)["test_logits"]
     for row in rows:
         z = logits[int(Path(row["file"]).stem)].astype(np.float64) / card.temperature
@@ -756,7 +756,7 @@ def frequency_file(path: Path, *numbers: object) -> Path:
 
 def test_frequencies_multiply_the_probabilities(tmp_path, model, pictures, monkeypatch):
     numbers = [0.5, 2, 1e-3, 40]
-    card, _ = predict.load(model)
+    card, _ = exported.load(model)
     given = {"file": frequency_file(tmp_path / "often.csv", *numbers), "train": "train"}
     for name, often in (("file", numbers), ("train", card.train_counts)):
         out = {kind: tmp_path / f"{kind}.csv" for kind in ("plain", "shifted")}
@@ -1004,7 +1004,7 @@ def test_what_is_wrong_with_a_model_is_one_line(model, name, edit, says):
     path = model / name
     path.unlink() if edit is None else path.write_bytes(edit(path.read_bytes()))
     with pytest.raises(UserError) as error:
-        predict.load(model)
+        exported.load(model)
     assert "\n" not in str(error.value)
     assert says in str(error.value)
     assert name in str(error.value)
@@ -1089,6 +1089,6 @@ def test_large_images_are_cropped_as_in_the_evaluation(tmp_path):
     assert (card.image_size, card.channels) == (20, 3)
     pixels = torch.from_numpy(np.load(tmp_path / paths.longtail("made_up") / "test_images.npy"))
     with torch.no_grad():
-        found = predict.load(tmp_path / "model")[1](pixels)
+        found = exported.load(tmp_path / "model")[1](pixels)
     expected = softmax(saved(tmp_path, cell)["test_logits"] / card.temperature)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)

@@ -33,12 +33,14 @@ import torch
 import tailcal
 from tailcal import errors, files, lineage, models, posthoc, predictions, provenance, settings, splits
 from tailcal.errors import UserError
+from tailcal.exported import AGAIN, CARD, ONNX, WEIGHTS, Card, CellSeed, MeasuredModel, Predictor
+from tailcal.method import set_up
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece, ece_floor
 from tailcal.metrics.scores import log_softmax, softmax
 from tailcal.models import Network
 from tailcal.params import PARAMS, Augmentation, load, recorded, validate
-from tailcal.predict import AGAIN, CARD, ONNX, WEIGHTS, Card, Cell, Measured, Predictor, alone, set_up
+from tailcal.predict import alone
 from tailcal.weights import load_weights, save_weights
 
 CHECKED = 16  # images whose logits must be those that were saved when the cell was made
@@ -85,7 +87,7 @@ def require_finished(cell: Path, root: Path) -> None:
         )
 
 
-def check_out(out: Path, cell: Cell) -> None:
+def check_out(out: Path, cell: CellSeed) -> None:
     """Raise UserError unless `out` is free for this model: absent, empty, or what an export of the same cell left."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file: must be a folder to make")
@@ -116,7 +118,7 @@ def fit_temperature(counts: list[int], logits: np.ndarray, labels: np.ndarray, p
         ) from None
 
 
-def measure(saved: predictions.Predictions, temperature: float, trained_on: int) -> Measured:
+def measure(saved: predictions.Predictions, temperature: float, trained_on: int) -> MeasuredModel:
     """What the saved predictions say of the test split, as they are and with the logits divided by `temperature`.
 
     trained_on: how many test images are in the training split too.
@@ -124,7 +126,7 @@ def measure(saved: predictions.Predictions, temperature: float, trained_on: int)
     logits, labels = saved.test_logits, saved.test_labels
     probabilities = softmax(logits / temperature)
     before_N, after_N = (-log_softmax(logits / T)[np.arange(len(labels)), labels] for T in (1.0, temperature))
-    return Measured(
+    return MeasuredModel(
         holdout_images=len(saved.holdout_labels),
         test_images=len(labels),
         trained_on=trained_on,
@@ -222,7 +224,7 @@ class Finished:
         return "holdout" if len(self.saved.holdout_labels) else "test"
 
 
-def read_finished(cell: Cell, root: Path) -> Finished:
+def read_finished(cell: CellSeed, root: Path) -> Finished:
     """The network of a finished cell below `root`. Raises UserError naming the file that is missing, damaged or not of
     this cell."""
     where = f"{cell.dataset}/{cell.representation}"
@@ -274,7 +276,7 @@ def check_logits(finished: Finished) -> None:
         )
 
 
-def outdated(cell: Cell, finished: Finished, root: Path) -> list[str]:
+def outdated(cell: CellSeed, finished: Finished, root: Path) -> list[str]:
     """What the parameters below `root` say that the network was not trained by: a line for the first of it."""
     try:
         now = settings.of_cell(load(root / PARAMS), *cell.names, root)
@@ -284,7 +286,7 @@ def outdated(cell: Cell, finished: Finished, root: Path) -> list[str]:
     return [f"{lineage.unlike('the network', *each)}; exported is the network as it was trained" for each in found]
 
 
-def describe(cell: Cell, finished: Finished, rule: str) -> Card:
+def describe(cell: CellSeed, finished: Finished, rule: str) -> Card:
     """The card of an export that is still to be written. `rule`: temperature or none. Raises UserError naming the file
     of the predictions that no temperature can be fitted on."""
     meta, trained, saved = finished.meta, finished.trained, finished.saved
@@ -313,7 +315,7 @@ def describe(cell: Cell, finished: Finished, rule: str) -> Card:
     return validate(Card, described, "", finished.logits.with_name("provenance.json"))
 
 
-def export(cell: Cell, out: Path, rule: str | None = None, root: Path = Path()) -> Card:
+def export(cell: CellSeed, out: Path, rule: str | None = None, root: Path = Path()) -> Card:
     """Write the folder `out` from the artefacts of a finished cell below `root`; model.json comes last.
 
     rule: temperature, none, or None for temperature where something is held out. Raises UserError as `read_finished`
@@ -353,7 +355,7 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def result(measured: Measured, rule: str) -> str:
+def result(measured: MeasuredModel, rule: str) -> str:
     """What the model does on the test split, in a line."""
     calibration = f"ECE {percent(measured.ece)}"
     if rule != "none":
@@ -411,7 +413,9 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path(), help="the project's root (the current folder)")
     args = parser.parse_args()
 
-    cell = Cell(dataset=args.dataset, representation=args.representation, classifier=args.classifier, seed=args.seed)
+    cell = CellSeed(
+        dataset=args.dataset, representation=args.representation, classifier=args.classifier, seed=args.seed
+    )
     with alone(*(args.out / name for name in (CARD, WEIGHTS, ONNX))):  # no others: the folder may be somebody else's
         card = export(cell, args.out, args.rule, args.root)
     if card.rule == "temperature":

@@ -18,8 +18,10 @@ Whatever a method accumulates is a buffer of it, so it is saved in every checkpo
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -195,3 +197,17 @@ def configure(name: str, block: dict[str, Any], stage: Stage) -> Strict:
     """Check a block of params.yaml against the Config of its method. Raises UserError as `resolve`, or naming a key."""
     chosen, settings = resolve(name, block, stage)
     return validate(load(chosen).Config, settings, f"{stage}.{name}")
+
+
+def set_up(network: Network, classifier: str, settings: dict[str, Any], counts: list[int], source: Path) -> Network:
+    """Make of stage 1's network what stage 2 makes of it, but for the weights; returns it.
+
+    classifier, settings: stage 2's method and its block; counts: training images per class. Raises UserError naming
+    `source`, the file that these come from, when there is no such method.
+    """
+    if classifier not in names("classifiers"):
+        raise UserError(f"{source}: this version of tailcal has no classifier {classifier!r}")
+    chosen = load(classifier)
+    config = validate(chosen.Config, settings, "settings", source)
+    chosen(config, torch.tensor(counts)).setup(network)
+    return network
