@@ -155,7 +155,9 @@ class _Gather(torch.autograd.Function):
 
 
 class _SharedNorm(torch.autograd.Function):
-    """Batch norm of a share [B, C, H, W] by the mean and variance [C] of all equal shares; returns all three.
+    """Batch norm of a share [B, C, H, W] by the mean and variance [C] of all equal shares.
+
+    Returns the normalised share, that mean, and the variance as running statistics take it, over N - 1.
 
     Each process runs torch's own kernels on its share, with one message of 2C numbers in each direction. Backward
     (Ioffe & Szegedy 2015): with x^ the normalised share, g the gradient of its result and N the values of a channel in
@@ -171,10 +173,11 @@ class _SharedNorm(torch.autograd.Function):
         means, variances = torch.stack(shares).unbind(dim=1)
         variance, mean = variances.mean(dim=0) + means.var(dim=0, correction=0), means.mean(dim=0)
         ctx.save_for_backward(x, weight, mean, variance)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, variance)
+        ctx.eps, ctx.count = eps, size() * x.numel() // x.shape[1]
+        unbiased = variance * (ctx.count / (ctx.count - 1))
+        ctx.mark_non_differentiable(mean, unbiased)
         ctx.set_materialize_grads(False)
-        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, unbiased
 
     @staticmethod
     def backward(ctx, gradient: Tensor, *_statistics: None) -> tuple[Tensor | None, ...]:
@@ -187,7 +190,7 @@ class _SharedNorm(torch.autograd.Function):
         sums = torch.stack((of_weight, of_bias))
         dist.all_reduce(sums)
         scale = (variance + ctx.eps).rsqrt()
-        slope, level = sums * (weight * scale / (size() * x.numel() / x.shape[1]))
+        slope, level = sums * (weight * scale / ctx.count)
         slope = slope * scale
         through = torch.addcmul((level - slope * mean)[:, None, None], x, slope[:, None, None])  # mean and variance
         return given.sub_(through), of_weight, of_bias, None
@@ -199,11 +202,10 @@ class SyncBatchNorm2d(BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        count = x.numel() / x.shape[1] * size()
         normalised, mean, variance = _SharedNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.running_var.lerp_(variance, self.momentum)
         return normalised
 
 

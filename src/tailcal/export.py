@@ -49,7 +49,7 @@ FEW = 50  # held-out images; a temperature fitted on fewer is a matter of chance
 SURE = 2.0  # standard errors from which on a difference is called one
 
 
-class Trained(lineage.Block):
+class ClassifierParams(lineage.Named):
     """What stage 2 trained by."""
 
     method: str
@@ -57,16 +57,16 @@ class Trained(lineage.Block):
     augmentation: Augmentation
 
 
-class Trainings(lineage.Cell):
+class ExportedParams(lineage.CellParams):
     """The parameters of a cell."""
 
-    classifier: Trained
+    classifier: ClassifierParams
 
 
 class Predicted(lineage.Predicted):
     """The provenance of predictions."""
 
-    params: Trainings
+    params: ExportedParams
 
 
 def require_finished(cell: Path, root: Path) -> None:
@@ -210,7 +210,7 @@ class Finished:
 
     meta: dict[str, Any]
     record: dict[str, Any]  # of the network
-    trained: Trained
+    trained: ClassifierParams
     provenance: dict[str, Any]
     network: Network
     images: np.ndarray

@@ -16,7 +16,7 @@ TRAINED_ON = ("train_images.npy", "train_labels.npy")
 PREDICTED = ("holdout_images.npy", "holdout_labels.npy", "test_images.npy", "test_labels.npy")
 
 
-class Settings(Recorded):
+class RepresentationParams(Recorded):
     """The parameters of a representation."""
 
     dataset: dict[str, Any]
@@ -27,7 +27,7 @@ class Represented(Recorded):
     """The provenance of stage 1. weights, history: checksums of its files, by seed, and of history.csv."""
 
     code: str
-    params: Settings
+    params: RepresentationParams
     data: dict[str, str]
     device: str
     versions: dict[str, str]
@@ -36,24 +36,24 @@ class Represented(Recorded):
     history: str
 
 
-class Block(Recorded):
+class Named(Recorded):
     """A part of the parameters that has a name."""
 
     name: str
 
 
-class Cell(Recorded):
+class CellParams(Recorded):
     """The parameters of predictions."""
 
-    representation: Block
-    classifier: Block
+    representation: Named
+    classifier: Named
 
 
 class Origin(Recorded):
     """What predictions, and numbers measured of them, come from. data: checksums of the training split; predicted: of
     the images that were predicted; starts: of the networks of stage 1 that stage 2 began with."""
 
-    params: Cell
+    params: CellParams
     data: dict[str, str]
     predicted: dict[str, str]
     starts: dict[str, str]

@@ -83,7 +83,7 @@ class RunBest(RunBestNumbers):
     posthoc: dict[str, RunBestNumbers] = Field({})
 
 
-class Stage(params.Recorded):
+class StageParams(params.Recorded):
     """What a stage trained by: its `recipe` has `epochs` or `iterations`; a method that takes no step has none."""
 
     model_config = ConfigDict(extra="allow")
@@ -92,13 +92,13 @@ class Stage(params.Recorded):
     recipe: dict[str, Any] = Field({})
 
 
-class Trainings(params.Recorded):
+class CellParams(params.Recorded):
     """The parameters of a cell."""
 
     model_config = ConfigDict(extra="allow")
 
-    representation: Stage = Stage()
-    classifier: Stage = Stage()
+    representation: StageParams = StageParams()
+    classifier: StageParams = StageParams()
 
 
 class Provenance(params.Recorded):
@@ -106,7 +106,7 @@ class Provenance(params.Recorded):
     versions, and how many processes trained together at the end where it was not one, are of stage 2, and `stage1` has
     these of stage 1."""
 
-    params: Trainings = Trainings()
+    params: CellParams = CellParams()
     data: dict[str, str] = Field({})
     evaluate: dict[str, Any] = Field({})
     code: str = ""

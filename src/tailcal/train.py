@@ -156,7 +156,8 @@ def at_once(runtime: Runtime, networks: int, device: torch.device) -> int:
     """
     if distributed.size() > 1:
         return 1
-    return max(1, min(runtime.replicas, networks, STREAMS if device.type == "cuda" else networks))
+    most = STREAMS if device.type == "cuda" else networks
+    return max(1, min(runtime.replicas, networks, most))
 
 
 @contextlib.contextmanager
