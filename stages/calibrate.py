@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages import paths
+from stages import paths, processes
 from stages.seeds import open_training, read_images, train_seeds, write_costs, write_seeds
 from tailcal import (
     checkpoint,
@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
 
     p = params.load()
-    distributed.launch("stages.calibrate", p.runtime.processes)
+    processes.launch("stages.calibrate", p.runtime.processes)
     cell = (args.dataset, args.representation, args.classifier)
     with lock.alone(paths.LOCKS, *outputs(*cell)):
         calibrate(p, *cell)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from stages import paths, workspace
+from stages import paths, processes, workspace
 from stages.seeds import read_images
 from tailcal import (
     distributed,
@@ -276,7 +276,7 @@ def main() -> None:
 
     chosen, p = plan.load(params.load())
     p = narrowed(p, args.seed, args.precision)
-    distributed.launch("stages.published", p.runtime.processes)
+    processes.launch("stages.published", p.runtime.processes)
     train.prepare(p.runtime, p.precision)  # refuses what this machine cannot do before anything is downloaded
     asked = select(chosen, args.table, args.dataset, args.representation, args.classifier)
     for (dataset, representation, _), classifiers in asked.items():

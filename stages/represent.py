@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from stages import paths
+from stages import paths, processes
 from stages.seeds import open_training, train_seeds, write_costs, write_seeds
 from tailcal import (
     checkpoint,
@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
 
     p = params.load()
-    distributed.launch("stages.represent", p.runtime.processes)
+    processes.launch("stages.represent", p.runtime.processes)
     cell = (args.dataset, args.representation)
     with lock.alone(paths.LOCKS, *outputs(*cell)):
         represent(p, *cell)

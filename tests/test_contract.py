@@ -269,7 +269,6 @@ def test_sam_trains_it_too(name, tmp_path):
 def test_what_takes_steps_has_an_augmentation_and_nothing_else_has(name):
     cls = load(name)
     assert issubclass(cls.Config, TrainedConfig) == cls.trained
-    assert not (cls.trained and cls.fitted)
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -125,9 +125,9 @@ def test_whoever_sees_the_mistake_it_is_told_once(tmp_path, speaks):
     (tmp_path / "worker.py").write_text(
         "import os, sys, time\n"
         "if 'RANK' not in os.environ:\n"
-        "    from tailcal import distributed\n"
-        "    distributed.SHARED_MISTAKE_SECONDS = 1\n"
-        "    distributed.launch('worker', 2)\n"
+        "    from stages import processes\n"
+        "    processes.SHARED_MISTAKE_SECONDS = 1\n"
+        "    processes.launch('worker', 2)\n"
         "rank = int(os.environ['RANK'])\n"
         f"if {speaks!r} == 'both' or ({speaks!r} == 'first') == (rank == 0):\n"
         "    time.sleep(0.5 * (rank == 0))\n"
@@ -137,7 +137,7 @@ def test_whoever_sees_the_mistake_it_is_told_once(tmp_path, speaks):
     ran = subprocess.run(
         [sys.executable, "-m", "worker"],
         cwd=tmp_path,
-        env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"},
+        env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
         capture_output=True,
         text=True,
         timeout=60,

@@ -107,13 +107,13 @@ def test_recorded_numbers_of_the_host_are_those_of_each_step():
     tape = engine._Tape(7, torch.Generator())
     for number in range(3):
         tape.slots.clear()
-        tape.begin(number)
+        tape.turn_to(number)
         drawn(tape)
     tape.complete = True
-    tape.begin(3)
+    tape.turn_to(3)
     fixed = drawn(tape)
     for number in (3, 4, 9):
-        tape.begin(number)
+        tape.turn_to(number)
         for ours, expected in zip(fixed, drawn(Draws(7, number, torch.Generator())), strict=True):
             assert torch.equal(ours, expected)
 

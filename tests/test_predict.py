@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.onnx.errors import OnnxExporterError
 
 from stages import paths
-from tailcal import errors, exported, files, posthoc, predict
+from tailcal import errors, exported, files, posthoc, predict, train
 from tailcal import export as exporting
 from tailcal.augment import normalise, plain
 from tailcal.duplicates import TWICE
@@ -112,8 +112,8 @@ def make_cell(
         with torch.no_grad():
             for parameter in (p for p in network.parameters() if p.grad is not None):
                 parameter -= 0.1 * parameter.grad
-    elif method.fitted:
-        method.fit(network, network.eval().backbone(prepared).detach(), labels)
+    else:
+        method.fit(network, lambda: network.eval().backbone(prepared).detach(), labels)
     save_weights(network, root / paths.classifier(*where) / "seed0.safetensors")
 
     files.write_json(
@@ -1045,9 +1045,9 @@ def test_a_mistake_at_the_command_line_is_one_line(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here, asking for a CUDA device is no mistake")
 def test_a_device_that_is_not_there_is_one_line():
-    assert predict.choose_device("auto").type == "cpu"
-    with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
-        predict.choose_device("cuda")
+    assert [train.choose_device(name, "--device").type for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    with pytest.raises(UserError, match=r"^--device is cuda, but torch sees no CUDA device here; use auto or cpu$"):
+        train.choose_device("cuda", "--device")
 
 
 @pytest.mark.usefixtures("no_onnx")

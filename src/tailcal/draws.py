@@ -29,8 +29,13 @@ class Draws:
     """
 
     def __init__(self, seed: int, step: int, generator: torch.Generator):
-        self.device, self.generator = generator.device, generator.manual_seed(derive(seed, "device", step))
-        self._host = np.random.default_rng(derive(seed, "host", step))
+        self.seed, self.device, self.generator = seed, generator.device, generator
+        self.turn_to(step)
+
+    def turn_to(self, step: int) -> None:
+        """Go over to the numbers of another step."""
+        self.generator.manual_seed(derive(self.seed, "device", step))
+        self._host = np.random.default_rng(derive(self.seed, "host", step))
 
     def permutation(self, n: int) -> Tensor:
         """A random permutation of 0..n-1, int64 [n], on the device."""

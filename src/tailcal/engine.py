@@ -100,24 +100,25 @@ class Eager:
     """Takes each step as it comes."""
 
     def __init__(self, step: Step, seed: int, device: torch.device):
-        self.step, self.seed, self.generator = step, seed, torch.Generator(device)
+        self.step, self.draws = step, Draws(seed, 0, torch.Generator(device))
 
     def __call__(self, pairs: Pairs, number: int) -> None:
         """Take step `number` of the training with these images and labels, a pair a sampler."""
-        self.step(pairs, Draws(self.seed, number, self.generator))
+        self.draws.turn_to(number)
+        self.step(pairs, self.draws)
 
 
 class _Tape(Draws):
     """Draws whose host numbers lie in fixed tensors; which numbers a step draws is noted when it is first taken."""
 
     def __init__(self, seed: int, generator: torch.Generator):
-        self.seed, self.generator = seed, generator
         self.slots: list[tuple[HostDraw, Tensor]] = []
         self.complete = False
+        super().__init__(seed, 0, generator)
 
-    def begin(self, number: int) -> None:
-        """Turn to step `number`: the generators, and once the tape is complete its numbers, are that step's."""
-        super().__init__(self.seed, number, self.generator)  # Draws has no state but that of its step
+    def turn_to(self, step: int) -> None:
+        """The generators, and once the tape is complete its numbers, become those of the step."""
+        super().turn_to(step)
         self._next = iter(self.slots)
         if self.complete:
             for draw, slot in self.slots:
@@ -163,7 +164,7 @@ class Graphed:
         """Take step `number` of the training with these images and labels, a pair a sampler."""
         if self.taken < WARM_UP:
             self.tape.slots.clear()
-            self.tape.begin(number)
+            self.tape.turn_to(number)
             self.step(pairs, self.tape)
             self.taken += 1
             if self.device.type == "cuda":
@@ -172,12 +173,12 @@ class Graphed:
         if self.replay is None:
             self.inputs = [(images.clone(), labels.clone()) for images, labels in pairs]
             self.tape.complete = True
-            self.tape.begin(number)
+            self.tape.turn_to(number)
             self.replay = self.record(partial(self.step, self.inputs, self.tape), self.tape.generator)
         for ours, given in zip(self.inputs, pairs, strict=True):
             for fixed, value in zip(ours, given, strict=True):
                 fixed.copy_(value, non_blocking=True)
-        self.tape.begin(number)
+        self.tape.turn_to(number)
         self.replay()
 
 

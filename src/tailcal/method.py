@@ -17,6 +17,7 @@ Whatever a method accumulates is a buffer of it, so it is saved in every checkpo
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -68,7 +69,6 @@ class Method(nn.Module):
     stage: ClassVar[Stage]
     views: ClassVar[int] = 1  # augmentations of each drawn image
     trained: ClassVar[bool] = True  # False: no step is taken
-    fitted: ClassVar[bool] = False  # True: `fit` makes the head (of a method that is not trained)
 
     def __init__(self, config: Strict, counts: Tensor):
         """counts: training images per class, int64 [K], each 1 or more."""
@@ -84,9 +84,10 @@ class Method(nn.Module):
         """Prepare the network in place; return what learns."""
         raise NotImplementedError(f"{type(self).__module__} must say what learns")
 
-    def fit(self, network: Network, features: Tensor, labels: Tensor) -> None:
-        """Compute the head from all training images, unaugmented: features float [N, D], labels int64 [N]."""
-        raise NotImplementedError(f"{type(self).__module__} must say how its head is fitted")
+    def fit(self, network: Network, features: Callable[[], Tensor], labels: Tensor) -> None:
+        """In the place of training, where no step is taken: compute the head, if `setup` has not, from all training
+        images. `features` computes theirs, unaugmented, float [N, D]; labels int64 [N]."""
+        del network, features, labels
 
     def set_mode(self, network: Network) -> None:
         """Put the layers into training or evaluation mode."""

@@ -41,16 +41,18 @@ class SGD:
         `ascent` is not called: it is there so that every optimiser is stepped in the same way.
         """
         del ascent
-        value, logits = self._descend(loss)
+        value, logits = loss()
+        self._backward(value)
         self._update(lr)
         return value.detach(), logits.detach()
 
-    def _descend(self, loss: Loss) -> tuple[Tensor, Tensor]:
-        self._zero_grad()
-        value, logits = loss()
+    def _backward(self, value: Tensor) -> None:
+        """Give every parameter the gradient of this loss alone, in the place of that of the pass before."""
+        for group in self.groups:
+            for parameter in group.parameters:
+                parameter.grad = None
         value.backward()
         self.after_backward()
-        return value, logits
 
     @torch.no_grad()
     def _update(self, lr: Tensor) -> None:
@@ -67,11 +69,6 @@ class SGD:
                 maximize=False,
                 is_first_step=False,
             )
-
-    def _zero_grad(self) -> None:
-        for group in self.groups:
-            for parameter in group.parameters:
-                parameter.grad = None
 
     def state(self) -> list[list[Tensor]]:
         """What a checkpoint must hold."""
@@ -105,9 +102,7 @@ class SAM(SGD):
 
     def step(self, lr: Tensor, loss: Loss, ascent: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """One update: climb the gradient of `ascent()` by rho, and descend with the gradient of `loss()` there."""
-        self._zero_grad()
-        ascent().backward()
-        self.after_backward()
+        self._backward(ascent())
         with torch.no_grad():
             # A parameter that the ascent loss does not reach has no gradient, and stays where it is.
             climbing = [p for group in self.groups for p in group.parameters if p.grad is not None]
@@ -115,7 +110,8 @@ class SAM(SGD):
             gradient = [p.grad for p in climbing]
             norm = torch.stack(torch._foreach_norm(gradient)).norm()
             torch._foreach_add_(climbing, torch._foreach_mul(gradient, self.rho / (norm + 1e-12)))
-        value, logits = self._descend(loss)
+        value, logits = loss()
+        self._backward(value)
         with torch.no_grad():
             torch._foreach_copy_(climbing, before)  # exactly w: subtracting e again would round
         self._update(lr)

@@ -31,7 +31,7 @@ from tailcal.errors import UserError
 from tailcal.exported import AGAIN, CARD, ONNX, WEIGHTS, Card, Predictor, load
 from tailcal.images import EXTENSIONS, read_image, shown
 from tailcal.prior import adjust_to_prior, read_frequencies
-from tailcal.train import enough_memory
+from tailcal.train import choose_device, enough_memory
 
 try:
     from tailcal import lock
@@ -204,16 +204,6 @@ def check_out(out: Path, read: list[Path], model: Path) -> None:
         raise UserError(f"--out {out}: is a file of the model: must be another file")
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name, or for `auto` a CUDA device where there is one. Raises UserError when there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use auto or cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False  # the temperature was fitted to logits of full precision
-    return torch.device(name)
-
-
 def positive(text: str) -> int:
     """A whole number of 1 or more, for argparse. Raises ArgumentTypeError for any other text."""
     with contextlib.suppress(ValueError):
@@ -245,7 +235,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
     args = parser.parse_args()
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, "--device")
+    torch.backends.cudnn.allow_tf32 = False  # the temperature was fitted to logits of full precision
     card, model = load(args.model)
     frequencies = None
     if args.frequencies:

@@ -34,16 +34,17 @@ EVALUATION_PIXELS = 1024 * 32 * 32  # of a batch that is predicted: 1024 images 
 _INITIALISING = threading.Lock()  # first weights come from torch's one global generator
 
 
-def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
-    """Choose the device and make torch deterministic there.
+def choose_device(name: str, key: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one. Raises UserError naming the `key` it comes from when
+    there is no such device."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UserError(f"{key} is cuda, but torch sees no CUDA device here; use auto or cpu")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
 
-    Raises UserError when there is no such device, and when it has no such precision.
-    """
-    if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{PARAMS}: runtime.device: is cuda, but torch sees no CUDA device here; use auto or cpu")
-    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
-    if precision == "tf32" and not on_gpu:
-        raise UserError(f"{PARAMS}: precision: is tf32, which exists only on a GPU; use float32 or bf16")
+
+def make_deterministic(precision: Precision) -> None:
+    """Have torch compute the same bits each time, and round no more than the precision asks for."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.set_num_threads(1)  # sums are split by thread, so that their last bits would depend on the number of cores
     # What torch.use_deterministic_algorithms(True) does, but for importing the compiler, which takes it two seconds.
@@ -51,7 +52,18 @@ def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = False
-    return distributed.join(torch.device("cuda" if on_gpu else "cpu"))
+
+
+def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
+    """Choose the device, make torch deterministic there, and join the processes that train together.
+
+    Raises UserError when there is no such device, when it has no such precision, and as `distributed.join` does.
+    """
+    device = choose_device(runtime.device, f"{PARAMS}: runtime.device")
+    if precision == "tf32" and device.type == "cpu":
+        raise UserError(f"{PARAMS}: precision: is tf32, which exists only on a GPU; use float32 or bf16")
+    make_deterministic(precision)
+    return distributed.join(device)
 
 
 def described(device: torch.device) -> str:
@@ -245,8 +257,7 @@ def _training(
     device = data.device
     network, method = place(network, device), method.to(device)
     if not method.trained:
-        if method.fitted:
-            method.fit(network, over_batches(network.backbone, data), data.labels)
+        method.fit(network, partial(over_batches, network.backbone, data), data.labels)
         return TrainedNetwork(network, [], Cost())
 
     labels = data.labels.cpu().numpy()

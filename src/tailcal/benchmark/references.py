@@ -23,7 +23,8 @@ from torchvision import transforms
 
 from tailcal import models
 from tailcal.benchmark.cases import Workload
-from tailcal.methods.fsgl import Heads, label_weights, scaling_factors
+from tailcal.losses import generalized_reweight_weights
+from tailcal.methods.fsgl import Heads, scaling_factors
 from tailcal.params import Precision
 
 Epoch = Callable[[], float]  # trains for an epoch; returns its mean loss
@@ -118,7 +119,7 @@ def fsgl(job: Job, network: models.Network, counts: Tensor) -> Callable[[list[Te
     network.head = Heads(network.head, settings["hidden"]).to(job.device)
     optimizer = job.sgd(network)
     factors = scaling_factors(counts, settings["gamma"]).to(job.device)
-    weights = label_weights(counts, settings["label_weighting"]).to(job.device)
+    weights = generalized_reweight_weights(counts, settings["label_weighting"]).to(job.device)
 
     def losses(views: list[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Of the classifiers, and of the consistency."""

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tailcal.draws import Draws
-from tailcal.losses import require_counts
+from tailcal.losses import generalized_reweight_weights
 from tailcal.method import Batch, ParameterGroup, Representation, TrainedConfig
 from tailcal.mixing import cutmix, draw_box, soft_targets
 from tailcal.models import Network
@@ -46,13 +46,6 @@ def scaling_factors(counts: Tensor, gamma: float) -> Tensor:
 def feature_scale(features: Tensor, targets: Tensor, factors: Tensor) -> Tensor:
     """f s: features [B, D], soft targets [B, K], factors [K] from `scaling_factors`. Returns [B, D]."""
     return features * (targets @ factors)[:, None]
-
-
-def label_weights(counts: Tensor, exponent: float) -> Tensor:
-    """w_k = n_k^(-q), scaled to mean 1; float [K]. counts [K]; raises ValueError when a class is empty."""
-    require_counts(counts)
-    weights = counts.double() ** -exponent
-    return (weights / weights.mean()).float()
 
 
 def consistency(predicted: Tensor, projected: Tensor) -> Tensor:
@@ -90,7 +83,7 @@ class Method(Representation):
     def __init__(self, config: Config, counts: Tensor):
         super().__init__(config, counts)
         self.register_buffer("factors", scaling_factors(counts, config.gamma), persistent=False)
-        self.register_buffer("weights", label_weights(counts, config.label_weighting), persistent=False)
+        self.register_buffer("weights", generalized_reweight_weights(counts, config.label_weighting), persistent=False)
 
     def samplers(self) -> tuple[Sampler, ...]:
         return instance, Reweighted(self.config.sampling)

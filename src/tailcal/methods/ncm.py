@@ -8,6 +8,7 @@ temperature, which moves calibration and never accuracy. Its Euclidean distance 
 norm, which ranks the classes as the cosine does; here it is to the means themselves.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -64,7 +65,6 @@ class Method(Classifier):
     """The head is computed once, from the features of all training images; the classifier of stage 1 is not used."""
 
     trained = False
-    fitted = True
 
     class Config(Strict):
         """distance: what is nearest; scale: the inverse temperature of the softmax over it."""
@@ -77,5 +77,5 @@ class Method(Classifier):
         network.head = NearestMean(means, self.config.distance, self.config.scale)
         return []
 
-    def fit(self, network: Network, features: Tensor, labels: Tensor) -> None:
-        network.head.means = class_means(features, labels, len(self.counts))
+    def fit(self, network: Network, features: Callable[[], Tensor], labels: Tensor) -> None:
+        network.head.means = class_means(features(), labels, len(self.counts))
