@@ -1,4 +1,4 @@
-"""Stage 2: calibrate a classifier on a trained representation, once a seed; then predict the held-out and test splits.
+"""Stage 2: train a classifier on a representation, once per seed; then predict the held-out and test splits.
 
 The classifiers are trained and written before the test split is opened.
 """

@@ -1,4 +1,4 @@
-"""Stage 1: train a representation on the long-tailed training split, once a seed."""
+"""Stage 1: train a representation on the long-tailed training split, once per seed."""
 
 import argparse
 from pathlib import Path
@@ -59,7 +59,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     record = {
         "code": provenance.code_version("stages.represent", method.module(training.method)),
         "params": {
-            "dataset": splits.cut(opened.dataset),
+            "dataset": splits.record(opened.dataset),
             "representation": training.record(p.precision),
         },
         "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")} | begins,

@@ -294,9 +294,9 @@ def test_a_method_imports_no_other_method(name):
 
 def test_training_accuracy_counts_a_mixed_label_with_its_share():
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]])
-    assert train.agreement(logits, torch.tensor([0, 1, 1])).item() == pytest.approx(2 / 3)
+    assert train.training_accuracy(logits, torch.tensor([0, 1, 1])).item() == pytest.approx(2 / 3)
     soft = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.6, 0.0], [0.5, 0.5, 0.0]])
-    assert train.agreement(logits, soft).item() == pytest.approx((0.7 + 0.6 + 0.0) / 3)
+    assert train.training_accuracy(logits, soft).item() == pytest.approx((0.7 + 0.6 + 0.0) / 3)
 
 
 SCHEDULES = {

@@ -233,7 +233,7 @@ def test_a_seed_of_other_images_is_refused_before_it_is_trained(run):
     content = read(path)
     official = plan.load(params.load())[1].datasets["small"]
     content["data"]["official"] = True
-    content["provenance"]["params"]["dataset"] = splits.cut(official)
+    content["provenance"]["params"]["dataset"] = splits.record(official)
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"seed0\.json is of images from an official archive, .*: leave --images out"):
         run(*short, "--missing")

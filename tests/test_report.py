@@ -530,8 +530,8 @@ def images():
     """What the cells' images were, as the stages download and subsample say it; the cells are of them."""
     digits = params.dataset(params.load(), "digits_lt")
     sums = {name: name for name in (*lineage.TRAINED_ON, *lineage.PREDICTED)}
-    raw = {"class_names": ["a", "b"], "source": splits.cut(digits)["source"], "checksums": {"train_images.npy": "r"}}
-    meta = splits.cut(digits) | {
+    raw = {"class_names": ["a", "b"], "source": splits.record(digits)["source"], "checksums": {"train_images.npy": "r"}}
+    meta = splits.record(digits) | {
         **{"class_names": ["a", "b"], "train_counts": [2, 1], "checksums": sums, "raw": raw["checksums"]},
         **{"skipped": {}, "duplicates": dict.fromkeys(TWICE, 0)},
     }

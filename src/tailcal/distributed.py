@@ -38,7 +38,7 @@ def join(device: torch.device) -> torch.device:
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"{PARAMS}: runtime.processes: one process a GPU, and there are {torch.cuda.device_count()} here"
+                f"{PARAMS}: runtime.processes: one process per GPU, and there are {torch.cuda.device_count()} here"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)

@@ -103,7 +103,7 @@ class Eager:
         self.step, self.draws = step, Draws(seed, 0, torch.Generator(device))
 
     def __call__(self, pairs: Pairs, number: int) -> None:
-        """Take step `number` of the training with these images and labels, a pair a sampler."""
+        """Take step `number` of the training with these images and labels, one pair per sampler."""
         self.draws.turn_to(number)
         self.step(pairs, self.draws)
 
@@ -161,7 +161,7 @@ class Graphed:
         self.taken, self.replay = 0, None
 
     def __call__(self, pairs: Pairs, number: int) -> None:
-        """Take step `number` of the training with these images and labels, a pair a sampler."""
+        """Take step `number` of the training with these images and labels, one pair per sampler."""
         if self.taken < WARM_UP:
             self.tape.slots.clear()
             self.tape.turn_to(number)

@@ -1,4 +1,4 @@
-"""Whether artefacts that a stage takes were made of what lies beside them now.
+"""Checks that the artefacts a stage reads were made from the inputs that are there now.
 
 DVC sees to that where it runs the stages; without it, a stage that was left out is noticed here.
 """

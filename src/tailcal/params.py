@@ -8,7 +8,7 @@ of a data set belongs to a module of `tailcal.sources` in the same way.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -23,6 +23,9 @@ NAMED_PROBLEMS = 3  # that one line tells
 TAGS = ("cosine", "multistep", "pad_crop", "resized_crop", "exponential", "step", "natural")
 MAX_EXPANDED = 100_000
 MANY = 10**9  # images of a class, more than any data set has
+
+T = TypeVar("T")
+Model = TypeVar("Model", bound="Strict")
 
 
 class Strict(BaseModel):
@@ -78,6 +81,7 @@ class Grid(Strict):
 
 
 Precision = Literal["float32", "tf32", "bf16"]
+Placement = Literal["auto", "device", "host", "disk"]  # of the images, see `tailcal.store`
 
 
 class Runtime(Strict):
@@ -86,7 +90,7 @@ class Runtime(Strict):
     device: Literal["auto", "cpu", "cuda"]
     replicas: Annotated[int, Field(ge=1, le=1024)]
     processes: Annotated[int, Field(ge=1, le=1024)]
-    placement: Literal["auto", "device", "host", "disk"]
+    placement: Placement
     cuda_graphs: bool
     checkpoint_seconds: Annotated[float, Field(ge=0)]
 
@@ -178,7 +182,7 @@ Augmentation = Annotated[PadCrop | ResizedCrop, Field(discriminator="kind")]
 
 
 class CosineSchedule(Strict):
-    """Linear warm-up, then half a cosine down to 0, stepped once an epoch."""
+    """Linear warm-up, then half a cosine down to 0, stepped once per epoch."""
 
     shape: Literal["cosine"]
     warmup: Annotated[int, Field(ge=0)]
@@ -186,7 +190,7 @@ class CosineSchedule(Strict):
 
 
 class MultiStep(Strict):
-    """Linear warm-up, then times `gamma` after each milestone, stepped once an epoch."""
+    """Linear warm-up, then times `gamma` after each milestone, stepped once per epoch."""
 
     shape: Literal["multistep"]
     warmup: Annotated[int, Field(ge=0)]
@@ -281,7 +285,7 @@ class Dataset(Strict):
         """File and full key of a value of this block, as an error line begins: `params.yaml: datasets.x.source`."""
         return f"{self._file}: {self._block}{name}"
 
-    def validate_block(self, model: type[Strict], block: Any, name: str) -> Any:
+    def validate_block(self, model: type[Model], block: Any, name: str) -> Model:
         """Check a part of this block that another module owns. Raises UserError as `validate` does."""
         return validate(model, block, f"{self._block}{name}", self._file)
 
@@ -416,7 +420,7 @@ def _problem(problem: Any, where: str) -> str:
     return f"{said}{message[0].lower() + message[1:]}{shown}"
 
 
-def validate(model: type[Strict], block: Any, where: str, file: Path = PARAMS) -> Any:
+def validate(model: type[Model], block: Any, where: str, file: Path = PARAMS) -> Model:
     """Validate one block. Raises UserError with one line naming the file, the key, and what would be right."""
     try:
         return model.model_validate(block)
@@ -424,7 +428,7 @@ def validate(model: type[Strict], block: Any, where: str, file: Path = PARAMS) -
         raise UserError(f"{file}: {describe(error, where)}") from None
 
 
-def recorded(model: type[Strict], content: Any, path: Path, remove: Path | None = None) -> Any:
+def recorded(model: type[Model], content: Any, path: Path, remove: Path | None = None) -> Model:
     """What is needed of `content`, of the JSON file `path` that the pipeline has written.
 
     Raises UserError naming the file and the key that is missing or wrong; `remove` is what to delete then (by default
@@ -513,7 +517,7 @@ def load(path: Path = PARAMS) -> Params:
     return p
 
 
-def chosen(blocks: dict[str, Any], name: str, axis: str) -> Any:
+def chosen(blocks: dict[str, T], name: str, axis: str) -> T:
     """`blocks[name]`, or a UserError that lists the names there are."""
     if name not in blocks:
         raise UserError(f"{PARAMS}: {axis} has no block {name}: there are {', '.join(sorted(blocks))}")

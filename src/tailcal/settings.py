@@ -1,6 +1,6 @@
-"""What one training goes by, once the data set's overrides have been applied to the method's block.
+"""What one training depends on, once the data set's overrides have been applied to the method's block.
 
-The stage `check` writes these settings to one small file a training, with a digest of its code. DVC compares those
+The stage `check` writes these settings to one small file per training, with a digest of its code. DVC compares those
 files, so a change reruns exactly the trainings whose own settings it changes, however it came about: a recipe, a
 preset, a method's block, a method's file.
 """
@@ -51,7 +51,7 @@ def of_cell(p: Params, dataset_name: str, representation: str, classifier: str, 
     """All that a cell's training depends on of the parameters, as its provenance has it; presets lie below `root`.
     Raises UserError."""
     return {
-        "dataset": splits.cut(params.dataset(p, dataset_name, root)),
+        "dataset": splits.record(params.dataset(p, dataset_name, root)),
         "representation": training(p, dataset_name, representation, "representations", root).record(p.precision),
         "classifier": training(p, dataset_name, classifier, "classifiers", root).record(p.precision),
     }

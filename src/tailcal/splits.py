@@ -74,7 +74,7 @@ def read_raw_meta(folder: Path) -> RawMeta:
     return recorded(RawMeta, read_json(path), path, remove=folder)
 
 
-def cut(dataset: Dataset) -> dict[str, Any]:
+def record(dataset: Dataset) -> dict[str, Any]:
     """What a data set is made and cut by, as its block says it now; provenance has it as params.dataset."""
     return {
         "source": sources.record(sources.configure(dataset)),
@@ -138,7 +138,7 @@ def check(folder: Path, split: str, images: np.ndarray, labels: np.ndarray, num_
     if labels.shape != images.shape[:1] or labels.dtype != np.int64:
         raise UserError(
             f"{labels_path} holds {labels.dtype} {list(labels.shape)}: "
-            f"must be int64 [{len(images)}], one label an image"
+            f"must be int64 [{len(images)}], one label per image"
         )
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         raise UserError(f"{labels_path} holds labels {labels.min()}..{labels.max()}: must lie in 0..{num_classes - 1}")

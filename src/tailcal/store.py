@@ -23,10 +23,9 @@ from torch import Tensor
 from tailcal.augment import augment, normalise, plain
 from tailcal.draws import Draws
 from tailcal.method import Batch
-from tailcal.params import Augmentation
+from tailcal.params import Augmentation, Placement
 from tailcal.rows import chunk
 
-Placement = Literal["auto", "device", "host", "disk"]
 AHEAD = 3  # steps that are read before they are wanted
 DEVICE_SHARE, HOST_SHARE = 0.5, 0.3  # of the free memory that images may take; networks and other processes need theirs
 
@@ -93,7 +92,7 @@ class Images:
     def steps(self, drawn: list[np.ndarray]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """For each step, from each sampler, images uint8 [B, C, H, W] and labels [B] on the device.
 
-        drawn: an array a sampler, the indices of its images, int64 [steps, B].
+        drawn: one array per sampler, the indices of its images, int64 [steps, B].
         """
         if self.placement == "device":
             streams = [torch.from_numpy(indices).to(self.device) for indices in drawn]

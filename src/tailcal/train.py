@@ -108,8 +108,8 @@ class Replica:
     late: "Late | None" = None
 
     def require_finite(self, finite: bool, wrong: str, epoch: int) -> None:
-        """Raise UserError unless `finite`: what is wrong since an epoch (counted from 0), and the last good
-        checkpoint."""
+        """Raise UserError unless `finite`; it says what is wrong, in which epoch (counted from 0), and which checkpoint
+        is the last good one."""
         if not finite:
             kept = next(filter(Path.exists, (self.scratch, checkpoint.previous(self.scratch))), None)
             last = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
@@ -141,14 +141,14 @@ class Late:
 
 
 class TrainedNetwork(NamedTuple):
-    """A network after its last epoch; its history, a dict(epoch, lr, loss, train_accuracy) an epoch; its cost."""
+    """A network after its last epoch; its history, one dict(epoch, lr, loss, train_accuracy) per epoch; its cost."""
 
     network: Network
     history: list[dict[str, Any]]
     cost: Cost
 
 
-def agreement(logits: Tensor, targets: Tensor) -> Tensor:
+def training_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     """Training accuracy of a batch: the mean share of the target that the predicted class has.
 
     logits [B, K]; targets int64 [B], or soft [B, K], where a prediction that hits one of two mixed labels counts with
@@ -193,8 +193,9 @@ def train(
     A network is a function of (code, recipe, precision, data, its seed): interruptions and neighbours leave no trace in
     it. Where several processes train together (`tailcal.distributed`), each calls this and each gets the same networks.
     precision: of the backbone, forwards and backwards; weights, updates, heads and losses are float32 always.
-    Raises UserError when there is too little memory, naming runtime.replicas and the batch size, and when a loss or a
-    weight is not finite.
+    Raises UserError when there is too little memory, naming runtime.replicas and the batch size; when a loss or a
+    weight is not finite; as `Budget.require_possible` does; when a checkpoint is of another training, and when the
+    processes would go on from different ones.
     """
     trainings = [partial(_training, replica, data, recipe, runtime, precision) for replica in replicas]
     if data.device.type == "cuda":
@@ -280,7 +281,7 @@ def _training(
         of_batch = (learning, batch, progress)
         loss, logits = optimise.step(lr, partial(method.loss, *of_batch), partial(method.ascent_loss, *of_batch))
         method.observe(logits, batch)
-        sums.add_(torch.stack([loss, agreement(logits, batch.targets)]))
+        sums.add_(torch.stack([loss, training_accuracy(logits, batch.targets)]))
 
     def drawn(epoch: int) -> list[np.ndarray]:
         """The images of an epoch's steps, from each sampler: int64 [steps, batch size]."""
@@ -335,7 +336,11 @@ def over_batches(module: nn.Module, data: Images) -> Tensor:
 
 
 def predict(networks: list[Network], data: Images, runtime: Runtime) -> list[np.ndarray]:
-    """Each network's logits of a whole split, unaugmented, in evaluation mode: float32 [N, K]."""
+    """Each network's logits of a whole split, unaugmented: float32 [N, K].
+
+    The networks are moved to the data's device, and put into evaluation mode. Raises UserError when there is too little
+    memory.
+    """
 
     def predicting(network: Network) -> Generator[None, None, np.ndarray]:
         logits = over_batches(place(network, data.device), data).cpu().numpy()

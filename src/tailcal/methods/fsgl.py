@@ -11,7 +11,7 @@ From a uniform batch (x, y) and a re-weighted one (x', y'), each image augmented
 
 w_k = n_k^(-q), scaled to mean 1; z = projector(f), p = predictor(z), sg stops the gradient. SAM (a recipe's `sam_rho`)
 climbs L without c S. The rebalanced classifier is the one used at test. gamma = 0 and no SAM is GLMC, the block `glmc`
-of params.yaml.
+of params.yaml. FSGL's released code is github.com/ZY-IMU-CV/FSGL.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""LWS, learnable weight scaling (Kang et al. 2020, section 4.3): one scale a logit, class-balanced sampling.
+"""LWS, learnable weight scaling (Kang et al. 2020, section 4.3): one scale per logit, class-balanced sampling.
 
 z_k <- s_k z_k, z the logits of stage 1, s = 1 at the start; only s learns
 """

@@ -1,4 +1,4 @@
-"""MARC, margin calibration (Wang et al. 2022): a scale and a shift a class, on top of the classifier of stage 1.
+"""MARC, margin calibration (Wang et al. 2022): a scale and a shift per class, on top of the classifier of stage 1.
 
 z'_k = a_k z_k + b_k ||W_k||,  a = 1 and b = 0 at the start; only a and b learn
 L    = sum_i w_{y_i} CE(z'_i, y_i) / sum_i w_{y_i},  w_k ∝ (1 / pi_k)^rho scaled to sum K   (GRW, Zhang et al. 2021)
@@ -39,7 +39,7 @@ class CalibratedMargins(nn.Module):
 
 
 class Method(Classifier):
-    """Two numbers a class learn."""
+    """Two numbers per class learn."""
 
     class Config(TrainedConfig):
         """rho: strength of the re-weighting, 0 is none; shifted_bn: see `tailcal.method.Classifier`."""

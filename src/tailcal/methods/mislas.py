@@ -79,7 +79,7 @@ class Method(Classifier):
         in_a_row: Annotated[int, Field(ge=1, le=1000)] | None = None
 
         @model_validator(mode="after")
-        def _head_above_tail(self) -> "Method.Config":
+        def _consistent(self) -> "Method.Config":
             if self.smooth_head < self.smooth_tail:
                 raise ValueError(f"smooth_head ({self.smooth_head}) must not be below smooth_tail ({self.smooth_tail})")
             if (self.smoothing == "exponential") != (self.power is not None):

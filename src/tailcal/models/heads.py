@@ -62,7 +62,7 @@ class CosineClassifier(nn.Module):
 
 
 class Scaled(nn.Module):
-    """One learnable scale a logit on top of another head: z_k = s_k head(f)_k (LWS, Kang et al. 2020)."""
+    """One learnable scale per logit on top of another head: z_k = s_k head(f)_k (LWS, Kang et al. 2020)."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()

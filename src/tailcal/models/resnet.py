@@ -22,8 +22,8 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1, kaiming: bool =
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's own, but for counting the batches: nothing here reads that, and on a GPU it is a launch a layer and step.
-    The counter stays in the weights, as 0, where files of weights have it."""
+    """nn.BatchNorm2d without counting batches: nothing reads the counter, and it costs a kernel launch per layer and
+    step. It stays in the weights, as 0, where files of weights have it."""
 
     def forward(self, x: Tensor) -> Tensor:
         statistics = self.running_mean, self.running_var
