@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 
+from tailcal.method import load
 from tailcal.models import BACKBONES, build
 from tailcal.models.heads import HEADS, CosineClassifier, Linear, Scaled
 from tailcal.models.resnet import BasicBlock, BatchNorm2d, ConvShortcut, PadShortcut
@@ -43,6 +44,17 @@ def test_first_weights(name, kaiming):
     for weight in [*wide, network.head.weight]:
         expected = (2 if kaiming else 1 / 3) / weight[0].numel()
         assert weight.var().item() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "kaiming"), [("resnet32", True), ("resnet18", False), ("resnet10", False)])
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_a_fresh_classifier_of_stage_2_begins_as_one_of_stage_1(head, name, kaiming):
+    torch.manual_seed(0)
+    network = build(name, head, 3, 100)
+    crt = load("crt")
+    crt(crt.Config(augmentation="standard"), torch.ones(100, dtype=torch.int64)).setup(network)
+    for weight in (network.head.weight, build(name, "linear", 3, 100).head.weight):
+        assert weight.var().item() == pytest.approx((2 if kaiming else 1 / 3) / weight.shape[1], rel=0.05)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -319,6 +319,13 @@ def test_a_large_preset_carries_the_published_settings(name, epochs, weight_deca
     assert (mislas.settings.lr_factor, mislas.settings.shifted_bn, mislas.recipe.epochs) == (0.05, True, 10)
     marc = settings.training(p, name, "marc", "classifiers", ROOT)
     assert (marc.recipe.batch_size, marc.recipe.lr, marc.settings.augmentation) == (marc_batch, 0.05, "standard")
+    assert marc.recipe.weight_decay == 5e-4
+    bagmar, fsgl, glmc = (
+        settings.training(p, name, each, "representations", ROOT) for each in ("bagmar", "fsgl", "glmc")
+    )
+    assert (bagmar.recipe, bagmar.settings.augmentation) == (mixup.recipe, "standard")
+    assert (fsgl.recipe.sam_rho, fsgl.settings.gamma, fsgl.settings.augmentation) == (0.05, 0.1, "strong")
+    assert (glmc.recipe.sam_rho, glmc.settings.gamma, glmc.settings.augmentation) == (0.0, 0.0, "strong")
 
 
 def test_only_some_backbones_can_be_pretrained(tmp_path):

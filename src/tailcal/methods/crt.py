@@ -12,5 +12,5 @@ class Method(Classifier):
     """Only the fresh classifier learns."""
 
     def setup_head(self, network: Network) -> list[ParameterGroup]:
-        network.head = Linear(network.head.in_features, network.head.out_features)
+        network.head = Linear(network.head.in_features, network.head.out_features, network.head.kaiming)
         return [ParameterGroup(list(network.head.parameters()))]

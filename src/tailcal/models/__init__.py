@@ -55,7 +55,7 @@ def build(backbone: str, head: str, channels: int, num_classes: int, trains: str
     body = BACKBONES[backbone](channels)
     if trains == "last_block":
         imagenet.freeze_but_last_block(body)
-    return Network(body, heads.HEADS[head](body.features, num_classes, getattr(body, "kaiming", True)))
+    return Network(body, heads.HEADS[head](body.features, num_classes, body.kaiming))
 
 
 def rebuild(record: dict[str, Any], source: Path) -> Network:

@@ -1,8 +1,8 @@
 """Classifier heads: features [B, D] to logits [B, K].
 
-A head of stage 1 (one of HEADS) also tells what stage 2 wants of it: `in_features`, `out_features`, the norms of its
-class weights, `rescale` for those weights, and `drop_bias`. Stage 2 puts such a head inside another, or another in its
-place.
+A head of stage 1 (one of HEADS) also tells what stage 2 wants of it: `in_features`, `out_features`, whether a fresh
+linear classifier in its place begins Kaiming-normal (`kaiming`), the norms of its class weights, `rescale` for those
+weights, and `drop_bias`. Stage 2 puts such a head inside another, or another in its place.
 """
 
 import torch
@@ -39,7 +39,8 @@ class CosineClassifier(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, kaiming: bool = True):
         super().__init__()
-        del kaiming  # logits do not depend on the length of W_k
+        # Of a linear classifier in its place: the logits of this one do not depend on the length of W_k.
+        self.kaiming = kaiming
         self.in_features, self.out_features = in_features, out_features
         self.direction = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.kaiming_normal_(self.direction)

@@ -25,7 +25,7 @@ def _resnet(channels: int, block: str, layers: tuple[int, ...], **options: Any) 
     from torchvision.models import resnet
 
     network = resnet.ResNet(getattr(resnet, block), list(layers), norm_layer=BatchNorm2d, **options)
-    network.features = network.fc.in_features
+    network.features, network.kaiming = network.fc.in_features, False  # a linear head begins as torchvision's does
     network.fc = nn.Identity()
     if channels != network.conv1.in_channels:
         network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
