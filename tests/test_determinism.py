@@ -66,9 +66,19 @@ def test_what_cannot_be_deterministic_is_refused():
     train.prepare(params.Runtime.model_validate(RUNTIME))
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
-    assert torch.get_num_threads() == 1
     with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+
+
+def test_a_sum_is_not_split_by_thread():
+    numbers = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(4)
+    split = numbers.sum()
+    train.make_deterministic("float32")
+    assert numbers.sum() != split
+    whole = numbers.sum()
+    torch.set_num_threads(1)
+    assert numbers.sum() == whole
 
 
 RUNTIME = {
