@@ -350,6 +350,7 @@ CARD = {
     "settings": {"augmentation": "standard"},
     "rule": "temperature",
     "fitted": {"temperature": 1.5},
+    "measured": dict.fromkeys(exported.MeasuredModel.model_fields, 1),
     "cell": {"dataset": "d", "representation": "r", "classifier": "c", "seed": 0},
     "weights": "0" * 64,
     "onnx": None,
