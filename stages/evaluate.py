@@ -42,7 +42,7 @@ def metrics(cell: list[Predictions], counts_K: np.ndarray, rules: dict[str, Any]
     """The cell's numbers over seeds, as trained and after each post-hoc rule; `transductive` is said of a rule."""
     runs = []
     for run in cell:
-        fitted = posthoc.fit(rules, counts_K, run.holdout_logits, run.holdout_labels)
+        fitted = posthoc.fit(rules, posthoc.Holdout(counts_K, run.holdout_logits, run.holdout_labels))
         runs.append(
             {
                 name: measure(rule(run.test_logits), run.test_labels, counts_K, bins) | rule.numbers

@@ -68,8 +68,8 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     dataset = params.dataset(p, where["dataset"])
     data = read_images(longtail, "test", dataset, train.prepare(p.runtime, p.precision), p.runtime.placement)
     labels = data.labels.cpu().numpy()
-    without = (np.empty((0, len(counts))), np.empty(0, dtype=np.int64))  # a hold-out
-    rules = posthoc.fit(posthoc.configure(p.evaluate.posthoc), counts, *without)
+    nothing = posthoc.Holdout(counts, np.empty((0, len(counts))), np.empty(0, dtype=np.int64))
+    rules = posthoc.fit(posthoc.configure(p.evaluate.posthoc), nothing)
     found = {}
     for seed in p.seeds:
         late = late_of(folder, seed)
@@ -107,6 +107,7 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
     name = f"seed{seed}.npz"
     run = predictions.read(paths.predictions(**where) / name, provenance.pop("checksums")[name], len(counts))
     rules = posthoc.configure(p.evaluate.posthoc)
+    holdout = posthoc.Holdout(counts, run.holdout_logits, run.holdout_labels)
 
     def numbers(logits: np.ndarray) -> dict[str, Any]:
         correct = measured.pack(logits.argmax(axis=1) == run.test_labels)
@@ -122,7 +123,7 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
             name: numbers(rule(run.test_logits))
             | rounded(rule.numbers)
             | {"transductive": posthoc.RULES[name].transductive}
-            for name, rule in posthoc.fit(rules, counts, run.holdout_logits, run.holdout_labels).items()
+            for name, rule in posthoc.fit(rules, holdout).items()
         },
         "best_on_test": late,
         "seed": seed,

@@ -15,15 +15,11 @@ from tailcal.posthoc import (
     REACH,
     RULES,
     Fitted,
+    Holdout,
     NoSettings,
     Tau,
     configure,
-    fit_class_temperature,
-    fit_logit_adjustment,
-    fit_pn_inductive,
-    fit_pn_transductive,
-    fit_temperature,
-    fit_vector_scaling,
+    fit_rule,
     prediction_normalization,
     vector_scaling_nll,
 )
@@ -55,11 +51,11 @@ def any_config(name: str, tau: float | str = "tuned") -> NoSettings | Tau:
 
 
 def fit(name: str, logits: np.ndarray, labels: np.ndarray, counts=COUNTS, tau: float | str = "tuned") -> Fitted:
-    return RULES[name].fit(any_config(name, tau), counts, logits, labels)
+    return fit_rule(name, any_config(name, tau), Holdout(counts, logits, labels))
 
 
 def temperature_of(logits: np.ndarray, labels: np.ndarray) -> float:
-    return fit_temperature(NoSettings(), COUNTS, logits, labels).numbers["temperature"]
+    return fit("temperature", logits, labels).numbers["temperature"]
 
 
 @pytest.mark.parametrize("T", [0.3, 1.0, 2.5])
@@ -76,7 +72,7 @@ def test_twice_the_logits_take_twice_the_temperature():
 def test_temperature_is_the_minimum_of_the_holdout_nll_and_keeps_every_prediction():
     logits, labels = drawn(N=500)
     logits = (logits * 3).astype(np.float32)
-    fitted = fit_temperature(NoSettings(), COUNTS, logits, labels)
+    fitted = fit("temperature", logits, labels)
     T = fitted.numbers["temperature"]
     best = nll(fitted(logits), labels)
     assert all(best <= nll(logits / other, labels) for other in (0.5, 1, T * 0.99, T * 1.01, 10))
@@ -102,7 +98,7 @@ def test_a_holdout_without_a_mistake_does_not_ruin_what_is_calibrated():
     logits, labels = drawn(scale=20)
     holdouts = [slice(start, start + 60) for start in range(0, len(labels), 60)]
     spared = next(h for h in holdouts if (logits[h].argmax(axis=1) == labels[h]).all())
-    after = fit_temperature(NoSettings(), COUNTS, logits[spared], labels[spared])(logits)
+    after = fit("temperature", logits[spared], labels[spared])(logits)
     assert (logits.argmax(axis=1) == labels).mean() < 0.97
     assert ece(softmax(after), labels) < 0.02 < ece(softmax(after / 0.04), labels)
 
@@ -124,7 +120,7 @@ def test_vector_scaling_has_the_gradient_it_says(scale):
 def test_vector_scaling_recovers_known_weights_and_biases():
     logits, labels = drawn()
     w, b = np.array([0.5, 1.0, 2.0, 3.0, 1.5]), np.array([0.0, 1.0, -2.0, 3.0, 0.5])
-    fitted = fit_vector_scaling(NoSettings(), COUNTS, (logits - b) / w, labels)
+    fitted = fit("vector_scaling", (logits - b) / w, labels)
     fresh, _ = drawn(N=200, seed=1)
     assert np.abs(softmax(fitted((fresh - b) / w)) - softmax(fresh)).mean() < 0.005
     assert fitted.numbers == {}
@@ -133,7 +129,7 @@ def test_vector_scaling_recovers_known_weights_and_biases():
 @pytest.mark.parametrize("N", [10, 15, 20])
 def test_vector_scaling_goes_no_further_than_its_bound_where_few_samples_would_let_it(N):
     logits, labels = biased(N)
-    fitted = fit_vector_scaling(NoSettings(), COUNTS, logits, labels)
+    fitted = fit("vector_scaling", logits, labels)
     mean, std = logits.mean(axis=0), logits.std(axis=0)
     T = temperature_of(logits, labels)
     moved = np.concatenate([(fitted([mean + std]) - fitted([mean]))[0] - std / T, fitted([mean])[0] - mean / T])
@@ -143,13 +139,13 @@ def test_vector_scaling_goes_no_further_than_its_bound_where_few_samples_would_l
 def test_vector_scaling_is_the_minimum_whatever_the_units():
     logits, labels = biased(N=500)
     logits[:, 2] = 7 * logits[:, 2] + 40
-    fitted = fit_vector_scaling(NoSettings(), COUNTS, logits, labels)
+    fitted = fit("vector_scaling", logits, labels)
     best = nll(fitted(logits), labels)
     generator = np.random.default_rng(0)
     for _ in range(20):
         assert best <= nll(fitted(logits) * (1 + 0.02 * generator.normal(size=K)), labels)
         assert best <= nll(fitted(logits) + 0.02 * generator.normal(size=K), labels)
-    twice = fit_vector_scaling(NoSettings(), COUNTS, 2 * logits, labels)
+    twice = fit("vector_scaling", 2 * logits, labels)
     np.testing.assert_allclose(softmax(twice(2 * logits)), softmax(fitted(logits)), atol=1e-4)
 
 
@@ -157,18 +153,18 @@ def test_class_temperature_recovers_known_temperatures():
     logits, labels = drawn()
     u = 2 * np.log(COUNTS / COUNTS[-1]) / np.log(COUNTS[0] / COUNTS[-1]) - 1
     T = np.exp(0.3 + 0.5 * u)
-    fitted = fit_class_temperature(NoSettings(), COUNTS, logits * T, labels)
+    fitted = fit("class_temperature", logits * T, labels)
     assert fitted.numbers["temperature_head"] == pytest.approx(np.exp(0.8), rel=0.05)
     assert fitted.numbers["temperature_tail"] == pytest.approx(np.exp(-0.2), rel=0.05)
     # The rank is that of the count, not that of the label.
-    backward = fit_class_temperature(NoSettings(), COUNTS[::-1], (logits * T)[:, ::-1], K - 1 - labels)
+    backward = fit("class_temperature", (logits * T)[:, ::-1], K - 1 - labels, COUNTS[::-1])
     assert backward.numbers == pytest.approx(fitted.numbers, rel=1e-3)
 
 
 def test_class_temperature_of_equal_counts_is_temperature_scaling():
     logits, labels = biased()
-    plain = fit_temperature(NoSettings(), COUNTS, logits, labels)
-    fitted = fit_class_temperature(NoSettings(), np.full(K, 7), logits, labels)
+    plain = fit("temperature", logits, labels)
+    fitted = fit("class_temperature", logits, labels, np.full(K, 7))
     assert fitted.numbers["temperature_head"] == fitted.numbers["temperature_tail"]
     assert fitted.numbers["temperature_head"] == pytest.approx(plain.numbers["temperature"], rel=1e-4)
     np.testing.assert_allclose(fitted(logits), plain(logits), rtol=1e-4)
@@ -176,31 +172,31 @@ def test_class_temperature_of_equal_counts_is_temperature_scaling():
 
 def test_class_temperature_of_calibrated_logits_needs_no_slope():
     logits, labels = drawn()
-    numbers = fit_class_temperature(NoSettings(), COUNTS, 2 * logits, labels).numbers
+    numbers = fit("class_temperature", 2 * logits, labels).numbers
     assert list(numbers.values()) == pytest.approx([2, 2], rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["vector_scaling", "class_temperature"])
 def test_more_parameters_never_fit_the_holdout_worse_than_one_temperature(name):
     for logits, labels in (biased(N=100), drawn(N=30), (np.eye(K)[np.arange(30) % K] * 9, np.arange(30) % K)):
-        plain = fit_temperature(NoSettings(), COUNTS, logits, labels)
+        plain = fit("temperature", logits, labels)
         assert nll(fit(name, logits, labels)(logits), labels) <= nll(plain(logits), labels) + 1e-12
 
 
 def test_logit_adjustment_by_hand():
-    fitted = fit_logit_adjustment(Tau(tau=2.0), np.array([6, 3, 1]), np.zeros((0, 3)), np.zeros(0, np.int64))
+    fitted = fit("logit_adjustment", np.zeros((0, 3)), np.zeros(0, np.int64), np.array([6, 3, 1]), tau=2.0)
     np.testing.assert_allclose(fitted(np.zeros((1, 3))), -2 * np.log([[0.6, 0.3, 0.1]]))
 
 
 def test_logit_adjustment_takes_the_prior_away():
     # p proportional to prior times likelihood: with tau = 1 the likelihood alone remains.
     likelihood = np.array([[0.1, 0.2, 0.3, 0.3, 0.1]])
-    fitted = fit_logit_adjustment(Tau(tau=1.0), COUNTS, *NOTHING)
+    fitted = fit("logit_adjustment", *NOTHING, tau=1.0)
     np.testing.assert_allclose(softmax(fitted(np.log(likelihood * COUNTS))), likelihood)
 
 
 def test_logit_adjustment_recovers_the_strength_of_a_bias():
-    fitted = fit_logit_adjustment(Tau(tau="tuned"), COUNTS, *biased(20_000))
+    fitted = fit("logit_adjustment", *biased(20_000))
     assert fitted.numbers == {"tau": pytest.approx(2, rel=0.03)}
 
 
@@ -214,26 +210,32 @@ def naive_normalization(p: np.ndarray, tau: float, sums: np.ndarray) -> np.ndarr
     return result
 
 
+def normalized(p: np.ndarray, tau: float, sums: np.ndarray | None = None) -> np.ndarray:
+    """The probabilities that `prediction_normalization` gives, of probabilities and sums."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # of 0, and of what is no probability
+        return softmax(prediction_normalization(np.log(p), tau, None if sums is None else np.log(sums)))
+
+
 @pytest.mark.parametrize("tau", [0, 0.5, 1, 1.7])
 def test_prediction_normalization_is_its_equation(tau):
     p, other = softmax(biased(N=40)[0]), softmax(biased(N=30, seed=1)[0])
     own = [sum(p[i, k] for i in range(40)) for k in range(K)]
-    np.testing.assert_allclose(prediction_normalization(p, tau), naive_normalization(p, tau, own))
+    np.testing.assert_allclose(normalized(p, tau), naive_normalization(p, tau, own))
     given = other.sum(axis=0)
-    np.testing.assert_allclose(prediction_normalization(p, tau, given), naive_normalization(p, tau, given))
-    np.testing.assert_allclose(prediction_normalization(p, tau, given / 30), naive_normalization(p, tau, given))
+    np.testing.assert_allclose(normalized(p, tau, given), naive_normalization(p, tau, given))
+    np.testing.assert_allclose(normalized(p, tau, given / 30), naive_normalization(p, tau, given))
 
 
 def test_prediction_normalization_by_hand():
     p = np.array([[0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0.9, 0.1]])  # sums 2.4 and 1.6
-    np.testing.assert_allclose(prediction_normalization(p, 1.0)[1], [0.4, 0.6])
-    np.testing.assert_allclose(prediction_normalization(p, 1.0, np.array([3, 1]))[0], [0.5, 0.5])
+    np.testing.assert_allclose(normalized(p, 1.0)[1], [0.4, 0.6])
+    np.testing.assert_allclose(normalized(p, 1.0, np.array([3, 1]))[0], [0.5, 0.5])
 
 
 def test_prediction_normalization_of_certain_and_of_one_class():
     p = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    np.testing.assert_array_equal(prediction_normalization(p, 1.5), p)
-    np.testing.assert_array_equal(prediction_normalization(np.ones((3, 1)), 1.5), np.ones((3, 1)))
+    np.testing.assert_array_equal(normalized(p, 1.5), p)
+    np.testing.assert_array_equal(normalized(np.ones((3, 1)), 1.5), np.ones((3, 1)))
 
 
 @pytest.mark.parametrize(
@@ -241,9 +243,10 @@ def test_prediction_normalization_of_certain_and_of_one_class():
     [
         (np.zeros((0, 2)), 1.0, None, r"must have shape \[samples, classes\], got \[0, 2\]"),
         (np.array([0.5, 0.5]), 1.0, None, r"must have shape \[samples, classes\], got \[2\]"),
-        (np.array([[1.5, -0.5]]), 1.0, None, "0 or more and sum to 1"),
-        (np.array([[2.0, 3.0]]), 1.0, None, "0 or more and sum to 1"),
-        (np.array([[np.nan, 1.0]]), 1.0, None, "0 or more and sum to 1"),
+        (np.array([[1.5, -0.5]]), 1.0, None, "each row must sum to 1"),
+        (np.array([[2.0, 3.0]]), 1.0, None, "each row must sum to 1"),
+        (np.array([[0.0, 0.0]]), 1.0, None, "each row must sum to 1"),
+        (np.array([[np.nan, 1.0]]), 1.0, None, "each row must sum to 1"),
         (np.array([[0.5, 0.5]]), -1.0, None, "tau must be a number, 0 or more, got -1"),
         (np.array([[0.5, 0.5]]), np.nan, None, "tau must be a number, 0 or more, got nan"),
         (np.array([[0.5, 0.5]]), 1.0, np.ones(3), r"sums must have shape \[2\] like the classes, got \[3\]"),
@@ -254,17 +257,19 @@ def test_prediction_normalization_of_certain_and_of_one_class():
 )
 def test_prediction_normalization_refuses(p, tau, sums, message):
     with pytest.raises(ValueError, match=message):
-        prediction_normalization(p, tau, sums)
+        normalized(p, tau, sums)
 
 
 @pytest.mark.parametrize("tau", [0.0, 1.0, 1.5])
 def test_the_pn_rules_are_prediction_normalization_by_their_own_sums(tau):
     holdout, test = biased(N=300), biased(N=200, seed=1)[0].astype(np.float32)
-    transductive = fit_pn_transductive(Tau(tau=tau), COUNTS, *NOTHING)
-    np.testing.assert_allclose(softmax(transductive(test)), prediction_normalization(softmax(test), tau), atol=1e-12)
-    inductive = fit_pn_inductive(Tau(tau=tau), COUNTS, *holdout)
+    transductive = fit("pn_transductive", *NOTHING, tau=tau)
+    np.testing.assert_allclose(
+        softmax(transductive(test)), naive_normalization(softmax(test), tau, softmax(test).sum(axis=0)), atol=1e-12
+    )
+    inductive = fit("pn_inductive", *holdout, tau=tau)
     sums = softmax(holdout[0]).sum(axis=0)
-    np.testing.assert_allclose(softmax(inductive(test)), prediction_normalization(softmax(test), tau, sums), atol=1e-12)
+    np.testing.assert_allclose(softmax(inductive(test)), naive_normalization(softmax(test), tau, sums), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["pn_inductive", "pn_transductive"])
@@ -279,9 +284,9 @@ def test_pn_keeps_probabilities_that_no_float_can_hold(name):
 def test_transductive_pn_is_tuned_with_the_sums_of_the_holdout_and_used_with_those_of_the_test_split():
     logits, labels = biased(N=400)
     test = biased(N=100, seed=1)[0] + np.arange(K)
-    fitted = fit_pn_transductive(Tau(tau="tuned"), COUNTS, logits, labels)
-    assert fitted.numbers == fit_pn_inductive(Tau(tau="tuned"), COUNTS, logits, labels).numbers
-    np.testing.assert_allclose(softmax(fitted(test)), prediction_normalization(softmax(test), fitted.numbers["tau"]))
+    fitted = fit("pn_transductive", logits, labels)
+    assert fitted.numbers == fit("pn_inductive", logits, labels).numbers
+    np.testing.assert_allclose(softmax(fitted(test)), normalized(softmax(test), fitted.numbers["tau"]))
 
 
 @pytest.mark.parametrize("name", WITH_TAU)
@@ -325,7 +330,8 @@ def test_equal_counts_and_equal_sums_change_nothing(tau):
 @pytest.mark.parametrize("name", RULES)
 def test_no_rule_is_handed_the_test_split_to_fit_on(name):
     names = [parameter.lstrip("_") for parameter in inspect.signature(RULES[name].fit).parameters]
-    assert names == ["config", "counts_K", "holdout_logits_NK", "holdout_labels_N"]
+    assert names == ["holdout", *RULES[name].Config.model_fields]
+    assert Holdout._fields == ("counts", "logits", "labels")
     assert list(inspect.signature(Fitted.__call__).parameters) == ["self", "logits_NK"]
 
 

@@ -384,14 +384,6 @@ def test_the_card_says_what_the_model_does_on_the_test_split(rule, tmp_path):
         assert ece(rebuilt(pixels).numpy(), labels) == pytest.approx(card.measured.ece, abs=1e-6)
 
 
-def test_a_model_of_an_earlier_version_says_nothing_of_the_test_split_and_is_read(model):
-    path = model / "model.json"
-    card = json.loads(path.read_text())
-    del card["measured"]
-    path.write_text(json.dumps(card))
-    assert exported.load(model)[0].measured is None
-
-
 def test_doubts_about_a_calibration(model):
     card = exported.load(model)[0]
 
@@ -991,6 +983,7 @@ def change(**changed):
         ("model.json", change(rule="none"), "rule none does not go with"),
         ("model.json", change(fitted={"temperature": 0.0}), "model.json: fitted.temperature: "),
         ("model.json", change(class_names=[*"abc", "\ud800"]), r"model.json: class_names.3 is '\ud800': must be text"),
+        ("model.json", change(measured=None), "model.json: measured: "),
         ("model.json", change(train_counts=[1, 2]), "4 class_names, but 2 train_counts"),
         ("model.json", change(classifier="os"), "no classifier 'os'"),
         ("model.json", change(settings={"tau": 1.0}), "model.json: settings.tau: unknown key"),

@@ -107,11 +107,10 @@ def check_images(images: np.ndarray, path: Path) -> None:
         )
 
 
-def fit_temperature(counts: list[int], logits: np.ndarray, labels: np.ndarray, path: Path) -> float:
-    """The temperature that suits held-out logits [N, K], labels [N]. Raises UserError naming their file."""
-    rule = posthoc.RULES["temperature"]
+def fit_temperature(holdout: posthoc.Holdout, path: Path) -> float:
+    """The temperature that suits the hold-out's logits. Raises UserError naming their file."""
     try:
-        return rule.fit(rule.Config(), np.array(counts), logits, labels).numbers["temperature"]
+        return posthoc.fit_rule("temperature", posthoc.NoSettings(), holdout).numbers["temperature"]
     except ValueError as error:
         raise UserError(
             f"{path}: the held-out predictions are of no use ({error}): delete it and {files.REPRO}"
@@ -292,7 +291,8 @@ def describe(cell: CellSeed, finished: Finished, rule: str) -> Card:
     meta, trained, saved = finished.meta, finished.trained, finished.saved
     fitted, counts = {}, meta["train_counts"]
     if rule == "temperature":
-        fitted = {rule: fit_temperature(counts, saved.holdout_logits, saved.holdout_labels, finished.logits)}
+        holdout = posthoc.Holdout(np.array(counts), saved.holdout_logits, saved.holdout_labels)
+        fitted = {rule: fit_temperature(holdout, finished.logits)}
     described = {
         "format": 1,
         "class_names": meta["class_names"],

@@ -45,12 +45,12 @@ class MeasuredModel(Strict):
     and `ece_floor` what chance alone would give the latter on so few images. `nll_as_trained` and `nll` are negative
     log-likelihoods in nats, and `nll_error` is the standard error, over the images, of their difference.
     `holdout_images` is how many images there were to fit a rule on, and `trained_on` how many of the test images are
-    training images too, pixel for pixel: None in what earlier versions have exported.
+    training images too, pixel for pixel.
     """
 
     holdout_images: int
     test_images: int
-    trained_on: int | None = None
+    trained_on: int
     top1: float
     ece_as_trained: float
     ece: float
@@ -65,7 +65,7 @@ class Card(Strict):
 
     `tailcal.images.read_image` makes squares of `image_size` pixels' side; `augmentation` says how the network takes
     them: cropped or not, and normalised. `train_counts` are training images per class. `weights` and `onnx` are SHA-256
-    of the files beside it. `measured` is None in what earlier versions of tailcal have exported.
+    of the files beside it.
     """
 
     format: Literal[1]
@@ -79,7 +79,7 @@ class Card(Strict):
     settings: dict[str, Any]
     rule: Literal["temperature", "none"]
     fitted: dict[str, Positive]
-    measured: MeasuredModel | None = None
+    measured: MeasuredModel
     cell: CellSeed
     weights: str
     onnx: str | None

@@ -15,10 +15,10 @@ DIGITS = 6  # of a number behind the point
 def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, bins: int = 15) -> Numbers:
     """Every metric of one seed's test logits; `counts_K` are training images per class, which decide the shot groups.
 
-    top5 only where K > 5. confidence is the mean of the top-1 confidence: where it is above top1, they are too sure on
-    the whole. A number of a shot group without test samples is None. The ECE, NLL and Brier score of a group are those
-    of the images whose true class is in it. Where the test split is not balanced, a classifier that is calibrated over
-    all images is not so in a group. Raises ValueError as `tailcal.metrics.scores.check` does.
+    top5 only where K > 5. confidence is the mean of the top-1 confidence: where it is above top1, the classifier is
+    overconfident on average. A number of a shot group without test samples is None. The ECE, NLL and Brier score of a
+    group are those of the images whose true class is in it. Calibration over all images does not imply calibration
+    within a group. Raises ValueError as `tailcal.metrics.scores.check` does.
     """
     check(logits_NK, labels_N)
     p_NK = softmax(logits_NK)
