@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stages import paths, workspace
+from stages import official, paths, workspace
 from stages.evaluate import read_cell
 from tailcal import errors, files, lock, method, params, provenance, settings, sources, splits, train
 from tailcal.benchmark import measure, modes
@@ -91,14 +91,14 @@ def code(p: params.Params, suite: modes.Suite) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.modes", description=__doc__)
-    workspace.accept_images(parser)
+    official.accept_images(parser)
     args = parser.parse_args()
 
     declared, p = modes.load(params.load())
     workspace.require_one_process(p.runtime)
     device = train.prepare(p.runtime)
     suite = getattr(declared, device.type)
-    p, instead = workspace.with_images(p, (cell.dataset for cell in suite.cells), args.images)
+    p, instead = official.with_images(p, (cell.dataset for cell in suite.cells), args.images)
     p = p.model_copy(update={"seeds": suite.seeds})
     digest = code(p, suite)  # before hours of training: this reads the settings of every cell
     with lock.alone(paths.LOCKS, OUT, TEXT):

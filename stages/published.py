@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from stages import paths, workspace
+from stages import official, paths, workspace
 from stages.seeds import read_images
 from tailcal import (
     distributed,
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="leave out what is there already, complete")
     parser.add_argument("--seed", action="append", help="only this seed of the plan, or these (all)")
     parser.add_argument("--precision", choices=get_args(params.Precision), help="of training (that of params.yaml)")
-    workspace.accept_images(parser)
+    official.accept_images(parser)
     args = parser.parse_args()
 
     chosen, p = plan.load(params.load())
@@ -284,7 +284,7 @@ def main() -> None:
         for classifier in classifiers:
             settings.training(p, dataset, classifier, "classifiers")
     planned = p
-    p, instead = workspace.with_images(p, (name for name, _, _ in asked), args.images)
+    p, instead = official.with_images(p, (name for name, _, _ in asked), args.images)
 
     lacking = {training: dict.fromkeys(classifiers, p.seeds) for training, classifiers in asked.items()}
     for (dataset, representation, late_epochs), seeds in lacking.items():
@@ -294,7 +294,7 @@ def main() -> None:
                 training = settings.training(p, dataset, name, "classifiers")
                 seeds[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))
             others = beside(cell, (seed for seed in chosen.seeds if args.missing or seed not in p.seeds))
-            workspace.require_planned(others, planned)
+            official.require_planned(others, planned)
             if seeds[name] or args.precision:
                 require_alike(cell, p, others)
     workspace.wait()  # all have read what is there, which the first will add to
