@@ -30,6 +30,7 @@ from tailcal import (
     posthoc,
     predictions,
     settings,
+    sources,
     splits,
     train,
     weights,
@@ -128,7 +129,7 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
         "seed": seed,
         "data": {
             "train_images": sum(meta["train_counts"]),
-            "official": meta["source"]["kind"] != "folder",
+            "official": sources.official(meta["source"]["kind"]),
             "trained_on": meta["duplicates"]["test"],
             "test_split": {name: meta["checksums"][name] for name in ("test_images.npy", "test_labels.npy")},
         },
@@ -247,14 +248,14 @@ def require_alike(cell: measured.CellName, p: params.Params, others: dict[Path, 
     elsewhere, than what is about to be trained by `p`."""
     dataset, representation, classifier = cell
     narrow = f"--dataset {dataset} --representation {representation} --classifier {classifier}"
-    official = params.dataset(p, dataset).source["kind"] != "folder"
+    images_official = sources.official(params.dataset(p, dataset).source["kind"])
     for file, run in others.items():
         if run.precision != p.precision:
             raise errors.UserError(
                 f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give {narrow} "
                 f"--precision {run.precision}, or move it away"
             )
-        if run.data.official != official:
+        if run.data.official != images_official:
             raise errors.UserError(
                 f"{file} is of images from {'an official archive' if run.data.official else 'a folder'}, and the seeds "
                 f"of a cell must be of the same: {'leave --images out' if run.data.official else 'give --images'}, or "
