@@ -13,6 +13,7 @@ import pandas as pd
 
 from stages import paths
 from tailcal import errors, files, lineage, lock, params, posthoc, predictions, splits
+from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tailcal.longtail import shot_groups
 from tailcal.metrics.accuracy import per_class_accuracy
@@ -114,55 +115,54 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__)
-    for axis in ("dataset", "representation", "classifier"):
+    for axis in CellName._fields:
         parser.add_argument(f"--{axis}", required=True, help="a name on the grid of params.yaml")
-    where = vars(parser.parse_args(arguments))
+    cell = CellName(**vars(parser.parse_args(arguments)))
     p = params.load()
-    dataset = params.dataset(p, where["dataset"])
-    for axis in ("representation", "classifier"):
-        params.chosen(getattr(p, f"{axis}s"), where[axis], f"{axis}s")
-    outputs = [place(**where) for place in (paths.cell_plots, paths.metrics, paths.headline)]
+    dataset = params.dataset(p, cell.dataset)
+    params.chosen(p.representations, cell.representation, "representations")
+    params.chosen(p.classifiers, cell.classifier, "classifiers")
+    outputs = [place(*cell) for place in (paths.cell_plots, paths.metrics, paths.headline)]
     with lock.alone(paths.LOCKS, *outputs):
-        evaluate(p, dataset, where)
+        evaluate(p, dataset, cell)
 
 
-def evaluate(p: params.Params, dataset: params.Dataset, where: dict[str, str]) -> None:
-    """Measure the cell `where`, {axis: name}; write its numbers, tables and diagram. Raises UserError."""
+def evaluate(p: params.Params, dataset: params.Dataset, cell: CellName) -> None:
+    """Measure a cell; write its numbers, tables and diagram. Raises UserError."""
     rules = posthoc.configure(p.evaluate.posthoc)
 
-    longtail = paths.longtail(where["dataset"])
+    longtail = paths.longtail(cell.dataset)
     meta = splits.read_meta(longtail)
-    splits.require_cut(longtail, meta, dataset, paths.raw(where["dataset"]))
+    splits.require_cut(longtail, meta, dataset, paths.raw(cell.dataset))
     if (labels := longtail / "train_labels.npy").exists():
         files.verify(labels, meta["checksums"].get(labels.name))
         splits.require_train_counts(longtail, meta, files.read_array(labels))
     names, counts_K = meta["class_names"], np.array(meta["train_counts"])
-    folder = paths.predictions(**where)
+    folder = paths.predictions(*cell)
     made = folder / "provenance.json"
     provenance = files.read_json(made)
     record = params.recorded(lineage.Predicted, provenance, made)
-    named = tuple(where.values())
-    lineage.require_images(record, folder, named, meta, longtail)
-    lineage.require_cell(record, folder, named, paths.representation(where["dataset"], where["representation"]))
-    lineage.require_seeds(record.checksums, p.seeds, folder, lineage.again(calibrate=named))
-    cell = read_cell(folder, provenance.pop("checksums"), p.seeds, len(names))
+    lineage.require_images(record, folder, cell, meta, longtail)
+    lineage.require_cell(record, folder, cell, paths.representation(*cell[:2]))
+    lineage.require_seeds(record.checksums, p.seeds, folder, lineage.again(calibrate=cell))
+    runs = read_cell(folder, provenance.pop("checksums"), p.seeds, len(names))
 
-    plots = paths.cell_plots(**where)
-    write_table(plots / "reliability.csv", reliability_table(cell, p.seeds, p.evaluate.bins))
-    write_table(plots / "per_class.csv", per_class_table(cell, names, counts_K))
-    write_table(plots / "confusion.csv", confusion_table(cell, names))
-    numbers = metrics(cell, counts_K, rules, p.evaluate.bins)
+    plots = paths.cell_plots(*cell)
+    write_table(plots / "reliability.csv", reliability_table(runs, p.seeds, p.evaluate.bins))
+    write_table(plots / "per_class.csv", per_class_table(runs, names, counts_K))
+    write_table(plots / "confusion.csv", confusion_table(runs, names))
+    numbers = metrics(runs, counts_K, rules, p.evaluate.bins)
     about = {
         "images": {key: meta[key] for key in ("skipped", "duplicates")},
         "provenance": provenance | {"evaluate": p.evaluate.model_dump(), "seeds": p.seeds},
     }
-    files.write_json(paths.metrics(**where), numbers | about)
-    files.write_json(paths.headline(**where), {name: numbers[name] for name in HEADLINE})
+    files.write_json(paths.metrics(*cell), numbers | about)
+    files.write_json(paths.headline(*cell), {name: numbers[name] for name in HEADLINE})
 
     from tailcal import figures  # matplotlib: a bad input is reported before it is loaded
 
     diagram = pd.read_csv(plots / "reliability.csv")
-    figures.reliability(diagram, numbers["ece_floor"], " / ".join(where.values()), plots / "reliability.png")
+    figures.reliability(diagram, numbers["ece_floor"], " / ".join(cell), plots / "reliability.png")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def require_planned(runs: dict[Path, measured.Run], p: params.Params) -> None:
 
 
 def _unplanned(file: Path, run: measured.Run, p: params.Params) -> str | None:
-    p, cell = p.model_copy(update={"precision": run.precision}), file.parts[-4:-1]
-    if not run.data.official and sources.configure(params.dataset(p, cell[0])).kind in OFFICIAL:
-        p, _ = with_images(p, cell[:1], Path("images"))  # which folder, no record says
+    p, cell = p.model_copy(update={"precision": run.precision}), measured.cell_of(file)
+    if not run.data.official and sources.configure(params.dataset(p, cell.dataset)).kind in OFFICIAL:
+        p, _ = with_images(p, [cell.dataset], Path("images"))  # which folder, no record says
     return measured.unplanned(file, run, settings.of_cell(p, *cell), p.evaluate.model_dump())

@@ -35,6 +35,7 @@ from tailcal import (
     train,
     weights,
 )
+from tailcal.cell import CellName
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece
 from tailcal.metrics.cell import Numbers, measure, rounded
@@ -51,7 +52,7 @@ def late_of(folder: Path, seed: int) -> list[Path]:
     return sorted(late, key=lambda path: int(path.stem.removeprefix("epoch")))
 
 
-def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[int, dict[str, Any]]:
+def best_on_test(p: params.Params, cell: CellName, folder: Path) -> dict[int, dict[str, Any]]:
     """What each seed would have been reported as at the best of its late epochs.
 
     folder: checkpoints of stage 1 or 2, with late/seed<k>/epoch<e>.safetensors below it. The epoch is chosen by top-1
@@ -60,13 +61,13 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     ece_least and ece_most are of any of the late epochs.
     Raises UserError when the late epochs are no longer there, or are damaged.
     """
-    longtail = paths.longtail(where["dataset"])
+    longtail = paths.longtail(cell.dataset)
     counts = np.array(splits.read_meta(longtail)["train_counts"])
-    stage1 = paths.representation(where["dataset"], where["representation"])
+    stage1 = paths.representation(*cell[:2])
     record = lineage.read_represented(stage1).network
-    training = settings.training(p, where["dataset"], where["classifier"], "classifiers")
+    training = settings.training(p, cell.dataset, cell.classifier, "classifiers")
     block = training.settings.model_dump()
-    dataset = params.dataset(p, where["dataset"])
+    dataset = params.dataset(p, cell.dataset)
     data = read_images(longtail, "test", dataset, train.prepare(p.runtime, p.precision), p.runtime.placement)
     labels = data.labels.cpu().numpy()
     without = (np.empty((0, len(counts))), np.empty(0, dtype=np.int64))  # a hold-out
@@ -100,24 +101,24 @@ def best_epoch(logits: Iterable[np.ndarray], labels: np.ndarray, bins: int) -> N
     return rounded(max(epochs, key=itemgetter("top1")) | {"ece_least": min(every), "ece_most": max(every)})
 
 
-def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, Any] | None) -> dict[str, Any]:
+def compose(p: params.Params, cell: CellName, seed: int, late: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that is kept of a cell's seed."""
-    meta = splits.read_meta(paths.longtail(where["dataset"]))
+    meta = splits.read_meta(paths.longtail(cell.dataset))
     counts = np.array(meta["train_counts"])
-    provenance = files.read_json(paths.predictions(**where) / "provenance.json")
+    provenance = files.read_json(paths.predictions(*cell) / "provenance.json")
     name = f"seed{seed}.npz"
-    run = predictions.read(paths.predictions(**where) / name, provenance.pop("checksums")[name], len(counts))
+    run = predictions.read(paths.predictions(*cell) / name, provenance.pop("checksums")[name], len(counts))
     rules = posthoc.configure(p.evaluate.posthoc)
 
     def numbers(logits: np.ndarray) -> dict[str, Any]:
         correct = measured.pack(logits.argmax(axis=1) == run.test_labels)
         return rounded(measure(logits, run.test_labels, counts, p.evaluate.bins)) | {"correct": correct}
 
-    history = pd.read_csv(paths.representation(where["dataset"], where["representation"]) / "history.csv")
-    cost = files.read_json(paths.costs("represent", where["dataset"], where["representation"]))
-    stage1 = files.read_json(paths.representation(where["dataset"], where["representation"]) / "provenance.json")
+    history = pd.read_csv(paths.representation(*cell[:2]) / "history.csv")
+    cost = files.read_json(paths.costs("represent", *cell[:2]))
+    stage1 = files.read_json(paths.representation(*cell[:2]) / "provenance.json")
     provenance["stage1"] |= {"processes": stage1["processes"]} if "processes" in stage1 else {}
-    training = settings.training(p, where["dataset"], where["representation"], "representations")
+    training = settings.training(p, cell.dataset, cell.representation, "representations")
     return numbers(run.test_logits) | {
         "posthoc": {
             name: numbers(rule(run.test_logits))
@@ -139,7 +140,7 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
         "test_images": sum(meta["test_counts"]),
         "cost": {
             "machine": cost["machine"]["name"],
-            "seconds": round(workspace.seconds(where, seed), 1),
+            "seconds": round(workspace.seconds(cell, seed), 1),
             "at_once": cost["at_once"],
         },
         "provenance": provenance | {"evaluate": p.evaluate.model_dump()},
@@ -157,17 +158,17 @@ def cells(
     """Train a representation and its classifiers, measure them, and write a file for each seed of each below `out`."""
     stage1 = workspace.run_stage1(p, dataset, representation, late_epochs)
     for classifier in classifiers:
-        where = {"dataset": dataset, "representation": representation, "classifier": classifier}
-        with workspace.run_stage2(p, where, late_epochs) as stage2:
+        cell = CellName(dataset, representation, classifier)
+        with workspace.run_stage2(p, cell, late_epochs) as stage2:
             if not distributed.is_first():
                 continue
             chosen, late = settings.training(p, dataset, classifier, "classifiers"), {}
             if late_epochs and has_epochs(chosen):
-                late = best_on_test(p, where, stage2 if chosen.recipe else stage1)
+                late = best_on_test(p, cell, stage2 if chosen.recipe else stage1)
             for seed in p.seeds:
-                file = measured.run_file(out, tuple(where.values()), seed)
+                file = measured.run_file(out, cell, seed)
                 files.remove_leftovers(file)  # those of a run that was killed
-                files.write_json(file, compose(p, where, seed, late.get(seed)))
+                files.write_json(file, compose(p, cell, seed, late.get(seed)))
 
 
 def select(
@@ -183,22 +184,21 @@ def select(
     """
     _require_known("table", tables, chosen.tables)
     found = [
-        (*cells, classifier, table.late_epochs)
+        (CellName(*pair, classifier), table.late_epochs)
         for name, table in chosen.tables.items()
         if name in (tables or [name])
-        for *cells, each in table.cells()
+        for *pair, each in table.cells()
         for classifier in each
     ]
     options = {"dataset": datasets, "representation": representations, "classifier": classifiers}
     for i, (option, names) in enumerate(options.items()):
-        _require_known(option, names, [cell[i] for cell in found])
+        _require_known(option, names, [cell[i] for cell, _ in found])
     asked: dict[tuple[str, str, int], list[str]] = {}
-    for *cell, late_epochs in found:
-        dataset, representation, classifier = cell
+    for cell, late_epochs in found:
         if all(name in (names or [name]) for name, names in zip(cell, options.values(), strict=True)):
-            asked.setdefault((dataset, representation, late_epochs), []).append(classifier)
+            asked.setdefault((*cell[:2], late_epochs), []).append(cell.classifier)
     if not asked:
-        known = sorted({"/".join(cell[:3]) for cell in found if cell[0] in (datasets or [cell[0]])})
+        known = sorted({str(cell) for cell, _ in found if cell.dataset in (datasets or [cell.dataset])})
         raise errors.UserError(
             f"--dataset, --representation, --classifier: these tables have no such cell: there are {', '.join(known)}"
         )
@@ -226,7 +226,7 @@ def narrowed(p: params.Params, seeds: list[str] | None, precision: str | None) -
     )
 
 
-def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[int]:
+def missing(cell: CellName, p: params.Params, with_best: bool) -> list[int]:
     """The seeds of `p` that have no file of this cell; and, where best on test is asked for, those whose file lacks
     it. Raises UserError as `measured.read_run` does."""
     return [
@@ -237,13 +237,13 @@ def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[
     ]
 
 
-def beside(cell: measured.CellName, seeds: Iterable[int]) -> dict[Path, measured.Run]:
+def beside(cell: CellName, seeds: Iterable[int]) -> dict[Path, measured.Run]:
     """What is there already of these seeds of a cell, by file. Raises UserError as `measured.read_run` does."""
     every = (measured.run_file(paths.PUBLISHED, cell, seed) for seed in seeds)
     return {file: measured.read_run(file) for file in every if file.exists()}
 
 
-def require_alike(cell: measured.CellName, p: params.Params, others: dict[Path, measured.Run]) -> None:
+def require_alike(cell: CellName, p: params.Params, others: dict[Path, measured.Run]) -> None:
     """Raise UserError naming a file of another seed of a cell that is in another precision, or of images from
     elsewhere, than what is about to be trained by `p`."""
     dataset, representation, classifier = cell
@@ -290,7 +290,7 @@ def main() -> None:
     lacking = {training: dict.fromkeys(classifiers, p.seeds) for training, classifiers in asked.items()}
     for (dataset, representation, late_epochs), seeds in lacking.items():
         for name in seeds:
-            cell = (dataset, representation, name)
+            cell = CellName(dataset, representation, name)
             if args.missing:
                 training = settings.training(p, dataset, name, "classifiers")
                 seeds[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))

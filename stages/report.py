@@ -12,6 +12,7 @@ from pydantic import AliasPath, ConfigDict, Field, model_validator
 
 from stages import paths
 from tailcal import costs, figures, lineage, lock, page, params, settings, splits, tables
+from tailcal.cell import CellName
 from tailcal.errors import UserError, run
 from tailcal.files import REPRO, read_json, verify, write_json, write_text
 from tailcal.params import Strict
@@ -98,7 +99,7 @@ def report() -> None:
     grid = p.grid
     cells = {
         dataset: [
-            _cell(dataset, representation, classifier)
+            _cell(CellName(dataset, representation, classifier))
             for representation, classifier in product(grid.representations, grid.classifiers)
         ]
         for dataset in grid.datasets
@@ -174,11 +175,11 @@ def _draw(cells: list[Cell], histories: dict[str, pd.DataFrame]) -> dict[str, Pa
     return drawn
 
 
-def _cell(dataset: str, representation: str, classifier: str) -> Cell:
-    metrics = _metrics(paths.metrics(dataset, representation, classifier))
-    plots = paths.cell_plots(dataset, representation, classifier)
+def _cell(name: CellName) -> Cell:
+    metrics = _metrics(paths.metrics(*name))
+    plots = paths.cell_plots(*name)
     bins, classes = _frame(plots / "reliability.csv", BINS), _frame(plots / "per_class.csv", CLASSES)
-    return Cell(dataset, representation, classifier, metrics, bins, classes)
+    return Cell(*name, metrics, bins, classes)
 
 
 def _require_same_classes(cells: list[Cell]) -> None:
@@ -186,14 +187,14 @@ def _require_same_classes(cells: list[Cell]) -> None:
     classes = list(range(max(len(cell.classes) for cell in cells)))
     for cell in cells:
         if sorted(cell.classes["class"]) != classes:
-            path = paths.cell_plots(cell.dataset, cell.representation, cell.classifier) / "per_class.csv"
+            path = paths.cell_plots(*cell.full_name) / "per_class.csv"
             raise UserError(f"{path} is damaged (not each of {len(classes)} classes once): delete it and {REPRO}")
 
 
 def _require_current(p: params.Params, cell: Cell) -> None:
     """Raise UserError when a cell's numbers are of other parameters than those in force, of other seeds, or not of the
     representation that lies there. (DVC sees to that; a stage that was left out without it is noticed here.)"""
-    where = (cell.dataset, cell.representation, cell.classifier)
+    where = cell.full_name
     path, provenance = paths.metrics(*where), cell.metrics["provenance"]
     changed = [*lineage.outdated(provenance, settings.of_cell(p, *where), p.evaluate.model_dump())]
     if provenance.get("seeds") != p.seeds:
@@ -209,7 +210,7 @@ def _require_current(p: params.Params, cell: Cell) -> None:
 def _require_own_tables(cell: Cell) -> None:
     """Raise UserError naming a table whose numbers are not those of the cell's metrics, as those of another cell are
     not, or of an evaluation that was cut short."""
-    where = (cell.dataset, cell.representation, cell.classifier)
+    where = cell.full_name
     of_tables = {
         "per_class.csv": ("top1", np.average(cell.classes["accuracy"], weights=cell.classes["test_count"])),
         "reliability.csv": ("ece", figures.calibration_error(cell.bins)),
@@ -228,16 +229,15 @@ def _require_images(p: params.Params, dataset: str, longtail: Path, cells: list[
     meta = splits.read_meta(longtail)
     splits.require_cut(longtail, meta, params.dataset(p, dataset), paths.raw(dataset))
     for cell in cells:
-        where = (cell.dataset, cell.representation, cell.classifier)
+        where = cell.full_name
         path = paths.metrics(*where)
         origin = params.recorded(lineage.Origin, cell.metrics["provenance"], path)
         lineage.require_images(origin, path, where, meta, longtail, ("evaluate",))
 
 
-def _again(where: tuple[str, str, str], first: str) -> str:
+def _again(cell: CellName, first: str) -> str:
     """How a cell is made anew from the stage `first` on."""
-    stages = {"download": where[:1], "subsample": where[:1], "represent": where[:2], "calibrate": where}
-    stages["evaluate"] = where
+    stages = {"download": cell[:1], "subsample": cell[:1], "represent": cell[:2], "calibrate": cell, "evaluate": cell}
     return lineage.again(**dict(dropwhile(lambda stage: stage[0] != first, stages.items())))
 
 
@@ -255,7 +255,7 @@ def _history(dataset: str, representation: str) -> pd.DataFrame:
 
 
 def _diagram(cell: Cell) -> Path:
-    path = paths.cell_plots(cell.dataset, cell.representation, cell.classifier) / "reliability.png"
+    path = paths.cell_plots(*cell.full_name) / "reliability.png"
     if not path.is_file():
         raise UserError(f"{path} is missing: {REPRO}")
     if not path.read_bytes().startswith(b"\x89PNG"):

@@ -18,6 +18,7 @@ from stages import calibrate, official, paths, represent
 from stages.download import download
 from stages.subsample import subsample
 from tailcal import distributed, errors, files, lock, params, provenance, sources, splits
+from tailcal.cell import CellName
 
 
 def wait() -> None:
@@ -142,18 +143,17 @@ def run_stage1(p: params.Params, dataset: str, representation: str, late_epochs:
 
 
 @contextlib.contextmanager
-def run_stage2(p: params.Params, where: dict[str, str], late_epochs: int = 0) -> Iterator[Path]:
-    """Stage 2 of the cell `where`, {axis: name}, as `run_stage1` does stage 1, until the block ends.
+def run_stage2(p: params.Params, cell: CellName, late_epochs: int = 0) -> Iterator[Path]:
+    """Stage 2 of a cell, as `run_stage1` does stage 1, until the block ends.
 
     Yields what `calibrate` returns.
     """
-    cell = tuple(where.values())
     with lock.alone(paths.LOCKS, *calibrate.outputs(*cell)):
         yield calibrate.calibrate(p, *cell, late_epochs)
     wait()
 
 
-def seconds(where: dict[str, str], seed: int) -> float:
+def seconds(cell: CellName, seed: int) -> float:
     """What training the network of a cell and seed took, both stages together."""
-    stages = (("represent", where["dataset"], where["representation"]), ("calibrate", *where.values()))
+    stages = (("represent", *cell[:2]), ("calibrate", *cell))
     return sum(files.read_json(paths.costs(*stage))["seeds"][str(seed)]["seconds"] for stage in stages)

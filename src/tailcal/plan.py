@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tailcal import params
+from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tailcal.params import Dataset, Grid, Params, Seeds, Strict, Word, Words
 from tailcal.tables import AS_TRAINED
@@ -100,10 +101,9 @@ class Plan(Strict):
                 known = ", ".join(self.tables)
                 raise ValueError(f"footing.{name}.table: there is no {footing.table}: use one of {known}")
             for row in footing.rows:
-                cell = footing.dataset, row.representation, row.classifier
+                cell = CellName(footing.dataset, row.representation, row.classifier)
                 if not self.tables[footing.table].trains(*cell):
-                    missing = "/".join(cell)
-                    raise ValueError(f"footing.{name}.rows: tables.{footing.table} does not train {missing}")
+                    raise ValueError(f"footing.{name}.rows: tables.{footing.table} does not train {cell}")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from tailcal import posthoc
+from tailcal.cell import CellName
 from tailcal.duplicates import TWICE
 from tailcal.metrics.cell import HEADLINE
 
@@ -54,6 +55,11 @@ class Cell:
     def name(self) -> str:
         """How a picture or an axis calls it."""
         return f"{self.representation}/{self.classifier}"
+
+    @property
+    def full_name(self) -> CellName:
+        """With the data set."""
+        return CellName(self.dataset, self.representation, self.classifier)
 
     def variants(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """AS_TRAINED, then each post-hoc rule that could be applied; each with its numbers."""
