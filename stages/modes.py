@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 
 from stages import official, paths, workspace
-from stages.evaluate import read_cell
-from tailcal import errors, files, lock, method, params, provenance, settings, sources, splits, train
+from tailcal import errors, files, lock, method, params, predictions, provenance, settings, sources, splits, train
 from tailcal.benchmark import measure, modes
 from tailcal.benchmark.modes import REFERENCE, Cell, Measured, Mode, ModeResult, Outcome, Record, Seed
 from tailcal.cell import CellName
@@ -33,7 +32,7 @@ def outcome(p: params.Params, cell: CellName) -> Outcome:
     history = pd.read_csv(stage1 / "history.csv").query("epoch == 1").set_index("seed")
     weights = files.read_json(stage1 / "provenance.json")["weights"]
     checksums = files.read_json(paths.predictions(*cell) / "provenance.json")["checksums"]
-    runs = read_cell(paths.predictions(*cell), checksums, p.seeds, len(counts))
+    runs = predictions.read_seeds(paths.predictions(*cell), checksums, p.seeds, len(counts))
     seeds, measured = {}, []
     for seed, run in zip(p.seeds, runs, strict=True):
         numbers = measure_cell(run.test_logits, run.test_labels, counts, p.evaluate.bins)
