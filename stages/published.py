@@ -171,98 +171,6 @@ def cells(
                 files.write_json(file, compose(p, cell, seed, late.get(seed)))
 
 
-def select(
-    chosen: plan.Plan,
-    tables: list[str] | None,
-    datasets: list[str] | None,
-    representations: list[str] | None,
-    classifiers: list[str] | None,
-) -> dict[tuple[str, str, int], list[str]]:
-    """{(data set, representation, late epochs): classifiers} of what is asked for; None asks for all of its kind.
-
-    Raises UserError for a name that is not there, and when nothing is left.
-    """
-    _require_known("table", tables, chosen.tables)
-    found = [
-        (CellName(*pair, classifier), table.late_epochs)
-        for name, table in chosen.tables.items()
-        if name in (tables or [name])
-        for *pair, each in table.cells()
-        for classifier in each
-    ]
-    options = {"dataset": datasets, "representation": representations, "classifier": classifiers}
-    for i, (option, names) in enumerate(options.items()):
-        _require_known(option, names, [cell[i] for cell, _ in found])
-    asked: dict[tuple[str, str, int], list[str]] = {}
-    for cell, late_epochs in found:
-        if all(name in (names or [name]) for name, names in zip(cell, options.values(), strict=True)):
-            asked.setdefault((*cell[:2], late_epochs), []).append(cell.classifier)
-    if not asked:
-        known = sorted({str(cell) for cell, _ in found if cell.dataset in (datasets or [cell.dataset])})
-        raise errors.UserError(
-            f"--dataset, --representation, --classifier: these tables have no such cell: there are {', '.join(known)}"
-        )
-    return {training: list(dict.fromkeys(classifiers)) for training, classifiers in asked.items()}
-
-
-def _require_known(option: str, names: list[str] | None, known: Iterable[str]) -> None:
-    known = list(dict.fromkeys(known))
-    for name in names or []:
-        if name not in known:
-            raise errors.UserError(f"--{option} {name}: there is none of that name: there are {', '.join(known)}")
-
-
-def narrowed(p: params.Params, seeds: list[str] | None, precision: str | None) -> params.Params:
-    """The parameters with a part of their seeds, and another precision; None leaves either as it is.
-
-    Raises UserError for a seed that is not among them or is named twice.
-    """
-    known = {str(seed): seed for seed in p.seeds}
-    for seed in seeds or []:
-        if seed not in known or seeds.count(seed) > 1:
-            raise errors.UserError(f"--seed {seed}: must be one of {', '.join(known)}, each named once at most")
-    return p.model_copy(
-        update={"seeds": [known[seed] for seed in seeds or known], "precision": precision or p.precision}
-    )
-
-
-def missing(cell: CellName, p: params.Params, with_best: bool) -> list[int]:
-    """The seeds of `p` that have no file of this cell; and, where best on test is asked for, those whose file lacks
-    it. Raises UserError as `measured.read_run` does."""
-    return [
-        seed
-        for seed in p.seeds
-        if not (file := measured.run_file(paths.PUBLISHED, cell, seed)).exists()
-        or (measured.read_run(file).best_on_test is None and with_best)
-    ]
-
-
-def beside(cell: CellName, seeds: Iterable[int]) -> dict[Path, measured.Run]:
-    """What is there already of these seeds of a cell, by file. Raises UserError as `measured.read_run` does."""
-    every = (measured.run_file(paths.PUBLISHED, cell, seed) for seed in seeds)
-    return {file: measured.read_run(file) for file in every if file.exists()}
-
-
-def require_alike(cell: CellName, p: params.Params, others: dict[Path, measured.Run]) -> None:
-    """Raise UserError naming a file of another seed of a cell that is in another precision, or of images from
-    elsewhere, than what is about to be trained by `p`."""
-    dataset, representation, classifier = cell
-    narrow = f"--dataset {dataset} --representation {representation} --classifier {classifier}"
-    images_official = sources.official(params.dataset(p, dataset).source["kind"])
-    for file, run in others.items():
-        if run.precision != p.precision:
-            raise errors.UserError(
-                f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give {narrow} "
-                f"--precision {run.precision}, or move it away"
-            )
-        if run.data.official != images_official:
-            raise errors.UserError(
-                f"{file} is of images from {'an official archive' if run.data.official else 'a folder'}, and the seeds "
-                f"of a cell must be of the same: {'leave --images out' if run.data.official else 'give --images'}, or "
-                "move it away"
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.published", description=__doc__)
     parser.add_argument("--table", action="append", help="only this table, or these (all)")
@@ -276,10 +184,10 @@ def main() -> None:
     args = parser.parse_args()
 
     chosen, p = plan.load(params.load())
-    p = narrowed(p, args.seed, args.precision)
+    p = plan.narrowed(p, args.seed, args.precision)
     distributed.launch("stages.published", p.runtime.processes)
     train.prepare(p.runtime, p.precision)  # refuses what this machine cannot do before anything is downloaded
-    asked = select(chosen, args.table, args.dataset, args.representation, args.classifier)
+    asked = plan.select(chosen, args.table, args.dataset, args.representation, args.classifier)
     for (dataset, representation, _), classifiers in asked.items():
         settings.training(p, dataset, representation, "representations")
         for classifier in classifiers:
@@ -287,28 +195,38 @@ def main() -> None:
     planned = p
     p, instead = official.with_images(p, (name for name, _, _ in asked), args.images)
 
-    lacking = {training: dict.fromkeys(classifiers, p.seeds) for training, classifiers in asked.items()}
-    for (dataset, representation, late_epochs), seeds in lacking.items():
-        for name in seeds:
-            cell = CellName(dataset, representation, name)
-            if args.missing:
-                training = settings.training(p, dataset, name, "classifiers")
-                seeds[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))
-            others = beside(cell, (seed for seed in chosen.seeds if args.missing or seed not in p.seeds))
-            official.require_planned(others, planned)
-            if seeds[name] or args.precision:
-                require_alike(cell, p, others)
+    kept = [seed for seed in chosen.seeds if args.missing or seed not in p.seeds]
+
+    def lacking(cell: CellName, late_epochs: int) -> list[int]:
+        """The seeds of a cell that are to be trained. Raises UserError when those that are kept do not go with them."""
+        runs = measured.read_runs(paths.PUBLISHED, cell, kept)
+        official.require_planned(runs, planned)
+        with_best = late_epochs and has_epochs(settings.training(p, cell.dataset, cell.classifier, "classifiers"))
+        complete = {run.seed for run in runs.values() if run.best_on_test or not with_best}
+        seeds = [seed for seed in p.seeds if seed not in complete]
+        if seeds or args.precision:
+            source = params.dataset(p, cell.dataset).source["kind"]
+            measured.require_alike(cell, runs, p.precision, sources.official(source))
+        return seeds
+
+    todo = {
+        (dataset, representation, late_epochs): {
+            classifier: seeds
+            for classifier in classifiers
+            if (seeds := lacking(CellName(dataset, representation, classifier), late_epochs))
+        }
+        for (dataset, representation, late_epochs), classifiers in asked.items()
+    }
     workspace.wait()  # all have read what is there, which the first will add to
 
     out, written = paths.PUBLISHED.resolve(), 0
     with workspace.inside(WORKSPACE):
-        for (dataset, representation, late_epochs), seeds in lacking.items():
-            together = sorted(set(chain.from_iterable(seeds.values())), key=p.seeds.index)
-            names = [name for name, each in seeds.items() if each]
-            if together:
+        for (dataset, representation, late_epochs), seeds_of in todo.items():
+            if seeds_of:
+                together = sorted(set(chain.from_iterable(seeds_of.values())), key=p.seeds.index)
                 workspace.prepare(p, dataset, instead.get(dataset))
-                cells(p.model_copy(update={"seeds": together}), late_epochs, dataset, representation, names, out)
-            written += len(names)
+                cells(p.model_copy(update={"seeds": together}), late_epochs, dataset, representation, [*seeds_of], out)
+            written += len(seeds_of)
     if distributed.is_first():
         print(f"{paths.PUBLISHED}: cells written: {written}; `python -m stages.tables` makes the tables")
 

@@ -284,11 +284,16 @@ def seed_of(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def options(cell: CellName) -> str:
+    """What narrows `python -m stages.published` to one cell."""
+    return " ".join(f"--{axis} {name}" for axis, name in cell._asdict().items())
+
+
 def how_to_make(cell: CellName, seed: int | str) -> str:
     """How the file of one seed of a cell is made, as an error line ends."""
     return (
-        f"run `python -m stages.published --missing --dataset {cell.dataset} --representation {cell.representation} "
-        f"--classifier {cell.classifier} --seed {seed}`, with the --precision and --images of the other seeds"
+        f"run `python -m stages.published --missing {options(cell)} --seed {seed}`, with the --precision and --images "
+        "of the other seeds"
     )
 
 
@@ -362,6 +367,29 @@ def read_run(path: Path) -> Run:
         if stage.name not in (None, folder):
             raise UserError(f"{path} is of {stage.name}, and lies in a folder of {folder}: move it away")
     return run
+
+
+def read_runs(folder: Path, cell: CellName, seeds: Iterable[int]) -> dict[Path, Run]:
+    """Those of these seeds of a cell that lie below `folder`, by file. Raises UserError as `read_run` does."""
+    files_of_seeds = (run_file(folder, cell, seed) for seed in seeds)
+    return {file: read_run(file) for file in files_of_seeds if file.exists()}
+
+
+def require_alike(cell: CellName, runs: dict[Path, Run], precision: str, official: bool) -> None:
+    """Raise UserError naming a file of these seeds of a cell that is in another precision, or of images from elsewhere
+    (`official`: see `Data`), than what is about to be trained."""
+    for file, run in runs.items():
+        if run.precision != precision:
+            raise UserError(
+                f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give {options(cell)} "
+                f"--precision {run.precision}, or move it away"
+            )
+        if run.data.official != official:
+            raise UserError(
+                f"{file} is of images from {'an official archive' if run.data.official else 'a folder'}, and the seeds "
+                f"of a cell must be of the same: {'leave --images out' if run.data.official else 'give --images'}, or "
+                "move it away"
+            )
 
 
 def unplanned(path: Path, run: Run, params: dict[str, Any], evaluate: dict[str, Any]) -> str | None:
