@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stages import paths, workspace
-from stages.evaluate import read_cell
-from tailcal import errors, files, lock, method, params, provenance, settings, sources, splits, train
+from stages import official, paths, workspace
+from tailcal import errors, files, lock, method, params, predictions, provenance, settings, sources, splits, train
 from tailcal.benchmark import measure, modes
 from tailcal.benchmark.modes import REFERENCE, Cell, Measured, Mode, ModeResult, Outcome, Record, Seed
+from tailcal.cell import CellName
 from tailcal.metrics.cell import measure as measure_cell
 from tailcal.metrics.cell import over_seeds, rounded
 
@@ -25,16 +25,14 @@ TEXT = Path("metrics/modes.md")
 WORKSPACES = Path("data/modes")
 
 
-def outcome(p: params.Params, cell: Cell) -> Outcome:
+def outcome(p: params.Params, cell: CellName) -> Outcome:
     """What the stages have left of a cell in the present folder."""
-    where = cell.model_dump()
-    pair = (cell.dataset, cell.representation)
     counts = np.array(splits.read_meta(paths.longtail(cell.dataset))["train_counts"])
-    stage1 = paths.representation(*pair)
+    stage1 = paths.representation(*cell[:2])
     history = pd.read_csv(stage1 / "history.csv").query("epoch == 1").set_index("seed")
     weights = files.read_json(stage1 / "provenance.json")["weights"]
-    checksums = files.read_json(paths.predictions(**where) / "provenance.json")["checksums"]
-    runs = read_cell(paths.predictions(**where), checksums, p.seeds, len(counts))
+    checksums = files.read_json(paths.predictions(*cell) / "provenance.json")["checksums"]
+    runs = predictions.read_seeds(paths.predictions(*cell), checksums, p.seeds, len(counts))
     seeds, measured = {}, []
     for seed, run in zip(p.seeds, runs, strict=True):
         numbers = measure_cell(run.test_logits, run.test_labels, counts, p.evaluate.bins)
@@ -51,29 +49,29 @@ def outcome(p: params.Params, cell: Cell) -> Outcome:
         )
     return Outcome(
         **over_seeds(measured),
-        seconds=round(float(np.mean([workspace.seconds(where, seed) for seed in p.seeds])), 2),
+        seconds=round(float(np.mean([workspace.seconds(cell, seed) for seed in p.seeds])), 2),
         seeds=seeds,
     )
 
 
-def trained(p: params.Params, cell: Cell, name: str, mode: Mode, instead: str | None) -> Outcome:
+def trained(p: params.Params, cell: CellName, name: str, mode: Mode, instead: str | None) -> Outcome:
     """Train and measure a cell in a mode, in the folder of the mode. `instead` is that of `workspace.prepare`."""
     runtime = p.runtime.model_copy(update={"cuda_graphs": mode.cuda_graphs})
     p = p.model_copy(update={"precision": mode.precision, "runtime": runtime})
-    where = cell.model_dump()
     with workspace.inside(WORKSPACES / name):
         workspace.prepare(p, cell.dataset, instead)
-        workspace.run_stage1(p, cell.dataset, cell.representation)
-        with workspace.run_stage2(p, where):
+        workspace.run_stage1(p, *cell[:2])
+        with workspace.run_stage2(p, cell):
             return outcome(p, cell)
 
 
 def compare_modes(p: params.Params, cell: Cell, suite: modes.Suite, instead: str | None) -> Measured:
     """Train a cell in the reference and in every mode, one after the other, and judge the modes."""
-    reference = trained(p, cell, REFERENCE, Mode(precision="float32", cuda_graphs=False), instead)
+    cell_name = CellName(cell.dataset, cell.representation, cell.classifier)
+    reference = trained(p, cell_name, REFERENCE, Mode(precision="float32", cuda_graphs=False), instead)
     results = {}
     for name, mode in suite.modes.items():
-        other = trained(p, cell, name, mode, instead)
+        other = trained(p, cell_name, name, mode, instead)
         results[name] = ModeResult(outcome=other, verdict=modes.judge(reference, other, mode))
     source = p.datasets[cell.dataset].source["kind"]
     return Measured(**cell.model_dump(), source=source, reference=reference, modes=results)
@@ -91,14 +89,14 @@ def code(p: params.Params, suite: modes.Suite) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.modes", description=__doc__)
-    workspace.accept_images(parser)
+    official.accept_images(parser)
     args = parser.parse_args()
 
     declared, p = modes.load(params.load())
     workspace.require_one_process(p.runtime)
     device = train.prepare(p.runtime)
     suite = getattr(declared, device.type)
-    p, instead = workspace.with_images(p, (cell.dataset for cell in suite.cells), args.images)
+    p, instead = official.with_images(p, (cell.dataset for cell in suite.cells), args.images)
     p = p.model_copy(update={"seeds": suite.seeds})
     digest = code(p, suite)  # before hours of training: this reads the settings of every cell
     with lock.alone(paths.LOCKS, OUT, TEXT):

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from stages import paths, processes, workspace
+from stages import official, paths, processes, workspace
 from stages.seeds import read_images
 from tailcal import (
     distributed,
@@ -30,10 +30,12 @@ from tailcal import (
     posthoc,
     predictions,
     settings,
+    sources,
     splits,
     train,
     weights,
 )
+from tailcal.cell import CellName
 from tailcal.metrics.accuracy import top1
 from tailcal.metrics.calibration import ece
 from tailcal.metrics.cell import Numbers, measure, rounded
@@ -50,7 +52,7 @@ def late_of(folder: Path, seed: int) -> list[Path]:
     return sorted(late, key=lambda path: int(path.stem.removeprefix("epoch")))
 
 
-def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[int, dict[str, Any]]:
+def best_on_test(p: params.Params, cell: CellName, folder: Path) -> dict[int, dict[str, Any]]:
     """What each seed would have been reported as at the best of its late epochs.
 
     folder: checkpoints of stage 1 or 2, with late/seed<k>/epoch<e>.safetensors below it. The epoch is chosen by top-1
@@ -59,13 +61,13 @@ def best_on_test(p: params.Params, where: dict[str, str], folder: Path) -> dict[
     ece_least and ece_most are of any of the late epochs.
     Raises UserError when the late epochs are no longer there, or are damaged.
     """
-    longtail = paths.longtail(where["dataset"])
+    longtail = paths.longtail(cell.dataset)
     counts = np.array(splits.read_meta(longtail)["train_counts"])
-    stage1 = paths.representation(where["dataset"], where["representation"])
+    stage1 = paths.representation(*cell[:2])
     record = lineage.read_represented(stage1).network
-    training = settings.training(p, where["dataset"], where["classifier"], "classifiers")
+    training = settings.training(p, cell.dataset, cell.classifier, "classifiers")
     block = training.settings.model_dump()
-    dataset = params.dataset(p, where["dataset"])
+    dataset = params.dataset(p, cell.dataset)
     data = read_images(longtail, "test", dataset, train.prepare(p.runtime, p.precision), p.runtime.placement)
     labels = data.labels.cpu().numpy()
     nothing = posthoc.Holdout(counts, np.empty((0, len(counts))), np.empty(0, dtype=np.int64))
@@ -99,13 +101,13 @@ def best_epoch(logits: Iterable[np.ndarray], labels: np.ndarray, bins: int) -> N
     return rounded(max(epochs, key=itemgetter("top1")) | {"ece_least": min(every), "ece_most": max(every)})
 
 
-def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, Any] | None) -> dict[str, Any]:
+def compose(p: params.Params, cell: CellName, seed: int, late: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that is kept of a cell's seed."""
-    meta = splits.read_meta(paths.longtail(where["dataset"]))
+    meta = splits.read_meta(paths.longtail(cell.dataset))
     counts = np.array(meta["train_counts"])
-    provenance = files.read_json(paths.predictions(**where) / "provenance.json")
+    provenance = files.read_json(paths.predictions(*cell) / "provenance.json")
     name = f"seed{seed}.npz"
-    run = predictions.read(paths.predictions(**where) / name, provenance.pop("checksums")[name], len(counts))
+    run = predictions.read(paths.predictions(*cell) / name, provenance.pop("checksums")[name], len(counts))
     rules = posthoc.configure(p.evaluate.posthoc)
     holdout = posthoc.Holdout(counts, run.holdout_logits, run.holdout_labels)
 
@@ -113,11 +115,11 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
         correct = measured.pack(logits.argmax(axis=1) == run.test_labels)
         return rounded(measure(logits, run.test_labels, counts, p.evaluate.bins)) | {"correct": correct}
 
-    history = pd.read_csv(paths.representation(where["dataset"], where["representation"]) / "history.csv")
-    cost = files.read_json(paths.costs("represent", where["dataset"], where["representation"]))
-    stage1 = files.read_json(paths.representation(where["dataset"], where["representation"]) / "provenance.json")
+    history = pd.read_csv(paths.representation(*cell[:2]) / "history.csv")
+    cost = files.read_json(paths.costs("represent", *cell[:2]))
+    stage1 = files.read_json(paths.representation(*cell[:2]) / "provenance.json")
     provenance["stage1"] |= {"processes": stage1["processes"]} if "processes" in stage1 else {}
-    training = settings.training(p, where["dataset"], where["representation"], "representations")
+    training = settings.training(p, cell.dataset, cell.representation, "representations")
     return numbers(run.test_logits) | {
         "posthoc": {
             name: numbers(rule(run.test_logits))
@@ -129,7 +131,7 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
         "seed": seed,
         "data": {
             "train_images": sum(meta["train_counts"]),
-            "official": meta["source"]["kind"] != "folder",
+            "official": sources.official(meta["source"]["kind"]),
             "trained_on": meta["duplicates"]["test"],
             "test_split": {name: meta["checksums"][name] for name in ("test_images.npy", "test_labels.npy")},
         },
@@ -139,7 +141,7 @@ def compose(p: params.Params, where: dict[str, str], seed: int, late: dict[str, 
         "test_images": sum(meta["test_counts"]),
         "cost": {
             "machine": cost["machine"]["name"],
-            "seconds": round(workspace.seconds(where, seed), 1),
+            "seconds": round(workspace.seconds(cell, seed), 1),
             "at_once": cost["at_once"],
         },
         "provenance": provenance | {"evaluate": p.evaluate.model_dump()},
@@ -157,110 +159,17 @@ def cells(
     """Train a representation and its classifiers, measure them, and write a file for each seed of each below `out`."""
     stage1 = workspace.run_stage1(p, dataset, representation, late_epochs)
     for classifier in classifiers:
-        where = {"dataset": dataset, "representation": representation, "classifier": classifier}
-        with workspace.run_stage2(p, where, late_epochs) as stage2:
+        cell = CellName(dataset, representation, classifier)
+        with workspace.run_stage2(p, cell, late_epochs) as stage2:
             if not distributed.is_first():
                 continue
             chosen, late = settings.training(p, dataset, classifier, "classifiers"), {}
             if late_epochs and has_epochs(chosen):
-                late = best_on_test(p, where, stage2 if chosen.recipe else stage1)
+                late = best_on_test(p, cell, stage2 if chosen.recipe else stage1)
             for seed in p.seeds:
-                file = measured.run_file(out, tuple(where.values()), seed)
+                file = measured.run_file(out, cell, seed)
                 files.remove_leftovers(file)  # those of a run that was killed
-                files.write_json(file, compose(p, where, seed, late.get(seed)))
-
-
-def select(
-    chosen: plan.Plan,
-    tables: list[str] | None,
-    datasets: list[str] | None,
-    representations: list[str] | None,
-    classifiers: list[str] | None,
-) -> dict[tuple[str, str, int], list[str]]:
-    """{(data set, representation, late epochs): classifiers} of what is asked for; None asks for all of its kind.
-
-    Raises UserError for a name that is not there, and when nothing is left.
-    """
-    _require_known("table", tables, chosen.tables)
-    found = [
-        (*cells, classifier, table.late_epochs)
-        for name, table in chosen.tables.items()
-        if name in (tables or [name])
-        for *cells, each in table.cells()
-        for classifier in each
-    ]
-    options = {"dataset": datasets, "representation": representations, "classifier": classifiers}
-    for i, (option, names) in enumerate(options.items()):
-        _require_known(option, names, [cell[i] for cell in found])
-    asked: dict[tuple[str, str, int], list[str]] = {}
-    for *cell, late_epochs in found:
-        dataset, representation, classifier = cell
-        if all(name in (names or [name]) for name, names in zip(cell, options.values(), strict=True)):
-            asked.setdefault((dataset, representation, late_epochs), []).append(classifier)
-    if not asked:
-        known = sorted({"/".join(cell[:3]) for cell in found if cell[0] in (datasets or [cell[0]])})
-        raise errors.UserError(
-            f"--dataset, --representation, --classifier: these tables have no such cell: there are {', '.join(known)}"
-        )
-    return {training: list(dict.fromkeys(classifiers)) for training, classifiers in asked.items()}
-
-
-def _require_known(option: str, names: list[str] | None, known: Iterable[str]) -> None:
-    known = list(dict.fromkeys(known))
-    for name in names or []:
-        if name not in known:
-            raise errors.UserError(f"--{option} {name}: there is none of that name: there are {', '.join(known)}")
-
-
-def narrowed(p: params.Params, seeds: list[str] | None, precision: str | None) -> params.Params:
-    """The parameters with a part of their seeds, and another precision; None leaves either as it is.
-
-    Raises UserError for a seed that is not among them or is named twice.
-    """
-    known = {str(seed): seed for seed in p.seeds}
-    for seed in seeds or []:
-        if seed not in known or seeds.count(seed) > 1:
-            raise errors.UserError(f"--seed {seed}: must be one of {', '.join(known)}, each named once at most")
-    return p.model_copy(
-        update={"seeds": [known[seed] for seed in seeds or known], "precision": precision or p.precision}
-    )
-
-
-def missing(cell: measured.CellName, p: params.Params, with_best: bool) -> list[int]:
-    """The seeds of `p` that have no file of this cell; and, where best on test is asked for, those whose file lacks
-    it. Raises UserError as `measured.read_run` does."""
-    return [
-        seed
-        for seed in p.seeds
-        if not (file := measured.run_file(paths.PUBLISHED, cell, seed)).exists()
-        or (measured.read_run(file).best_on_test is None and with_best)
-    ]
-
-
-def beside(cell: measured.CellName, seeds: Iterable[int]) -> dict[Path, measured.Run]:
-    """What is there already of these seeds of a cell, by file. Raises UserError as `measured.read_run` does."""
-    every = (measured.run_file(paths.PUBLISHED, cell, seed) for seed in seeds)
-    return {file: measured.read_run(file) for file in every if file.exists()}
-
-
-def require_alike(cell: measured.CellName, p: params.Params, others: dict[Path, measured.Run]) -> None:
-    """Raise UserError naming a file of another seed of a cell that is in another precision, or of images from
-    elsewhere, than what is about to be trained by `p`."""
-    dataset, representation, classifier = cell
-    narrow = f"--dataset {dataset} --representation {representation} --classifier {classifier}"
-    official = params.dataset(p, dataset).source["kind"] != "folder"
-    for file, run in others.items():
-        if run.precision != p.precision:
-            raise errors.UserError(
-                f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give {narrow} "
-                f"--precision {run.precision}, or move it away"
-            )
-        if run.data.official != official:
-            raise errors.UserError(
-                f"{file} is of images from {'an official archive' if run.data.official else 'a folder'}, and the seeds "
-                f"of a cell must be of the same: {'leave --images out' if run.data.official else 'give --images'}, or "
-                "move it away"
-            )
+                files.write_json(file, compose(p, cell, seed, late.get(seed)))
 
 
 def main() -> None:
@@ -272,43 +181,53 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="leave out what is there already, complete")
     parser.add_argument("--seed", action="append", help="only this seed of the plan, or these (all)")
     parser.add_argument("--precision", choices=get_args(params.Precision), help="of training (that of params.yaml)")
-    workspace.accept_images(parser)
+    official.accept_images(parser)
     args = parser.parse_args()
 
     chosen, p = plan.load(params.load())
-    p = narrowed(p, args.seed, args.precision)
+    p = plan.narrowed(p, args.seed, args.precision)
     processes.launch("stages.published", p.runtime.processes)
     train.prepare(p.runtime, p.precision)  # refuses what this machine cannot do before anything is downloaded
-    asked = select(chosen, args.table, args.dataset, args.representation, args.classifier)
+    asked = plan.select(chosen, args.table, args.dataset, args.representation, args.classifier)
     for (dataset, representation, _), classifiers in asked.items():
         settings.training(p, dataset, representation, "representations")
         for classifier in classifiers:
             settings.training(p, dataset, classifier, "classifiers")
     planned = p
-    p, instead = workspace.with_images(p, (name for name, _, _ in asked), args.images)
+    p, instead = official.with_images(p, (name for name, _, _ in asked), args.images)
 
-    lacking = {training: dict.fromkeys(classifiers, p.seeds) for training, classifiers in asked.items()}
-    for (dataset, representation, late_epochs), seeds in lacking.items():
-        for name in seeds:
-            cell = (dataset, representation, name)
-            if args.missing:
-                training = settings.training(p, dataset, name, "classifiers")
-                seeds[name] = missing(cell, p, bool(late_epochs) and has_epochs(training))
-            others = beside(cell, (seed for seed in chosen.seeds if args.missing or seed not in p.seeds))
-            workspace.require_planned(others, planned)
-            if seeds[name] or args.precision:
-                require_alike(cell, p, others)
+    kept = [seed for seed in chosen.seeds if args.missing or seed not in p.seeds]
+
+    def lacking(cell: CellName, late_epochs: int) -> list[int]:
+        """The seeds of a cell that are to be trained. Raises UserError when those that are kept do not go with them."""
+        runs = measured.read_runs(paths.PUBLISHED, cell, kept)
+        official.require_planned(runs, planned)
+        with_best = late_epochs and has_epochs(settings.training(p, cell.dataset, cell.classifier, "classifiers"))
+        complete = {run.seed for run in runs.values() if run.best_on_test or not with_best}
+        seeds = [seed for seed in p.seeds if seed not in complete]
+        if seeds or args.precision:
+            source = params.dataset(p, cell.dataset).source["kind"]
+            measured.require_alike(cell, runs, p.precision, sources.official(source))
+        return seeds
+
+    todo = {
+        (dataset, representation, late_epochs): {
+            classifier: seeds
+            for classifier in classifiers
+            if (seeds := lacking(CellName(dataset, representation, classifier), late_epochs))
+        }
+        for (dataset, representation, late_epochs), classifiers in asked.items()
+    }
     workspace.wait()  # all have read what is there, which the first will add to
 
     out, written = paths.PUBLISHED.resolve(), 0
     with workspace.inside(WORKSPACE):
-        for (dataset, representation, late_epochs), seeds in lacking.items():
-            together = sorted(set(chain.from_iterable(seeds.values())), key=p.seeds.index)
-            names = [name for name, each in seeds.items() if each]
-            if together:
+        for (dataset, representation, late_epochs), seeds_of in todo.items():
+            if seeds_of:
+                together = sorted(set(chain.from_iterable(seeds_of.values())), key=p.seeds.index)
                 workspace.prepare(p, dataset, instead.get(dataset))
-                cells(p.model_copy(update={"seeds": together}), late_epochs, dataset, representation, names, out)
-            written += len(names)
+                cells(p.model_copy(update={"seeds": together}), late_epochs, dataset, representation, [*seeds_of], out)
+            written += len(seeds_of)
     if distributed.is_first():
         print(f"{paths.PUBLISHED}: cells written: {written}; `python -m stages.tables` makes the tables")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages import paths, workspace
+from stages import official, paths
 from tailcal import lock, measured, params, plan, published, published_page, references
 from tailcal.errors import run
 from tailcal.files import write_json, write_text
@@ -30,7 +30,7 @@ def tables() -> None:
     chosen, p = plan.load(params.load())
     cells = measured.read_measured(paths.PUBLISHED, chosen)
     runs = {measured.run_file(paths.PUBLISHED, cell, run.seed): run for cell in cells for run in cells[cell].runs}
-    workspace.require_planned(runs, p)
+    official.require_planned(runs, p)
     printed = references.read_references(references.REFERENCES)
     published.require_known(printed, chosen, p.evaluate.posthoc)
     papers = published.compare(printed, cells)

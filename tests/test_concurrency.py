@@ -15,6 +15,7 @@ import pytest
 
 from stages import calibrate, paths, represent, workspace
 from tailcal import cifar_archive, lock
+from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tests.conftest import edit
 from tests.killing import leftovers
@@ -151,7 +152,7 @@ def test_an_error_in_a_workspace_says_where_its_paths_begin(tmp_path, monkeypatc
 
 def test_stages_in_a_workspace_remove_all_that_a_killed_one_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cell = ("d", "r", "c")
+    cell = CellName("d", "r", "c")
     places = [paths.representation("d", "r"), paths.costs("represent", "d", "r"), paths.costs("calibrate", *cell)]
     places += [place(*cell) for place in (paths.classifier, paths.predictions)]
     left = [(place.parent if place.suffix else place) / f".{place.name}.x1.part" for place in places]
@@ -161,5 +162,5 @@ def test_stages_in_a_workspace_remove_all_that_a_killed_one_left(tmp_path, monke
     for stage in (represent, calibrate):
         monkeypatch.setattr(stage, stage.__name__.rpartition(".")[2], lambda *_: None)
     workspace.run_stage1(None, "d", "r")
-    with workspace.run_stage2(None, dict(zip(("dataset", "representation", "classifier"), cell, strict=True))):
+    with workspace.run_stage2(None, cell):
         assert not [path for path in left if path.exists()]

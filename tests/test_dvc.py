@@ -283,9 +283,9 @@ def test_an_edit_of_code_changes_the_settings_of_what_it_concerns(project, monke
 
 
 def test_the_published_tables_depend_on_the_code_that_makes_them(monkeypatch):
-    """Of stages.workspace they only use what refuses a cell of other parameters: what it loads to train is left out."""
+    """Of stages.official they only use what refuses a cell of other parameters: what it loads to train is left out."""
     imports = provenance._imports
-    monkeypatch.setattr(provenance, "_imports", lambda name: set() if name == "stages.workspace" else imports(name))
+    monkeypatch.setattr(provenance, "_imports", lambda name: set() if name == "stages.official" else imports(name))
     loaded = {str(path.relative_to(ROOT)) for path in provenance.closure("stages.tables")}
     deps = [dep for dep in PUBLISHED["tables"]["deps"] if dep.endswith(".py")]
     assert sorted([*deps, *NO_TABLES]) == sorted(loaded)

@@ -38,10 +38,11 @@ from PIL import Image
 from safetensors.torch import save as save_safetensors
 from torchvision.datasets import CIFAR10
 
-from stages import paths, report
+from stages import paths
 from tailcal import (
     checkpoint,
     cifar_archive,
+    evaluated,
     exported,
     files,
     images,
@@ -55,6 +56,7 @@ from tailcal import (
     tables,
     weights,
 )
+from tailcal.cell import CellName
 from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
 from tailcal.models.imagenet import load_pretrained
@@ -386,14 +388,14 @@ def save_model(folder: Path) -> str:
 def save_plots() -> None:
     """The tables of the cell d/r/c."""
     plots = paths.cell_plots("d", "r", "c")
-    files.write_text(plots / "reliability.csv", f"{','.join(report.BINS)}\n0,0.0,1.0,0.5,0.5,2\n")
-    files.write_text(plots / "per_class.csv", f"{','.join(report.CLASSES)}\n0,ant,3,9,few,0.5,\n1,bee,2,9,few,0.5,\n")
+    files.write_text(plots / "reliability.csv", f"{','.join(evaluated.BINS)}\n0,0.0,1.0,0.5,0.5,2\n")
+    classes = "0,ant,3,9,few,0.5,\n1,bee,2,9,few,0.5,\n"
+    files.write_text(plots / "per_class.csv", f"{','.join(evaluated.CLASSES)}\n{classes}")
 
 
 def read_cell(path: Path) -> None:
     """A cell as the report reads it, and the tables it makes of it."""
-    del path
-    cell = report._cell("d", "r", "c")
+    cell = evaluated.read_cell(CellName("d", "r", "c"), path, paths.cell_plots("d", "r", "c"))
     tables.rows([cell])
     tables.markdown([cell], [1])
     tables.summary([cell])

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from stages import paths, tables, workspace
+from stages import official, paths, tables
 from stages import published as stage
 from tailcal import measured, params, plan, references, seal, splits
 from tailcal.errors import UserError
@@ -77,8 +77,8 @@ def project(tmp_path, monkeypatch):
                 shown[split].append((image, k))
     monkeypatch.chdir(tmp_path)
     images, labels = (np.stack(part) for part in zip(*shown["test"], strict=True))
-    official = workspace.Archive(CLASSES, LARGEST, TEST, workspace.digest(images, labels))
-    monkeypatch.setattr(workspace, "OFFICIAL", {"cifar10": official})
+    archive = official.Archive(CLASSES, LARGEST, TEST, official.digest(images, labels))
+    monkeypatch.setattr(official, "OFFICIAL", {"cifar10": archive})
     return tmp_path
 
 
@@ -231,9 +231,9 @@ def test_a_seed_of_other_images_is_refused_before_it_is_trained(run):
     short = ("--table", "later", "--images", "images")
     path = run(*short, "--seed", "0")["small/mixup/joint/seed0.json"]
     content = read(path)
-    official = plan.load(params.load())[1].datasets["small"]
+    plain = plan.load(params.load())[1].datasets["small"]
     content["data"]["official"] = True
-    content["provenance"]["params"]["dataset"] = splits.record(official)
+    content["provenance"]["params"]["dataset"] = splits.record(plain)
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"seed0\.json is of images from an official archive, .*: leave --images out"):
         run(*short, "--missing")
@@ -473,13 +473,13 @@ def test_a_wrong_plan_is_named(run, edit, message):
 def test_the_digest_is_of_the_images_of_each_class_in_whatever_order():
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8), np.repeat(np.arange(3), 20)
-    one, order = workspace.digest(images, labels), rng.permutation(60)
-    assert workspace.digest(images[order], labels[order]) == one
+    one, order = official.digest(images, labels), rng.permutation(60)
+    assert official.digest(images[order], labels[order]) == one
     others = images.copy()
     others[7, 1, 2, 0] ^= 1
-    assert workspace.digest(others, labels) != one
-    assert workspace.digest(images, np.roll(labels, 1)) != one
-    assert workspace.digest(images[:-1], labels[:-1]) != one
+    assert official.digest(others, labels) != one
+    assert official.digest(images, np.roll(labels, 1)) != one
+    assert official.digest(images[:-1], labels[:-1]) != one
 
 
 def one_pixel(images: Path):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stages import paths, workspace
+from stages import official, paths
 from stages import tables as stage
 from tailcal import measured, params, plan, published, published_page, references
 from tailcal.errors import UserError
@@ -113,7 +113,7 @@ def project(tmp_path, monkeypatch):
     references.REFERENCES.write_text(REFERENCES.read_text())
     for name in ("params.yaml", "presets"):
         (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.setattr(workspace, "require_planned", lambda *_: None)  # test_plan has cells that were trained
+    monkeypatch.setattr(official, "require_planned", lambda *_: None)  # test_plan has cells that were trained
     plan.PLAN.parent.mkdir()
     plan.PLAN.write_text(TABLES + FOOTING)
 

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from tailcal import files, params
+from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tailcal.lineage import differences, flat, outdated, unlike
 from tailcal.metrics.cell import over_seeds
@@ -264,7 +265,6 @@ class MeasuredCell:
         )
 
 
-CellName = tuple[str, str, str]  # data set, representation, classifier
 Cells = dict[CellName, MeasuredCell]
 
 
@@ -273,18 +273,27 @@ def run_file(folder: Path, cell: CellName, seed: int) -> Path:
     return folder.joinpath(*cell, f"seed{seed}.json")
 
 
+def cell_of(path: Path) -> CellName:
+    """The cell of a file of `run_file`."""
+    return CellName(*path.parts[-4:-1])
+
+
 def seed_of(path: Path) -> int | None:
     """The seed in the name of a file of `run_file`, None for any other name."""
     found = re.fullmatch(r"seed(0|[1-9]\d*)\.json", path.name)
     return int(found[1]) if found else None
 
 
+def options(cell: CellName) -> str:
+    """What narrows `python -m stages.published` to one cell."""
+    return " ".join(f"--{axis} {name}" for axis, name in cell._asdict().items())
+
+
 def how_to_make(cell: CellName, seed: int | str) -> str:
     """How the file of one seed of a cell is made, as an error line ends."""
-    dataset, representation, classifier = cell
     return (
-        f"run `python -m stages.published --missing --dataset {dataset} --representation {representation} "
-        f"--classifier {classifier} --seed {seed}`, with the --precision and --images of the other seeds"
+        f"run `python -m stages.published --missing {options(cell)} --seed {seed}`, with the --precision and --images "
+        "of the other seeds"
     )
 
 
@@ -308,10 +317,10 @@ def read_measured(folder: Path, plan: Plan) -> Cells:
         if not path.is_file():
             raise UserError(f"{path} is a folder, or a link to nothing: move it away")
         if not any(table.trains(*cell) for table in plan.tables.values()):
-            raise UserError(f"{path}: no table of {PLAN} trains {'/'.join(cell)}: move it away")
+            raise UserError(f"{path}: no table of {PLAN} trains {cell_of(path)}: move it away")
         if seed not in plan.seeds:
             raise UserError(f"{path}: {PLAN}: seeds are {', '.join(map(str, plan.seeds))}: move it away, or add {seed}")
-        found.setdefault(tuple(cell), {})[seed] = path
+        found.setdefault(cell_of(path), {})[seed] = path
     return {cell: join(cell, [paths[seed] for seed in sorted(paths)]) for cell, paths in found.items()}
 
 
@@ -345,7 +354,7 @@ def _require_own_networks(cell: CellName, runs: dict[Path, Run]) -> None:
 def read_run(path: Path) -> Run:
     """One seed of a measured cell. Raises UserError naming the file when it is missing or damaged, or when what is in
     it is of another seed or cell than its name says."""
-    advice = how_to_make(path.parts[-4:-1], path.stem.removeprefix("seed"))
+    advice = how_to_make(cell_of(path), path.stem.removeprefix("seed"))
     content = files.read_json(path, advice)
     try:
         run = Run.model_validate(content)
@@ -353,11 +362,34 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} is damaged ({params.describe(error, '')}): delete it and {advice}") from None
     if path.stem != f"seed{run.seed}":
         raise UserError(f"{path} is of seed {run.seed}: must be called seed{run.seed}.json: rename it, or move it away")
-    trained = run.provenance.params
-    for stage, folder in ((trained.representation, path.parts[-3]), (trained.classifier, path.parts[-2])):
+    trained, cell = run.provenance.params, cell_of(path)
+    for stage, folder in ((trained.representation, cell.representation), (trained.classifier, cell.classifier)):
         if stage.name not in (None, folder):
             raise UserError(f"{path} is of {stage.name}, and lies in a folder of {folder}: move it away")
     return run
+
+
+def read_runs(folder: Path, cell: CellName, seeds: Iterable[int]) -> dict[Path, Run]:
+    """Those of these seeds of a cell that lie below `folder`, by file. Raises UserError as `read_run` does."""
+    files_of_seeds = (run_file(folder, cell, seed) for seed in seeds)
+    return {file: read_run(file) for file in files_of_seeds if file.exists()}
+
+
+def require_alike(cell: CellName, runs: dict[Path, Run], precision: str, official: bool) -> None:
+    """Raise UserError naming a file of these seeds of a cell that is in another precision, or of images from elsewhere
+    (`official`: see `Data`), than what is about to be trained."""
+    for file, run in runs.items():
+        if run.precision != precision:
+            raise UserError(
+                f"{file} is in {run.precision}, and the seeds of a cell must be in one precision: give {options(cell)} "
+                f"--precision {run.precision}, or move it away"
+            )
+        if run.data.official != official:
+            raise UserError(
+                f"{file} is of images from {'an official archive' if run.data.official else 'a folder'}, and the seeds "
+                f"of a cell must be of the same: {'leave --images out' if run.data.official else 'give --images'}, or "
+                "move it away"
+            )
 
 
 def unplanned(path: Path, run: Run, params: dict[str, Any], evaluate: dict[str, Any]) -> str | None:
@@ -367,7 +399,7 @@ def unplanned(path: Path, run: Run, params: dict[str, Any], evaluate: dict[str, 
     `params` and `evaluate` are as `lineage.outdated` takes them. Post-hoc rules may have come or gone since: no other
     number depends on them.
     """
-    anew = how_to_make(path.parts[-4:-1], run.seed)
+    anew = how_to_make(cell_of(path), run.seed)
     record = run.provenance.model_dump(exclude_defaults=True)
     if not {"params", "evaluate"} <= record.keys():
         return f"{path} does not say by which parameters it was trained and measured: move it away and {anew}"

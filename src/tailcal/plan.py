@@ -1,6 +1,6 @@
 """published/params.yaml, typed and strict: what is trained for the published tables. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tailcal import params
+from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tailcal.params import Dataset, Grid, Params, Seeds, Strict, Word, Words
 from tailcal.tables import AS_TRAINED
@@ -100,10 +101,9 @@ class Plan(Strict):
                 known = ", ".join(self.tables)
                 raise ValueError(f"footing.{name}.table: there is no {footing.table}: use one of {known}")
             for row in footing.rows:
-                cell = footing.dataset, row.representation, row.classifier
+                cell = CellName(footing.dataset, row.representation, row.classifier)
                 if not self.tables[footing.table].trains(*cell):
-                    missing = "/".join(cell)
-                    raise ValueError(f"footing.{name}.rows: tables.{footing.table} does not train {missing}")
+                    raise ValueError(f"footing.{name}.rows: tables.{footing.table} does not train {cell}")
         return self
 
     @model_validator(mode="after")
@@ -159,3 +159,59 @@ def _dataset(p: Params, plan: Plan, name: str, path: Path) -> Dataset:
     block = whole | variant.model_extra
     block["recipes"] = block.get("recipes", {}) | recipes
     return params.resolve(p, params.validate(Dataset, block, f"datasets.{name}", path), path, f"datasets.{name}.")
+
+
+def select(
+    plan: Plan,
+    tables: list[str] | None,
+    datasets: list[str] | None,
+    representations: list[str] | None,
+    classifiers: list[str] | None,
+) -> dict[tuple[str, str, int], list[str]]:
+    """{(data set, representation, late epochs): classifiers} of what the options of `stages.published` ask for; None
+    asks for all of its kind.
+
+    Raises UserError naming the option for a name that is not there, and when nothing is left.
+    """
+    _require_known("table", tables, plan.tables)
+    found = [
+        (CellName(*pair, classifier), table.late_epochs)
+        for name, table in plan.tables.items()
+        if name in (tables or [name])
+        for *pair, each in table.cells()
+        for classifier in each
+    ]
+    options = {"dataset": datasets, "representation": representations, "classifier": classifiers}
+    for i, (option, names) in enumerate(options.items()):
+        _require_known(option, names, [cell[i] for cell, _ in found])
+    asked: dict[tuple[str, str, int], list[str]] = {}
+    for cell, late_epochs in found:
+        if all(name in (names or [name]) for name, names in zip(cell, options.values(), strict=True)):
+            asked.setdefault((*cell[:2], late_epochs), []).append(cell.classifier)
+    if not asked:
+        known = sorted({str(cell) for cell, _ in found if cell.dataset in (datasets or [cell.dataset])})
+        raise UserError(
+            f"--dataset, --representation, --classifier: these tables have no such cell: there are {', '.join(known)}"
+        )
+    return {training: list(dict.fromkeys(classifiers)) for training, classifiers in asked.items()}
+
+
+def _require_known(option: str, names: list[str] | None, known: Iterable[str]) -> None:
+    known = list(dict.fromkeys(known))
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"--{option} {name}: there is none of that name: there are {', '.join(known)}")
+
+
+def narrowed(p: Params, seeds: list[str] | None, precision: str | None) -> Params:
+    """The parameters with a part of their seeds, and another precision; None leaves either as it is.
+
+    Raises UserError naming the option for a seed that is not among them or is named twice.
+    """
+    known = {str(seed): seed for seed in p.seeds}
+    for seed in seeds or []:
+        if seed not in known or seeds.count(seed) > 1:
+            raise UserError(f"--seed {seed}: must be one of {', '.join(known)}, each named once at most")
+    return p.model_copy(
+        update={"seeds": [known[seed] for seed in seeds or known], "precision": precision or p.precision}
+    )

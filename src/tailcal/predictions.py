@@ -1,4 +1,4 @@
-"""One seed's predictions as a file: logits of the test split, never seen in training, and of the hold-out."""
+"""Predictions of a cell, a file each seed: logits of the test split, never seen in training, and of the hold-out."""
 
 import hashlib
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tailcal.errors import UserError
-from tailcal.files import read_arrays, verify, write_bytes
+from tailcal.files import REPRO, read_arrays, verify, write_bytes
 from tailcal.metrics.scores import check
 
 
@@ -49,3 +49,22 @@ def read(path: Path, expected: str | None, K: int) -> Predictions:
         except ValueError as error:
             raise UserError(f"{path}: {split}: {error}") from None
     return predictions
+
+
+def read_seeds(folder: Path, checksums: dict[str, str], seeds: list[int], K: int) -> list[Predictions]:
+    """The predictions of every seed of a cell, in `folder`; `checksums` are the files' SHA-256, by name.
+
+    Raises UserError as `read` does, and naming a file whose test labels are others than those of the first, or where
+    only one of the two has a hold-out.
+    """
+    cell = [read(folder / f"seed{seed}.npz", checksums.get(f"seed{seed}.npz"), K) for seed in seeds]
+    for seed, run in zip(seeds, cell, strict=True):
+        if not np.array_equal(run.test_labels, cell[0].test_labels):
+            raise UserError(
+                f"{folder}/seed{seed}.npz: its test labels differ from seed {seeds[0]}'s: delete both and {REPRO}"
+            )
+        if bool(len(run.holdout_labels)) != bool(len(cell[0].holdout_labels)):
+            raise UserError(
+                f"{folder}/seed{seed}.npz: one of it and seed {seeds[0]}'s has a hold-out: delete both and {REPRO}"
+            )
+    return cell

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
+from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tailcal.measured import BestNumbers, Cells, MeasuredCell, Numbers, Run, unpack
 from tailcal.metrics.cell import HEADLINE
@@ -99,9 +100,9 @@ def require_known(references: Iterable[Reference], plan: Plan, rules: Iterable[s
     known = (*PLAIN, *rules)
     for line, row in enumerate(references, start=2):  # one a line, below the names of the columns
         where = f"{REFERENCES} line {line}: {row.method}"
-        cell = row.dataset, row.representation, row.classifier
+        cell = CellName(row.dataset, row.representation, row.classifier)
         if row.table not in plan.tables or not plan.tables[row.table].trains(*cell):
-            raise UserError(f"{where}: {PLAN}: tables.{row.table} does not train {'/'.join(cell)}")
+            raise UserError(f"{where}: {PLAN}: tables.{row.table} does not train {cell}")
         if row.rule not in known:
             raise UserError(f"{where}: there is no rule {row.rule}: use one of {', '.join(rules)}")
     for name, footing in plan.footing.items():
@@ -271,7 +272,7 @@ def footing_table(name: str, footing: Footing, cells: Cells) -> FootingTable:
 def summary(cells: Cells) -> dict[str, dict[str, float | None]]:
     """The few numbers of each cell that `dvc metrics` lists: fractions, by data set/representation/classifier."""
     return {
-        "/".join(name): {number: getattr(cell.after(AS_TRAINED), number) for number in HEADLINE}
+        str(name): {number: getattr(cell.after(AS_TRAINED), number) for number in HEADLINE}
         for name, cell in cells.items()
     }
 

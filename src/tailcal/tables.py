@@ -1,13 +1,14 @@
 """The numbers of the grid's cells as rows, summaries and tables to read. Fractions in, percent only in what is read."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from tailcal import posthoc
+from tailcal.cell import CellName
 from tailcal.duplicates import TWICE
 from tailcal.metrics.cell import HEADLINE
 
@@ -55,10 +56,14 @@ class Cell:
         """How a picture or an axis calls it."""
         return f"{self.representation}/{self.classifier}"
 
-    def variants(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """AS_TRAINED, then each post-hoc rule that could be applied; each with its numbers."""
-        yield AS_TRAINED, self.metrics
-        yield from self.metrics["posthoc"].items()
+    @property
+    def full_name(self) -> CellName:
+        """With the data set."""
+        return CellName(self.dataset, self.representation, self.classifier)
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """The numbers AS_TRAINED, then those after each post-hoc rule that could be applied, by rule."""
+        return {AS_TRAINED: self.metrics} | self.metrics["posthoc"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Column:
 
     def mean(self, cell: Cell) -> float | None:
         """The mean as it is shown, rounded; None when the group is empty or the rule absent."""
-        value = dict(cell.variants()).get(self.posthoc, {}).get(self.number)
+        value = cell.variants().get(self.posthoc, {}).get(self.number)
         return None if value is None else self._shown(value)
 
     def text(self, cell: Cell) -> str:
@@ -83,7 +88,7 @@ class Column:
         mean = self.mean(cell)
         if mean is None:
             return DASH
-        deviation = dict(cell.variants())[self.posthoc].get(f"{self.number}_std") if self.spread else None
+        deviation = cell.variants()[self.posthoc].get(f"{self.number}_std") if self.spread else None
         return self._written(mean) + ("" if deviation is None else f" ± {self._written(self._shown(deviation))}")
 
     def competes(self, cell: Cell) -> bool:
@@ -157,12 +162,12 @@ def table(cells: list[Cell]) -> Table:
 
 def rules(cells: list[Cell]) -> list[str]:
     """AS_TRAINED, and the post-hoc rules that could be applied to any of the cells."""
-    return list(dict.fromkeys(rule for cell in cells for rule, _ in cell.variants()))
+    return list(dict.fromkeys(rule for cell in cells for rule in cell.variants()))
 
 
 def transductive(cells: list[Cell]) -> set[str]:
     """The post-hoc rules whose prediction for one test sample depends on the other test samples."""
-    return {rule for cell in cells for rule, numbers in cell.variants() if numbers.get("transductive", False)}
+    return {rule for cell in cells for rule, numbers in cell.variants().items() if numbers.get("transductive", False)}
 
 
 def posthoc_tables(cells: list[Cell]) -> dict[str, Table]:
@@ -174,21 +179,21 @@ def posthoc_tables(cells: list[Cell]) -> dict[str, Table]:
     applied = rules(cells)
     if len(applied) == 1:
         return {}
-    apart = transductive(cells)
-    titles = [f"{spaced(rule)} {MARK}" if rule in apart else spaced(rule) for rule in applied]
+    marked = transductive(cells)
+    titles = [f"{spaced(rule)} {MARK}" if rule in marked else spaced(rule) for rule in applied]
     return {
         number.title: Table(
             ["representation", "classifier", *titles],
-            [[cell.representation, cell.classifier, *_by_rule(cell, number, applied, apart)] for cell in cells],
+            [[cell.representation, cell.classifier, *_by_rule(cell, number, applied, marked)] for cell in cells],
         )
         for number in POSTHOC
     }
 
 
-def _by_rule(cell: Cell, number: Column, applied: list[str], apart: set[str]) -> list[str]:
-    """One row of a table of `posthoc_tables`, after the names."""
+def _by_rule(cell: Cell, number: Column, applied: list[str], marked: set[str]) -> list[str]:
+    """One row of a table of `posthoc_tables`, after the names; the rules `marked` do not compete."""
     columns = {rule: replace(number, posthoc=rule) for rule in applied}
-    rivals = [rule for rule in applied if rule not in apart and columns[rule].competes(cell)]
+    rivals = [rule for rule in applied if rule not in marked and columns[rule].competes(cell)]
     means = {rule: columns[rule].mean(cell) for rule in rivals}
     best = number.best(means.values()) if len(means) > 1 else None
     return [bold_if(columns[rule].text(cell), best is not None and means.get(rule) == best) for rule in applied]
@@ -237,7 +242,7 @@ def rows(cells: list[Cell]) -> list[dict[str, Any]]:
             **{key: numbers.get(key) for name in NUMBERS for key in (name, f"{name}_std")},
         }
         for cell in cells
-        for rule, numbers in cell.variants()
+        for rule, numbers in cell.variants().items()
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 from scipy.stats import nct as noncentral_t
 
-from tailcal import params, plan
+from tailcal import params, plan, sources
 from tailcal.errors import UserError
 from tailcal.params import Params, Positive, Precision, Seeds, Strict, Word
 from tailcal.tables import DASH, Table, signed
@@ -277,7 +277,7 @@ def markdown(record: Record) -> str:
             f"{', '.join(exact)} must do more: every seed's weights, after both stages, and predictions must be the "
             "reference's bits (equal SHA-256)."
         )
-    folders = sorted({cell.dataset for cell in record.cells if cell.source == "folder"})
+    folders = sorted({cell.dataset for cell in record.cells if not sources.official(cell.source)})
     if folders:
         rules.append(f"The images of {', '.join(folders)} came from a folder, not from the official archive.")
     caption = (

@@ -130,6 +130,12 @@ def module(kind: str) -> str:
     return f"{__name__}.{kind}"
 
 
+def official(kind: str) -> bool:
+    """Whether a source of this kind has the images as they were published, in the published order, which decides what a
+    long tail keeps of them. In a folder they are ordered by their names."""
+    return kind != "folder"
+
+
 def same_name(names: Sequence[str]) -> tuple[int, int] | None:
     """The first two positions whose names a reader cannot tell apart, or None.
 
