@@ -7,7 +7,7 @@ same way is checked when they are joined. Fractions throughout. Imports no torch
 import base64
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -232,13 +232,13 @@ class MeasuredCell:
             return None
         means = over_seeds([one.model_dump(include={"top1", "many", "medium", "few", "ece", "nll"}) for one in found])
         return Numbers(
-            **{name: means[name] for name in Numbers.__dataclass_fields__ if name in means},
+            **{field.name: means[field.name] for field in fields(Numbers) if field.name in means},
             transductive=found[0].transductive,
             correct=None if None in (kept := [one.correct for one in found]) else kept,
         )
 
     @property
-    def unlike(self) -> list[str]:
+    def made_differently(self) -> list[str]:
         """The keys of `Run.made_by` that are not the same of all seeds."""
         made = [run.made_by() for run in self.runs]
         return sorted(key for key in set().union(*made) if len({one.get(key) for one in made}) > 1)

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ def read(path: Path, expected: str | None, K: int) -> Predictions:
     Raises UserError naming the file when it is missing, damaged, of other classes, or holds no finite logits.
     """
     verify(path, expected)
-    predictions = Predictions(**read_arrays(path, Predictions.__dataclass_fields__))
+    predictions = Predictions(**read_arrays(path, [field.name for field in fields(Predictions)]))
     for split, logits_NK, labels_N in (
         ("test", predictions.test_logits, predictions.test_labels),
         ("holdout", predictions.holdout_logits, predictions.holdout_labels),

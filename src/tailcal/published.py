@@ -32,7 +32,7 @@ ALIKE += tuple(  # but for sam_rho, which is the method's own
 
 
 @dataclass(frozen=True)
-class Beside:
+class ComparedNumber:
     """A number of ours with its standard deviation over seeds, fractions, beside the published one, in percent; None
     where there is none."""
 
@@ -73,14 +73,14 @@ class Comparison:
         return self.cell and self.cell.best(self.reference.rule)
 
     @property
-    def top1(self) -> Beside:
+    def top1(self) -> ComparedNumber:
         ours = self.numbers
-        return Beside(ours and ours.top1, ours and ours.top1_std, self.reference.top1)
+        return ComparedNumber(ours and ours.top1, ours and ours.top1_std, self.reference.top1)
 
     @property
-    def ece(self) -> Beside:
+    def ece(self) -> ComparedNumber:
         ours = self.numbers
-        return Beside(ours and ours.ece, ours and ours.ece_std, self.reference.ece)
+        return ComparedNumber(ours and ours.ece, ours and ours.ece_std, self.reference.ece)
 
 
 def compare(references: Iterable[Reference], cells: Cells) -> dict[str, list[Comparison]]:
@@ -160,7 +160,7 @@ class FootingRow:
     numbers: Numbers
     correct: np.ndarray | None  # [S, N], which test images each seed got right; None where that was not kept
 
-    def apart(self, other: "FootingRow") -> bool:
+    def separated_from(self, other: "FootingRow") -> bool:
         """Whether both have SEEDS seeds or more, and all of the one are more accurate than all of the other."""
         own_S, other_S = self.correct.mean(axis=1), other.correct.mean(axis=1)
         enough = min(len(own_S), len(other_S)) >= SEEDS
@@ -203,15 +203,15 @@ def _correct(numbers: Numbers, N: int) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """Accuracy of method `row` less that of method `column`, and an interval for it: fractions. `apart`: see
-    `FootingRow.apart`."""
+    """Accuracy of method `row` less that of method `column`, and an interval for it: fractions. `seeds_apart`: see
+    `FootingRow.separated_from`."""
 
     row: int
     column: int
     difference: float
     low: float
     high: float
-    apart: bool = False
+    seeds_apart: bool = False
 
     @property
     def excludes_zero(self) -> bool:
@@ -265,7 +265,7 @@ def footing_table(name: str, footing: Footing, cells: Cells) -> FootingTable:
     kept = [position for position, row in enumerate(found) if row.correct is not None]
     pairs = paired(np.stack([found[position].correct.mean(axis=0) for position in kept])) if kept else []
     pairs = [replace(pair, row=kept[pair.row], column=kept[pair.column]) for pair in pairs]
-    pairs = [replace(pair, apart=found[pair.row].apart(found[pair.column])) for pair in pairs]
+    pairs = [replace(pair, seeds_apart=found[pair.row].separated_from(found[pair.column])) for pair in pairs]
     return FootingTable(name, footing, found, missing, pairs)
 
 
@@ -293,7 +293,7 @@ def pair_rows(tables: list[FootingTable]) -> pd.DataFrame:
             "low": points(pair.low, 4),
             "high": points(pair.high, 4),
             "excludes_zero": pair.excludes_zero,
-            "seeds_apart": pair.apart,
+            "seeds_apart": pair.seeds_apart,
             "test_images": table.rows[pair.row].cell.one.test_images,
         }
         for table in tables

@@ -5,7 +5,17 @@ from collections.abc import Hashable, Iterable
 from typing import TypeVar
 
 from tailcal.measured import MeasuredCell, Numbers, Run
-from tailcal.published import CONFIDENCE, MISS, RESAMPLES, SEEDS, Beside, Comparison, FootingRow, FootingTable, points
+from tailcal.published import (
+    CONFIDENCE,
+    MISS,
+    RESAMPLES,
+    SEEDS,
+    ComparedNumber,
+    Comparison,
+    FootingRow,
+    FootingTable,
+    points,
+)
 from tailcal.references import TITLES
 from tailcal.tables import DASH, MARK, Table, bold_if, signed, span
 
@@ -61,7 +71,7 @@ def _texts(row: Comparison, sources: list[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _ours(number: Beside) -> list[str]:
+def _ours(number: ComparedNumber) -> list[str]:
     """Ours, and its difference from the published number, bold where it misses."""
     difference = DASH if number.difference is None else signed(number.difference)
     return [_spread(number.ours, number.std), bold_if(difference, number.misses)]
@@ -127,7 +137,7 @@ def _of_data_sets(measured: list[tuple[str, MeasuredCell]]) -> list[str]:
             f"The training images of {', '.join(drawn)} were taken from a folder and not from the official archive, "
             "whose order decides which images are kept: they are another draw than the published list."
         )
-    for name, keys in {(name, ", ".join(cell.unlike)): None for name, cell in measured}:
+    for name, keys in {(name, ", ".join(cell.made_differently)): None for name, cell in measured}:
         if keys:
             sentences.append(f"Of {name}, some seeds of a cell were trained apart, and their files differ in {keys}.")
     return sentences
@@ -225,7 +235,7 @@ def _footings(tables: list[FootingTable]) -> list[str]:
     parts = [" ".join(["Each table below compares methods on one footing.", _LEGEND, *shared, *images])]
     for table, how in zip(tables, trained, strict=True):
         parts += [f"**{table.footing.title}**", _footing_numbers(table.rows).markdown().rstrip()]
-        parts.append(" ".join([_footing_setup(table), *({how} - shared), *_footing_apart(table)]))
+        parts.append(" ".join([_footing_setup(table), *({how} - shared), *_footing_caveats(table)]))
     return parts
 
 
@@ -293,7 +303,7 @@ _LEGEND = (
 
 def _footing_caption(table: FootingTable) -> str:
     conditions = _conditions((table.footing.dataset, row.cell) for row in table.rows)
-    return " ".join([_footing_setup(table), _LEGEND, conditions, *_footing_apart(table)])
+    return " ".join([_footing_setup(table), _LEGEND, conditions, *_footing_caveats(table)])
 
 
 def _footing_setup(table: FootingTable) -> str:
@@ -305,7 +315,7 @@ def _footing_setup(table: FootingTable) -> str:
     )
 
 
-def _footing_apart(table: FootingTable) -> list[str]:
+def _footing_caveats(table: FootingTable) -> list[str]:
     """Sentences that tell the rows apart; none where all are trained alike, of the same seeds."""
     rows = _grouped((", ".join(str(run.seed) for run in row.cell.runs), row.name) for row in table.rows)
     each = "; ".join(f"{seeds}: {names}" for seeds, names in rows.items())
@@ -344,7 +354,7 @@ def _matrix(table: FootingTable) -> Table:
     texts = {
         (pair.row, pair.column): bold_if(
             f"{signed(100 * pair.difference, 1)}<br>{signed(100 * pair.low, 1)} to {signed(100 * pair.high, 1)}",
-            pair.excludes_zero and pair.apart,
+            pair.excludes_zero and pair.seeds_apart,
         )
         for pair in table.pairs
     }
