@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import recall_score, top_k_accuracy_score
 
 from tailcal.metrics.accuracy import group_accuracy, per_class_accuracy, top1, topk
-from tailcal.metrics.calibration import brier, ece, nll
+from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, mce, nll
 from tailcal.metrics.cell import measure, over_seeds
 from tailcal.metrics.scores import softmax
 
@@ -84,6 +84,9 @@ def test_a_cell_is_measured_by_group_on_the_samples_of_its_classes():
     assert "top5" not in numbers
     assert (numbers["top1"], numbers["many"], numbers["medium"], numbers["few"]) == (3 / 5, 2 / 3, 1 / 2, None)
     assert numbers["ece_many"] == ece(softmax(SCORES[first]), LABELS[first])
+    assert numbers["mce_many"] == mce(softmax(SCORES[first]), LABELS[first])
+    assert numbers["ace_many"] == adaptive_ece(softmax(SCORES[first]), LABELS[first])
+    assert numbers["classwise_ece_many"] == classwise_ece(softmax(SCORES[first]), LABELS[first])
     assert numbers["nll_many"] == nll(SCORES[first], LABELS[first])
     assert numbers["brier_medium"] == brier(softmax(SCORES[~first]), LABELS[~first])
     assert numbers["ece_few"] is numbers["nll_few"] is numbers["brier_few"] is None

@@ -157,7 +157,7 @@ def test_metrics_json():
     assert numbers["confidence"] == round(np.mean(confidences), 6)
     metrics = ["top1", "top5", "confidence", "ece", "ece_floor", "mce", "ace", "classwise_ece", "nll", "brier"]
     for group in ("many", "medium", "few"):
-        metrics += [group, f"ece_{group}", f"nll_{group}", f"brier_{group}"]
+        metrics += [group, *(f"{score}_{group}" for score in ("ece", "mce", "ace", "classwise_ece", "nll", "brier"))]
     expected = {key for name in metrics for key in (name, f"{name}_std")}
     assert set(numbers) == expected | {"seeds", "posthoc", "posthoc_absent", "images", "provenance"}
     assert numbers["images"] == IMAGES

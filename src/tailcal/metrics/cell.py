@@ -16,34 +16,37 @@ def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, b
     """Every metric of one seed's test logits; `counts_K` are training images per class, which decide the shot groups.
 
     top5 only where K > 5. confidence is the mean of the top-1 confidence: where it is above top1, the classifier is
-    overconfident on average. A number of a shot group without test samples is None. The ECE, NLL and Brier score of a
-    group are those of the images whose true class is in it. Calibration over all images does not imply calibration
-    within a group. Raises ValueError as `tailcal.metrics.scores.check` does.
+    overconfident on average. A number of a shot group without test samples is None. The scores of a group are those of
+    the images whose true class is in it. Calibration over all images does not imply calibration within a group. Raises
+    ValueError as `tailcal.metrics.scores.check` does.
     """
     check(logits_NK, labels_N)
-    p_NK = softmax(logits_NK)
     numbers: Numbers = {"top1": top1(logits_NK, labels_N)}
     if logits_NK.shape[1] > 5:
         numbers["top5"] = topk(logits_NK, labels_N, k=5)
-    numbers |= {
-        "confidence": float(p_NK.max(axis=1).mean()),
+    p_NK = softmax(logits_NK)
+    numbers |= {"confidence": float(p_NK.max(axis=1).mean()), "ece_floor": ece_floor(p_NK, bins)}
+    numbers |= (whole := scores(logits_NK, labels_N, bins))
+    numbers |= group_accuracy(per_class_accuracy(logits_NK, labels_N), counts_K)
+    for group, mask_K in shot_groups(counts_K).items():
+        of_group_N = mask_K[labels_N]
+        some = logits_NK[of_group_N], labels_N[of_group_N]
+        found = scores(*some, bins) if of_group_N.any() else dict.fromkeys(whole)
+        numbers |= {f"{name}_{group}": value for name, value in found.items()}
+    return numbers
+
+
+def scores(logits_NK: np.ndarray, labels_N: np.ndarray, bins: int) -> Numbers:
+    """The calibration errors of `tailcal.metrics.calibration`, and its two proper scores, NLL and Brier."""
+    p_NK = softmax(logits_NK)
+    return {
         "ece": ece(p_NK, labels_N, bins),
-        "ece_floor": ece_floor(p_NK, bins),
         "mce": mce(p_NK, labels_N, bins),
         "ace": adaptive_ece(p_NK, labels_N, bins),
         "classwise_ece": classwise_ece(p_NK, labels_N, bins),
         "nll": nll(logits_NK, labels_N),
         "brier": brier(p_NK, labels_N),
     }
-    numbers |= group_accuracy(per_class_accuracy(logits_NK, labels_N), counts_K)
-    for group, mask_K in shot_groups(counts_K).items():
-        in_group_N = mask_K[labels_N]
-        measured = in_group_N.any()
-        p, logits, labels = p_NK[in_group_N], logits_NK[in_group_N], labels_N[in_group_N]
-        numbers[f"ece_{group}"] = ece(p, labels, bins) if measured else None
-        numbers[f"nll_{group}"] = nll(logits, labels) if measured else None
-        numbers[f"brier_{group}"] = brier(p, labels) if measured else None
-    return numbers
 
 
 def rounded(numbers: Numbers) -> Numbers:
