@@ -29,6 +29,7 @@ from tailcal import (
     train,
     weights,
 )
+from tailcal.cell import CellName
 
 
 def main() -> None:
@@ -40,9 +41,9 @@ def main() -> None:
 
     p = params.load()
     processes.launch("stages.calibrate", p.runtime.processes)
-    cell = (args.dataset, args.representation, args.classifier)
+    cell = CellName(**vars(args))
     with lock.alone(paths.LOCKS, *outputs(*cell)):
-        calibrate(p, *cell)
+        calibrate(p, cell)
 
 
 def outputs(*cell: str) -> list[Path]:
@@ -51,17 +52,16 @@ def outputs(*cell: str) -> list[Path]:
     return [*made, paths.costs("calibrate", *cell), paths.scratch("calibrate", *cell)]
 
 
-def calibrate(p: params.Params, dataset_name: str, representation: str, classifier: str, late_epochs: int = 0) -> Path:
+def calibrate(p: params.Params, cell: CellName, late_epochs: int = 0) -> Path:
     """Train every seed's classifier and write it, then predict; write the logits with their provenance.
 
     Returns the folder of its checkpoints; `late_epochs` is that of `represent`. Raises UserError.
     """
-    cell = (dataset_name, representation, classifier)
-    opened = open_training(p, dataset_name, classifier, "classifiers")
+    opened = open_training(p, cell.dataset, cell.classifier, "classifiers")
     training, longtail, meta, data = opened.training, opened.longtail, opened.meta, opened.data
-    stage1 = paths.representation(dataset_name, representation)
+    stage1 = paths.representation(*cell[:2])
     upstream = lineage.read_represented(stage1)
-    represented = settings.training(p, dataset_name, representation, "representations")
+    represented = settings.training(p, *cell[:2], "representations")
     lineage.require_stage1(upstream, represented.record(p.precision), p.seeds, meta, stage1, longtail)
 
     record = {
@@ -87,7 +87,7 @@ def calibrate(p: params.Params, dataset_name: str, representation: str, classifi
         return network, method.load(training.method)(training.settings, opened.counts)
 
     with seal.training():
-        title = f"calibrate {'/'.join(cell)}"
+        title = f"calibrate {cell}"
         trained = train_seeds(p, training, title, make, data, scratch, late_epochs, own_streams)
     if not distributed.is_first():
         return scratch
@@ -114,7 +114,7 @@ def own_streams(seed: int) -> int:
 
 
 def predict(
-    p: params.Params, trained: dict[int, train.TrainedNetwork], placed: dict[str, store.Images], cell: tuple[str, ...]
+    p: params.Params, trained: dict[int, train.TrainedNetwork], placed: dict[str, store.Images], cell: CellName
 ) -> dict[int, predictions.Predictions]:
     """What each seed's network says of the held-out and the test split. Raises UserError for what is no number."""
     networks = [one.network for one in trained.values()]
@@ -124,8 +124,8 @@ def predict(
         for seed, found in zip(trained, of_seeds, strict=True):
             if not np.isfinite(found).all():
                 raise errors.UserError(
-                    f"{'/'.join(cell)} seed {seed}: its {split} logits are not finite numbers: milder settings of "
-                    f"{cell[-1]} usually help"
+                    f"{cell} seed {seed}: its {split} logits are not finite numbers: milder settings of "
+                    f"{cell.classifier} usually help"
                 )
     return {
         seed: predictions.Predictions(test, labels["test"], holdout, labels["holdout"])

@@ -67,11 +67,10 @@ def trained(p: params.Params, cell: CellName, name: str, mode: Mode, instead: st
 
 def compare_modes(p: params.Params, cell: Cell, suite: modes.Suite, instead: str | None) -> Measured:
     """Train a cell in the reference and in every mode, one after the other, and judge the modes."""
-    cell_name = CellName(cell.dataset, cell.representation, cell.classifier)
-    reference = trained(p, cell_name, REFERENCE, Mode(precision="float32", cuda_graphs=False), instead)
+    reference = trained(p, cell.full_name, REFERENCE, Mode(precision="float32", cuda_graphs=False), instead)
     results = {}
     for name, mode in suite.modes.items():
-        other = trained(p, cell_name, name, mode, instead)
+        other = trained(p, cell.full_name, name, mode, instead)
         results[name] = ModeResult(outcome=other, verdict=modes.judge(reference, other, mode))
     source = p.datasets[cell.dataset].source["kind"]
     return Measured(**cell.model_dump(), source=source, reference=reference, modes=results)

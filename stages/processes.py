@@ -1,14 +1,14 @@
 """A stage as several processes of this machine that train one network together; how they meet is that of torchrun."""
 
 import contextlib
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+
+from stages import end_with_parent
 
 SHARED_MISTAKE_SECONDS = 5.0  # that the first process has to report what another one has ended with
 
@@ -60,8 +60,3 @@ def _wait(started: list[subprocess.Popen]) -> list[int]:
         process.kill()
         process.wait()
     return codes
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

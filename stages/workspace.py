@@ -149,7 +149,7 @@ def run_stage2(p: params.Params, cell: CellName, late_epochs: int = 0) -> Iterat
     Yields what `calibrate` returns.
     """
     with lock.alone(paths.LOCKS, *calibrate.outputs(*cell)):
-        yield calibrate.calibrate(p, *cell, late_epochs)
+        yield calibrate.calibrate(p, cell, late_epochs)
     wait()
 
 

@@ -1,5 +1,6 @@
 """What a cell is called, of the grid as of the published tables."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -13,3 +14,8 @@ class CellName(NamedTuple):
 
     def __str__(self) -> str:
         return "/".join(self)
+
+
+def options(names: Sequence[str]) -> str:
+    """What tells a stage a cell, or with fewer names a part of one: `--dataset d --representation r`."""
+    return " ".join(f"--{axis} {name}" for axis, name in zip(CellName._fields, names, strict=False))

@@ -42,7 +42,7 @@ def metrics(cell: list[Predictions], counts_K: np.ndarray, rules: dict[str, Any]
 
 
 def reliability_table(cell: list[Predictions], seeds: list[int], bins: int) -> pd.DataFrame:
-    """One block of `bins` rows a seed."""
+    """One block of `bins` rows per seed."""
     blocks = []
     for seed, run in zip(seeds, cell, strict=True):
         diagram = reliability_bins(softmax(run.test_logits), run.test_labels, bins)

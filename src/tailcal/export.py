@@ -239,8 +239,8 @@ def read_finished(cell: CellSeed, root: Path) -> Finished:
     record = recorded(Predicted, origin, made)
     trained, checksums = record.params.classifier, record.checksums
     splits.require_raw(longtail, meta, root / f"data/raw/{cell.dataset}")
-    lineage.require_images(record, predicted, cell.names, meta, longtail)
-    lineage.require_cell(record, predicted, cell.names, stage1)
+    lineage.require_images(record, predicted, cell.cell, meta, longtail)
+    lineage.require_cell(record, predicted, cell.cell, stage1)
     logits = predicted / f"seed{cell.seed}.npz"
     if logits.name not in checksums:
         seeds = ", ".join(
@@ -278,7 +278,7 @@ def check_logits(finished: Finished) -> None:
 def outdated(cell: CellSeed, finished: Finished, root: Path) -> list[str]:
     """What the parameters below `root` say that the network was not trained by: a line for the first of it."""
     try:
-        now = settings.of_cell(load(root / PARAMS), *cell.names, root)
+        now = settings.of_cell(load(root / PARAMS), *cell.cell, root)
     except UserError:  # an exported cell need not be one that can be trained today
         return []
     found = itertools.islice(lineage.differences(finished.provenance["params"], now), 1)
@@ -321,7 +321,7 @@ def export(cell: CellSeed, out: Path, rule: str | None = None, root: Path = Path
     rule: temperature, none, or None for temperature where something is held out. Raises UserError as `read_finished`
     and `describe` do; nothing is written then.
     """
-    require_finished((root / "data/predictions").joinpath(*cell.names), root)
+    require_finished((root / "data/predictions").joinpath(*cell.cell), root)
     check_out(out, cell)
     finished = read_finished(cell, root)
     for line in outdated(cell, finished, root):
@@ -427,7 +427,7 @@ def main() -> None:
         said = "not calibrated (rule none)"
     for doubt in doubts(card):
         print(f"warning: {doubt}", file=sys.stderr)
-    print(f"{args.out}: {'/'.join(cell.names)} seed {cell.seed}, {said}")
+    print(f"{args.out}: {cell.cell} seed {cell.seed}, {said}")
     print(result(card.measured, card.rule))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tailcal import method, models
 from tailcal.augment import normalise, plain
+from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tailcal.models import Network
 from tailcal.params import Augmentation, Positive, Strict, validate
@@ -33,9 +34,9 @@ class CellSeed(Strict):
     seed: int
 
     @property
-    def names(self) -> tuple[str, str, str]:
-        """Data set, representation and classifier, as its folders are called."""
-        return self.dataset, self.representation, self.classifier
+    def cell(self) -> CellName:
+        """Without the seed."""
+        return CellName(self.dataset, self.representation, self.classifier)
 
 
 class MeasuredModel(Strict):

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tailcal.cell import CellName, options
 from tailcal.errors import UserError
 from tailcal.files import read_json
 from tailcal.params import Recorded, recorded
 
-AXES = ("dataset", "representation", "classifier")
 TRAINED_ON = ("train_images.npy", "train_labels.npy")
 PREDICTED = ("holdout_images.npy", "holdout_labels.npy", "test_images.npy", "test_labels.npy")
 
@@ -93,10 +93,7 @@ def differences(ours: Any, theirs: Any, empty: bool = False) -> Iterator[tuple[s
 
 def again(**stages: tuple[str, ...]) -> str:
     """How what these stages write is made anew: the end of an error line. {stage: data set, representation, ...}."""
-    commands = (
-        " ".join([f"`python -m stages.{stage}", *(f"--{axis} {name}" for axis, name in zip(AXES, names, strict=False))])
-        for stage, names in stages.items()
-    )
+    commands = (f"`python -m stages.{stage} {options(names)}" for stage, names in stages.items())
     return f"run `dvc repro`, or without DVC or off the grid {'` and '.join(commands)}`"
 
 
@@ -150,7 +147,7 @@ def require_cell(record: Origin, what: Path, cell: tuple[str, ...], stage1: Path
     `after`: stages that are to run after calibrate, to make them anew.
     """
     advice = again(**dict.fromkeys(("calibrate", *after), cell))
-    for axis, name in zip(AXES[1:], cell[1:], strict=True):
+    for axis, name in zip(CellName._fields[1:], cell[1:], strict=True):
         if (found := getattr(record.params, axis).name) != name:
             raise UserError(f"{what} is of the {axis} {found}: {advice}")
     if stage1.exists() and read_represented(stage1).weights != record.starts:

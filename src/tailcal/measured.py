@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from tailcal import files, params
-from tailcal.cell import CellName
+from tailcal.cell import CellName, options
 from tailcal.errors import UserError
 from tailcal.lineage import differences, flat, outdated, unlike
 from tailcal.metrics.cell import over_seeds
@@ -93,7 +93,7 @@ class StageParams(params.Recorded):
     recipe: dict[str, Any] = Field({})
 
 
-class CellParams(params.Recorded):
+class RunParams(params.Recorded):
     """The parameters of a cell."""
 
     model_config = ConfigDict(extra="allow")
@@ -107,7 +107,7 @@ class Provenance(params.Recorded):
     versions, and how many processes trained together at the end where it was not one, are of stage 2, and `stage1` has
     these of stage 1."""
 
-    params: CellParams = CellParams()
+    params: RunParams = RunParams()
     data: dict[str, str] = Field({})
     evaluate: dict[str, Any] = Field({})
     code: str = ""
@@ -282,11 +282,6 @@ def seed_of(path: Path) -> int | None:
     """The seed in the name of a file of `run_file`, None for any other name."""
     found = re.fullmatch(r"seed(0|[1-9]\d*)\.json", path.name)
     return int(found[1]) if found else None
-
-
-def options(cell: CellName) -> str:
-    """What narrows `python -m stages.published` to one cell."""
-    return " ".join(f"--{axis} {name}" for axis, name in cell._asdict().items())
 
 
 def how_to_make(cell: CellName, seed: int | str) -> str:

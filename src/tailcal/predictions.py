@@ -1,4 +1,4 @@
-"""Predictions of a cell, a file each seed: logits of the test split, never seen in training, and of the hold-out."""
+"""Predictions of a cell, one file per seed: logits of the test split, never seen in training, and of the hold-out."""
 
 import hashlib
 import io

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from scipy.stats import nct as noncentral_t
 
 from tailcal import params, plan, sources
+from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tailcal.params import Params, Positive, Precision, Seeds, Strict, Word
 from tailcal.tables import DASH, Table, signed
@@ -58,9 +59,14 @@ class Cell(Strict):
     classifier: Word
 
     @property
+    def full_name(self) -> CellName:
+        """Its three names in one."""
+        return CellName(self.dataset, self.representation, self.classifier)
+
+    @property
     def name(self) -> str:
         """How a table calls it."""
-        return "/".join((self.dataset, self.representation, self.classifier))
+        return str(self.full_name)
 
 
 class Suite(Strict):

@@ -26,19 +26,18 @@ def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, b
         numbers["top5"] = topk(logits_NK, labels_N, k=5)
     p_NK = softmax(logits_NK)
     numbers |= {"confidence": float(p_NK.max(axis=1).mean()), "ece_floor": ece_floor(p_NK, bins)}
-    numbers |= (whole := scores(logits_NK, labels_N, bins))
+    numbers |= (whole := calibration(logits_NK, p_NK, labels_N, bins))
     numbers |= group_accuracy(per_class_accuracy(logits_NK, labels_N), counts_K)
     for group, mask_K in shot_groups(counts_K).items():
         of_group_N = mask_K[labels_N]
-        some = logits_NK[of_group_N], labels_N[of_group_N]
-        found = scores(*some, bins) if of_group_N.any() else dict.fromkeys(whole)
+        some = logits_NK[of_group_N], p_NK[of_group_N], labels_N[of_group_N]
+        found = calibration(*some, bins) if of_group_N.any() else dict.fromkeys(whole)
         numbers |= {f"{name}_{group}": value for name, value in found.items()}
     return numbers
 
 
-def scores(logits_NK: np.ndarray, labels_N: np.ndarray, bins: int) -> Numbers:
-    """The calibration errors of `tailcal.metrics.calibration`, and its two proper scores, NLL and Brier."""
-    p_NK = softmax(logits_NK)
+def calibration(logits_NK: np.ndarray, p_NK: np.ndarray, labels_N: np.ndarray, bins: int) -> Numbers:
+    """The calibration errors of p, the softmax of the logits, and the two proper scores, NLL and Brier."""
     return {
         "ece": ece(p_NK, labels_N, bins),
         "mce": mce(p_NK, labels_N, bins),
