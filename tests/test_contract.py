@@ -15,6 +15,7 @@ import yaml
 from stages import calibrate
 from tailcal import method as methods
 from tailcal import params, train
+from tailcal.cell import CellName
 from tailcal.costs import Cost
 from tailcal.errors import UserError
 from tailcal.method import Method, TrainedConfig, configure
@@ -107,13 +108,13 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
     parameters = SimpleNamespace(runtime=RUNTIME)
     placed = {"holdout": images(), "test": images()}
     good, bad = (train.TrainedNetwork(copy.deepcopy(network), history, Cost()) for _ in range(2))
-    found = calibrate.predict(parameters, {3: good}, placed, ("d", "ce", "crt"))
+    found = calibrate.predict(parameters, {3: good}, placed, CellName("d", "ce", "crt"))
     assert np.array_equal(found[3].test_logits, predict(network, images()))
     assert np.array_equal(found[3].holdout_labels, images().labels)
     with torch.no_grad():
         bad.network.head.bias.fill_(math.inf)
     with pytest.raises(UserError, match=r"^d/ce/crt seed 5: its holdout logits are not finite numbers: milder .* crt"):
-        calibrate.predict(parameters, {3: good, 5: bad}, placed, ("d", "ce", "crt"))
+        calibrate.predict(parameters, {3: good, 5: bad}, placed, CellName("d", "ce", "crt"))
 
 
 @pytest.mark.parametrize("name", names())
