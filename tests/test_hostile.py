@@ -174,6 +174,18 @@ def _figures(request: pytest.FixtureRequest) -> Iterator[None]:
         print("", *rows_, last, sep="\n")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _tables_of_unicode() -> None:
+    """Hypothesis makes them, in some 200 MiB, when it first draws a text in a clone: not the memory of any loader."""
+
+    @settings(parent=HYPOTHESIS, max_examples=1)
+    @given(st.text())
+    def draw(text: str) -> None:
+        assert isinstance(text, str)
+
+    draw()
+
+
 def feed(loader: str, read: Callable[[], object], named: Path | str) -> None:
     """Let a loader read one input: it may succeed, or refuse in one short line that names the file or a part of it."""
     try:
