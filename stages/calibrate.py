@@ -62,7 +62,7 @@ def calibrate(p: params.Params, cell: CellName, late_epochs: int = 0) -> Path:
     stage1 = paths.representation(*cell[:2])
     upstream = lineage.read_represented(stage1)
     represented = settings.training(p, *cell[:2], "representations")
-    lineage.require_stage1(upstream, represented.record(p.precision), p.seeds, meta, stage1, longtail)
+    lineage.require_stage1(upstream, represented.record(p.precision), p.seeds, meta.checksums, stage1, longtail)
 
     record = {
         "code": provenance.code_version("stages.calibrate", method.module(training.method)),
@@ -102,7 +102,7 @@ def calibrate(p: params.Params, cell: CellName, late_epochs: int = 0) -> Path:
     folder = paths.predictions(*cell)
     for seed, made in predict(p, trained, placed, cell).items():
         checksums[f"seed{seed}.npz"] = made.write(folder / f"seed{seed}.npz")
-    record["predicted"] = {name: meta["checksums"][name] for name in lineage.PREDICTED}
+    record["predicted"] = {name: meta.checksums[name] for name in lineage.PREDICTED}
     files.write_json(folder / "provenance.json", record | distributed.record() | {"checksums": checksums})
     checkpoint.keep_only(scratch)
     return scratch

@@ -43,14 +43,14 @@ def evaluate(p: params.Params, dataset: params.Dataset, cell: CellName) -> None:
     meta = splits.read_meta(longtail)
     splits.require_cut(longtail, meta, dataset, paths.raw(cell.dataset))
     if (labels := longtail / "train_labels.npy").exists():
-        files.verify(labels, meta["checksums"].get(labels.name))
+        files.verify(labels, meta.checksums.get(labels.name))
         splits.require_train_counts(longtail, meta, files.read_array(labels))
-    names, counts_K = meta["class_names"], np.array(meta["train_counts"])
+    names, counts_K = meta.class_names, np.array(meta.train_counts)
     folder = paths.predictions(*cell)
     made = folder / "provenance.json"
     provenance = files.read_json(made)
     record = params.recorded(lineage.Predicted, provenance, made)
-    lineage.require_images(record, folder, cell, meta, longtail)
+    lineage.require_images(record, folder, cell, meta.checksums, longtail)
     lineage.require_cell(record, folder, cell, paths.representation(*cell[:2]))
     lineage.require_seeds(record.checksums, p.seeds, folder, lineage.again(calibrate=cell))
     runs = predictions.read_seeds(folder, provenance.pop("checksums"), p.seeds, len(names))
@@ -61,7 +61,7 @@ def evaluate(p: params.Params, dataset: params.Dataset, cell: CellName) -> None:
     write_table(plots / "confusion.csv", evaluation.confusion_table(runs, names))
     numbers = evaluation.metrics(runs, counts_K, rules, p.evaluate.bins)
     about = {
-        "images": {key: meta[key] for key in ("skipped", "duplicates")},
+        "images": meta.model_dump(include={"skipped", "duplicates"}),
         "provenance": provenance | {"evaluate": p.evaluate.model_dump(), "seeds": p.seeds},
     }
     files.write_json(paths.metrics(*cell), numbers | about)

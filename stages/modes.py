@@ -27,7 +27,7 @@ WORKSPACES = Path("data/modes")
 
 def outcome(p: params.Params, cell: CellName) -> Outcome:
     """What the stages have left of a cell in the present folder."""
-    counts = np.array(splits.read_meta(paths.longtail(cell.dataset))["train_counts"])
+    counts = np.array(splits.read_meta(paths.longtail(cell.dataset)).train_counts)
     stage1 = paths.representation(*cell[:2])
     history = pd.read_csv(stage1 / "history.csv").query("epoch == 1").set_index("seed")
     weights = files.read_json(stage1 / "provenance.json")["weights"]

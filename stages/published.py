@@ -62,7 +62,7 @@ def best_on_test(p: params.Params, cell: CellName, folder: Path) -> dict[int, di
     Raises UserError when the late epochs are no longer there, or are damaged.
     """
     longtail = paths.longtail(cell.dataset)
-    counts = np.array(splits.read_meta(longtail)["train_counts"])
+    counts = np.array(splits.read_meta(longtail).train_counts)
     stage1 = paths.representation(*cell[:2])
     record = lineage.read_represented(stage1).network
     training = settings.training(p, cell.dataset, cell.classifier, "classifiers")
@@ -104,7 +104,7 @@ def best_epoch(logits: Iterable[np.ndarray], labels: np.ndarray, bins: int) -> N
 def compose(p: params.Params, cell: CellName, seed: int, late: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that is kept of a cell's seed."""
     meta = splits.read_meta(paths.longtail(cell.dataset))
-    counts = np.array(meta["train_counts"])
+    counts = np.array(meta.train_counts)
     provenance = files.read_json(paths.predictions(*cell) / "provenance.json")
     name = f"seed{seed}.npz"
     run = predictions.read(paths.predictions(*cell) / name, provenance.pop("checksums")[name], len(counts))
@@ -130,15 +130,15 @@ def compose(p: params.Params, cell: CellName, seed: int, late: dict[str, Any] | 
         "best_on_test": late,
         "seed": seed,
         "data": {
-            "train_images": sum(meta["train_counts"]),
-            "official": sources.official(meta["source"]["kind"]),
-            "trained_on": meta["duplicates"]["test"],
-            "test_split": {name: meta["checksums"][name] for name in ("test_images.npy", "test_labels.npy")},
+            "train_images": sum(meta.train_counts),
+            "official": sources.official(meta.source["kind"]),
+            "trained_on": meta.duplicates["test"],
+            "test_split": {name: meta.checksums[name] for name in ("test_images.npy", "test_labels.npy")},
         },
         "backbone": training.backbone,
         "precision": p.precision,
         "epochs": history["epoch"].nunique(),
-        "test_images": sum(meta["test_counts"]),
+        "test_images": sum(meta.test_counts),
         "cost": {
             "machine": cost["machine"]["name"],
             "seconds": round(workspace.seconds(cell, seed), 1),

@@ -83,7 +83,7 @@ def _require_consistent(p: params.Params, dataset: str, cells: list[Cell]) -> No
         meta = splits.read_meta(longtail)
         splits.require_cut(longtail, meta, params.dataset(p, dataset), paths.raw(dataset))
         for cell in cells:
-            evaluated.require_images(cell, paths.metrics(*cell.full_name), meta, longtail)
+            evaluated.require_images(cell, paths.metrics(*cell.full_name), meta.checksums, longtail)
 
 
 def _write_numbers(cells: dict[str, list[Cell]], epochs: dict[str, list[int]]) -> None:

@@ -62,7 +62,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
             "dataset": splits.record(opened.dataset),
             "representation": training.record(p.precision),
         },
-        "data": {name: digest for name, digest in meta["checksums"].items() if name.startswith("train")} | begins,
+        "data": {name: digest for name, digest in meta.checksums.items() if name.startswith("train")} | begins,
         "device": train.described(opened.device),
         "versions": provenance.versions(),
     }

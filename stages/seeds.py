@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -38,7 +38,7 @@ class Opened:
     training: settings.Training
     device: torch.device
     longtail: Path
-    meta: dict[str, Any]
+    meta: splits.Meta
     counts: torch.Tensor
     data: store.Images
 
@@ -52,7 +52,7 @@ def open_training(p: params.Params, dataset_name: str, name: str, stage: setting
     meta = splits.read_meta(longtail)
     splits.require_cut(longtail, meta, dataset, paths.raw(dataset_name))
     data = read_images(longtail, "train", dataset, device, p.runtime.placement)
-    return Opened(dataset, training, device, longtail, meta, torch.tensor(meta["train_counts"]), data)
+    return Opened(dataset, training, device, longtail, meta, torch.tensor(meta.train_counts), data)
 
 
 def train_seeds(

@@ -127,7 +127,7 @@ def _prepare(p: params.Params, name: str, instead: str | None) -> None:
 def whole(longtail: Path) -> bool:
     """Whether a data set's splits are all there with the checksums that they were written with."""
     try:
-        for name, checksum in splits.read_meta(longtail)["checksums"].items():
+        for name, checksum in splits.read_meta(longtail).checksums.items():
             files.verify(longtail / name, checksum)
     except errors.UserError:
         return False

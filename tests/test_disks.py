@@ -567,7 +567,8 @@ def test_splits_that_their_own_description_does_not_fit_are_refused(tmp_path):
 
 def describe(folder: Path) -> None:
     checksums = {path.name: files.sha256(path) for path in folder.glob("*.npy")}
-    counts = {"class_names": list("abc"), "train_counts": [2, 2, 2], "source": {}, "skipped": {}}
+    counts = {"class_names": list("abc"), "train_counts": [2, 2, 2], "test_counts": [2, 2, 2]}
+    counts |= {"source": {}, "skipped": {}}
     counts |= {"imbalance": {}, "holdout_per_class": 0, "raw": {}, "duplicates": dict.fromkeys(TWICE, 0)}
     files.write_json(folder / "meta.json", counts | {"checksums": checksums})
 

@@ -104,6 +104,7 @@ def _project(tmp_path, monkeypatch):
     meta = {
         "class_names": NAMES,
         "train_counts": COUNTS,
+        "test_counts": [50] * K,
         "checksums": CHECKSUMS,
         **CUT,
         **IMAGES,
@@ -282,6 +283,7 @@ def test_an_empty_group_is_null():
             {
                 "class_names": NAMES,
                 "train_counts": [500] * K,
+                "test_counts": [50] * K,
                 "source": {},
                 "checksums": CHECKSUMS,
                 **CUT,
@@ -410,6 +412,7 @@ def nan_logits() -> np.ndarray:
                     {
                         "class_names": NAMES,
                         "train_counts": COUNTS[1:],
+                        "test_counts": [50] * K,
                         "source": {},
                         "checksums": CHECKSUMS,
                         **CUT,

@@ -336,6 +336,7 @@ META = {
     "class_names": ["ant", "bee", "cat"],
     "train_counts": [3, 2, 1],
     "holdout_counts": [0, 0, 0],
+    "test_counts": [1, 1, 1],
     "source": {"kind": "digits"},
     "imbalance": {"profile": "natural", "seed": 0},
     "raw": {},

@@ -82,6 +82,7 @@ def make_cell(
     meta = {
         "class_names": NAMES,
         "train_counts": COUNTS,
+        "test_counts": [1] * 4,
         "source": {},
         "imbalance": {},
         "raw": {},

@@ -532,7 +532,13 @@ def images():
     sums = {name: name for name in (*lineage.TRAINED_ON, *lineage.PREDICTED)}
     raw = {"class_names": ["a", "b"], "source": splits.record(digits)["source"], "checksums": {"train_images.npy": "r"}}
     meta = splits.record(digits) | {
-        **{"class_names": ["a", "b"], "train_counts": [2, 1], "checksums": sums, "raw": raw["checksums"]},
+        **{
+            "class_names": ["a", "b"],
+            "train_counts": [2, 1],
+            "test_counts": [1, 1],
+            "checksums": sums,
+            "raw": raw["checksums"],
+        },
         **{"skipped": {}, "duplicates": dict.fromkeys(TWICE, 0)},
     }
     files.write_json(paths.raw("digits_lt") / "meta.json", raw)

@@ -27,7 +27,7 @@ def images(tmp_path, monkeypatch) -> Path:
     return tmp_path / "images"
 
 
-def prepared(**source) -> dict:
+def prepared(**source) -> splits.Meta:
     """What meta.json says of the splits of a data set of one's own, once the workspace has prepared it."""
     p = params.load(ROOT / "params.yaml")
     changes = {
@@ -51,18 +51,18 @@ def test_splits_are_made_anew_when_a_list_outside_root_changes(images):
         write_list(Path(lists[split]), names)
     Path(lists["class_names"]).write_text("one\ntwo\n")
     source = {"kind": "list", "root": str(images)} | lists
-    assert prepared(**source)["train_counts"] == [3, 3]
+    assert prepared(**source).train_counts == [3, 3]
     made = paths.longtail("own") / "meta.json"
     before = made.stat().st_mtime_ns
     prepared(**source)
     assert made.stat().st_mtime_ns == before  # nothing has changed
     lines = Path(lists["train"]).read_text().splitlines(keepends=True)
     Path(lists["train"]).write_text("".join(lines[:-1]))
-    assert prepared(**source)["train_counts"] == [3, 2]
+    assert prepared(**source).train_counts == [3, 2]
     Path(lists["test"]).write_text("test/class0/0.png 0\ntest/class1/0.png 1\n")
-    assert prepared(**source)["test_counts"] == [1, 1]
+    assert prepared(**source).test_counts == [1, 1]
     Path(lists["class_names"]).write_text("one\nother\n")
-    assert prepared(**source)["class_names"] == ["one", "other"]
+    assert prepared(**source).class_names == ["one", "other"]
     Path(lists["class_names"]).unlink()
     with pytest.raises(UserError, match=r"class_names: \S*class_names\.txt: there is no such file"):
         prepared(**source)
@@ -75,7 +75,7 @@ def test_splits_are_made_anew_when_an_image_in_a_linked_folder_changes(images, l
     source = {"kind": "folder", "path": str(images)}
     before = prepared(**source)
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(next((images / "train/class1").iterdir()))
-    assert prepared(**source)["raw"] != before["raw"]
+    assert prepared(**source).raw != before.raw
 
 
 def test_what_is_no_image_makes_nothing_anew(images):

@@ -151,11 +151,11 @@ def require_own_tables(cell: Cell, metrics: Path, plots: Path) -> None:
             )
 
 
-def require_images(cell: Cell, metrics: Path, meta: dict[str, Any], longtail: Path) -> None:
+def require_images(cell: Cell, metrics: Path, checksums: dict[str, str], longtail: Path) -> None:
     """Raise UserError when a cell's numbers, in the file `metrics`, are not of the images in the folder `longtail`,
-    which `meta` describes."""
+    of these checksums."""
     origin = params.recorded(lineage.Origin, cell.metrics["provenance"], metrics)
-    lineage.require_images(origin, metrics, cell.full_name, meta, longtail, ("evaluate",))
+    lineage.require_images(origin, metrics, cell.full_name, checksums, longtail, ("evaluate",))
 
 
 def _again(cell: CellName, first: str) -> str:

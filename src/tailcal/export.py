@@ -207,7 +207,7 @@ class Finished:
     """One seed's network of a finished cell, with the predictions that the pipeline saved of it, and the files of both,
     `weights` and `logits`. `images` are those of `split`."""
 
-    meta: dict[str, Any]
+    meta: splits.Meta
     record: dict[str, Any]  # of the network
     trained: ClassifierParams
     provenance: dict[str, Any]
@@ -239,7 +239,7 @@ def read_finished(cell: CellSeed, root: Path) -> Finished:
     record = recorded(Predicted, origin, made)
     trained, checksums = record.params.classifier, record.checksums
     splits.require_raw(longtail, meta, root / f"data/raw/{cell.dataset}")
-    lineage.require_images(record, predicted, cell.cell, meta, longtail)
+    lineage.require_images(record, predicted, cell.cell, meta.checksums, longtail)
     lineage.require_cell(record, predicted, cell.cell, stage1)
     logits = predicted / f"seed{cell.seed}.npz"
     if logits.name not in checksums:
@@ -247,13 +247,13 @@ def read_finished(cell: CellSeed, root: Path) -> Finished:
             sorted(name.removeprefix("seed").removesuffix(".npz") for name in checksums if ".npz" in name)
         )
         raise UserError(f"--seed {cell.seed}: {predicted.relative_to(root)} has the seeds {seeds}")
-    saved = predictions.read(logits, checksums[logits.name], len(meta["class_names"]))
+    saved = predictions.read(logits, checksums[logits.name], len(meta.class_names))
 
     body = models.rebuild(network_record, stage1 / "provenance.json")
-    network = set_up(body, trained.method, trained.settings, meta["train_counts"], made)
+    network = set_up(body, trained.method, trained.settings, meta.train_counts, made)
     load_weights(network, weights, checksums.get(weights.name))
     path = longtail / ("holdout_images.npy" if len(saved.holdout_labels) else "test_images.npy")
-    files.verify(path, meta["checksums"].get(path.name))
+    files.verify(path, meta.checksums.get(path.name))
     images = files.read_array(path, mmap=True)
     check_images(images, path)
     return Finished(meta, network_record, trained, origin, network, images, saved, weights, logits)
@@ -289,13 +289,13 @@ def describe(cell: CellSeed, finished: Finished, rule: str) -> Card:
     """The card of an export that is still to be written. `rule`: temperature or none. Raises UserError naming the file
     of the predictions that no temperature can be fitted on."""
     meta, trained, saved = finished.meta, finished.trained, finished.saved
-    fitted, counts = {}, meta["train_counts"]
+    fitted, counts = {}, meta.train_counts
     if rule == "temperature":
         holdout = posthoc.Holdout(np.array(counts), saved.holdout_logits, saved.holdout_labels)
         fitted = {rule: fit_temperature(holdout, finished.logits)}
     described = {
         "format": 1,
-        "class_names": meta["class_names"],
+        "class_names": meta.class_names,
         "train_counts": counts,
         "image_size": finished.images.shape[2],
         "channels": finished.images.shape[3],
@@ -306,7 +306,7 @@ def describe(cell: CellSeed, finished: Finished, rule: str) -> Card:
         "rule": rule,
         "fitted": fitted,
         "cell": cell,
-        "measured": measure(saved, fitted.get(rule, 1.0), meta["duplicates"]["test"]),
+        "measured": measure(saved, fitted.get(rule, 1.0), meta.duplicates["test"]),
         "weights": "",
         "onnx": None,
         "versions": {"tailcal": tailcal.__version__, **provenance.versions()},

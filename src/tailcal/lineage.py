@@ -97,9 +97,9 @@ def again(**stages: tuple[str, ...]) -> str:
     return f"run `dvc repro`, or without DVC or off the grid {'` and '.join(commands)}`"
 
 
-def same_files(record: dict[str, str], meta: dict[str, Any], names: tuple[str, ...]) -> bool:
-    """Whether `record`, {file name: SHA-256}, has the same of these files of a data set as its `meta`."""
-    return all(record.get(name) == meta["checksums"].get(name) for name in names)
+def same_files(record: dict[str, str], checksums: dict[str, str], names: tuple[str, ...]) -> bool:
+    """Whether `record`, {file name: SHA-256}, says the same of these files of a data set as its `checksums`."""
+    return all(record.get(name) == checksums.get(name) for name in names)
 
 
 def outdated(
@@ -128,12 +128,12 @@ def require_seeds(names: Iterable[str], seeds: list[int], what: Path, advice: st
 
 
 def require_stage1(
-    record: Represented, now: dict[str, Any], seeds: list[int], meta: dict[str, Any], stage1: Path, longtail: Path
+    record: Represented, now: dict[str, Any], seeds: list[int], checksums: dict[str, str], stage1: Path, longtail: Path
 ) -> None:
     """Raise UserError unless stage 1 in the folder `stage1`, of the provenance `record`, was trained by the parameters
-    `now` of a representation and with these seeds, on the training split in `longtail`, which `meta` describes."""
+    `now` of a representation and with these seeds, on the training split in `longtail`, of these checksums."""
     advice = again(represent=stage1.parts[-2:])
-    if not same_files(record.data, meta, TRAINED_ON):
+    if not same_files(record.data, checksums, TRAINED_ON):
         raise UserError(f"{stage1} was trained on another training split than {longtail} holds: {advice}")
     for difference in differences(record.params.representation, now):
         raise UserError(f"{unlike(stage1, *difference)}: {advice}")
@@ -158,17 +158,17 @@ def require_images(
     record: Origin,
     what: Path,
     cell: tuple[str, ...],
-    meta: dict[str, Any],
+    checksums: dict[str, str],
     longtail: Path,
     after: tuple[str, ...] = (),
 ) -> None:
     """Raise UserError unless predictions or numbers, as `require_cell` takes them, are of the images in the folder
-    `longtail`, which `meta` describes, and of networks that were trained on the training split there."""
+    `longtail`, of these checksums, and of networks that were trained on the training split there."""
     stages = dict.fromkeys(("calibrate", *after), cell)
-    if not same_files(record.data, meta, TRAINED_ON):
+    if not same_files(record.data, checksums, TRAINED_ON):
         raise UserError(
             f"{what} is of networks that were trained on another training split than {longtail} holds: "
             f"{again(represent=cell[:2], **stages)}"
         )
-    if not same_files(record.predicted, meta, PREDICTED):
+    if not same_files(record.predicted, checksums, PREDICTED):
         raise UserError(f"{what} is of other held-out or test images than {longtail} holds: {again(**stages)}")

@@ -38,6 +38,7 @@ class Meta(Recorded):
 
     class_names: Annotated[list[str], Field(min_length=2)]
     train_counts: list[Annotated[int, Field(ge=1, lt=2**31)]]
+    test_counts: list[Annotated[int, Field(ge=1, lt=2**31)]]
     source: dict[str, Any]
     raw: dict[str, str]
     imbalance: dict[str, Any]
@@ -48,8 +49,9 @@ class Meta(Recorded):
 
     @model_validator(mode="after")
     def _a_count_a_class(self) -> "Meta":
-        if len(self.train_counts) != len(self.class_names):
-            raise ValueError(f"{len(self.class_names)} class_names, but {len(self.train_counts)} train_counts")
+        for key, counts in (("train_counts", self.train_counts), ("test_counts", self.test_counts)):
+            if len(counts) != len(self.class_names):
+                raise ValueError(f"{len(self.class_names)} class_names, but {len(counts)} {key}")
         return self
 
     @field_validator("duplicates")
@@ -60,12 +62,10 @@ class Meta(Recorded):
         return found
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> Meta:
     """Class names, counts and checksums of the data set in `folder`. Raises UserError naming the file and the key."""
     path = folder / "meta.json"
-    content = read_json(path)
-    recorded(Meta, content, path)
-    return content
+    return recorded(Meta, read_json(path), path)
 
 
 def read_raw_meta(folder: Path) -> RawMeta:
@@ -83,22 +83,25 @@ def record(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def require_cut(folder: Path, meta: dict[str, Any], dataset: Dataset, raw: Path) -> None:
+def require_cut(folder: Path, meta: Meta, dataset: Dataset, raw: Path) -> None:
     """Raise UserError unless the data set in `folder` was made and cut as the parameters say now, and from the images
     in the folder `raw`, where these are still there."""
-    sources.require(dataset, meta["source"], folder)
-    for key, now in (("imbalance", dataset.imbalance.record()), ("holdout_per_class", dataset.holdout_per_class)):
-        if meta[key] != now:
+    sources.require(dataset, meta.source, folder)
+    for key, then, now in (
+        ("imbalance", meta.imbalance, dataset.imbalance.record()),
+        ("holdout_per_class", meta.holdout_per_class, dataset.holdout_per_class),
+    ):
+        if then != now:
             raise UserError(
-                f"{folder} was cut with {key} {meta[key]}, and {dataset.key(key)} is {now}: "
+                f"{folder} was cut with {key} {then}, and {dataset.key(key)} is {now}: "
                 f"{lineage.again(subsample=(folder.name,))}"
             )
     require_raw(folder, meta, raw)
 
 
-def require_raw(folder: Path, meta: dict[str, Any], raw: Path) -> None:
+def require_raw(folder: Path, meta: Meta, raw: Path) -> None:
     """Raise UserError unless the data set in `folder` was cut from the images in the folder `raw`, if this is there."""
-    if raw.exists() and read_raw_meta(raw).checksums != meta["raw"]:
+    if raw.exists() and read_raw_meta(raw).checksums != meta.raw:
         raise UserError(
             f"{folder} was cut from other images than {raw} holds: {lineage.again(subsample=(folder.name,))}"
         )
@@ -112,18 +115,18 @@ def read_split(folder: Path, split: Literal["train", "holdout", "test"]) -> tupl
     meta = read_meta(folder)
     images_path, labels_path = folder / f"{split}_images.npy", folder / f"{split}_labels.npy"
     for path in (images_path, labels_path):
-        verify(path, meta["checksums"].get(path.name))
+        verify(path, meta.checksums.get(path.name))
     images, labels = read_array(images_path, mmap=True), read_array(labels_path)
-    check(folder, split, images, labels, len(meta["class_names"]))
+    check(folder, split, images, labels, len(meta.class_names))
     if split == "train":
         require_train_counts(folder, meta, labels)
     return images, labels
 
 
-def require_train_counts(folder: Path, meta: dict[str, Any], labels: np.ndarray) -> None:
+def require_train_counts(folder: Path, meta: Meta, labels: np.ndarray) -> None:
     """Raise UserError unless the training counts that `meta` tells, which say who is many, medium and few, are those of
     the training labels int64 [N]."""
-    if np.bincount(labels, minlength=len(meta["class_names"])).tolist() != meta["train_counts"]:
+    if np.bincount(labels, minlength=len(meta.class_names)).tolist() != meta.train_counts:
         raise UserError(
             f"{folder / 'meta.json'}: train_counts are not those of train_labels.npy: delete it and "
             f"{lineage.again(subsample=(folder.name,))}"
