@@ -92,6 +92,11 @@ def test_a_cell_is_measured_by_group_on_the_samples_of_its_classes():
     assert numbers["ece_few"] is numbers["nll_few"] is numbers["brier_few"] is None
 
 
+def test_top5_is_of_the_five_highest():
+    scores = np.tile(np.arange(7.0, 0, -1), (7, 1))  # label k has the rank k + 1
+    assert measure(scores, np.arange(7), np.full(7, 30))["top5"] == topk(scores, np.arange(7)) == 5 / 7
+
+
 def test_top5_needs_more_than_five_classes():
     labels = np.arange(6)
     assert measure(np.eye(6), labels, np.full(6, 30))["top5"] == 1

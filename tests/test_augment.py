@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from tailcal import augment, autoaugment
+from tailcal import augment, autoaugment, largeaugment
 from tailcal.draws import Draws, derive
 from tailcal.params import PadCrop, ResizedCrop
 
@@ -103,3 +103,15 @@ def test_large_augmentation_that_may_change_nothing_is_a_plain_resize():
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     config = ResizedCrop(**LARGE | {"min_area": 1.0}, flip=False, jitter=0.0, grey=0.0, blur=0.0)
     assert torch.equal(augment.augment(images, config, "strong", Draws(1, 2, torch.Generator())), images)
+
+
+def test_the_large_standard_augmentation_is_its_parts_in_their_order():
+    config = ResizedCrop(**LARGE, flip=True, jitter=0.4, grey=0.0, blur=0.0)
+    images = torch.randint(0, 256, (64, 3, 16, 12), dtype=torch.uint8)
+    draws = Draws(0, 0, torch.Generator())
+    boxes = largeaugment.draw_resized_crops(64, 16, 12, draws, scale=(0.2, 1.0))
+    expected = largeaugment.resized_crop(images, boxes, 8)
+    chosen = largeaugment.draw_chosen(64, draws, 0.5)
+    expected = torch.where(chosen[:, None, None, None], expected.flip(3), expected)
+    expected = largeaugment.colour_jitter(expected, largeaugment.draw_jitter(64, draws, 0.4, 0.4, 0.4))
+    assert torch.equal(augment.augment(images, config, "standard", Draws(0, 0, torch.Generator())), expected)

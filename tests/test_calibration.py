@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from tailcal.metrics import calibration
 from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, ece_floor, mce, nll, reliability_bins
-from tailcal.metrics.scores import log_softmax, softmax
+from tailcal.metrics.scores import check, log_softmax, softmax
 
 
 def made_up(N: int = 2000, K: int = 7, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -134,13 +134,23 @@ def test_the_floor_is_the_mean_ece_of_what_is_calibrated_and_falls_with_the_imag
     assert floors[1] < floors[0] / 2.5
 
 
+def test_adaptive_ece_by_hand():
+    confidence = np.array([0.9, 0.6, 0.7, 0.55, 1.0, 0.8])
+    p, labels = np.stack([confidence, 1 - confidence], axis=1), np.array([1, 0, 0, 1, 0, 0])
+    # sorted: 0.55 wrong, 0.6 right | 0.7 right, 0.8 right | 0.9 wrong, 1.0 right
+    assert adaptive_ece(p, labels, bins=3) == pytest.approx((abs(1 - 1.15) + abs(2 - 1.5) + abs(1 - 1.9)) / 6)
+    assert adaptive_ece(p, labels, bins=1) == pytest.approx(abs(4 - 4.55) / 6)
+
+
 def test_adaptive_ece_equals_sorted_slices():
-    logits, labels = made_up(N=1999)
-    p = softmax(logits)
+    p = softmax(made_up(N=1999)[0])
+    # Each label is drawn from its own probabilities, so that bins are off in either direction.
+    labels = (p.cumsum(axis=1) < np.random.default_rng(1).random((1999, 1))).sum(axis=1).clip(max=6)
     order = p.max(1).argsort()
     slice_of = np.arange(1999) * 15 // 1999
     correct = p.argmax(1) == labels
     expected = sum(abs(correct[s].sum() - p.max(1)[s].sum()) for b in range(15) for s in [order[slice_of == b]]) / 1999
+    assert expected > 2 * abs(correct.mean() - p.max(1).mean())  # what one bin would give
     assert adaptive_ece(p, labels) == pytest.approx(expected, abs=1e-12)
     assert np.bincount(slice_of).max() - np.bincount(slice_of).min() <= 1
 
@@ -191,6 +201,7 @@ GOOD = np.array([[0.5, 0.5], [0.25, 0.75]])
         (GOOD, [-1, 1], r"labels must lie in 0\.\.1, got -1\.\.1"),
         (GOOD * np.nan, [0, 1], "finite"),
         (GOOD * 2, [0, 1], "must sum to 1, got 2: are these logits"),
+        (np.array([[0.5, 0.5], [0.25, 0.25], [0.25, 0.75]]), [0, 1, 1], "must sum to 1, got 0.5"),
         (np.array([[1.5, -0.5]]), [0], "must not be negative, got -0.5"),
     ],
 )
@@ -198,6 +209,12 @@ def test_bad_input_is_refused_with_its_reason(p, labels, message):
     for metric in (reliability_bins, ece, mce, adaptive_ece, classwise_ece, brier):
         with pytest.raises(ValueError, match=message):
             metric(p, np.array(labels))
+
+
+@pytest.mark.parametrize("scores", [[["1", "0"]], [[True, False]], [[None, 1.0]]])
+def test_scores_that_are_no_numbers_are_refused(scores):
+    with pytest.raises(ValueError, match="no number"):
+        check(np.array(scores), np.array([0]))
 
 
 @pytest.mark.parametrize("metric", [reliability_bins, ece, mce, adaptive_ece, classwise_ece])

@@ -5,16 +5,18 @@ import copy
 import inspect
 import math
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 from stages import calibrate
+from tailcal import checkpoint, params, train
 from tailcal import method as methods
-from tailcal import params, train
 from tailcal.cell import CellName
 from tailcal.costs import Cost
 from tailcal.errors import UserError
@@ -115,6 +117,61 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
         bad.network.head.bias.fill_(math.inf)
     with pytest.raises(UserError, match=r"^d/ce/crt seed 5: its holdout logits are not finite numbers: milder .* crt"):
         calibrate.predict(parameters, {3: good, 5: bad}, placed, CellName("d", "ce", "crt"))
+
+
+def test_the_history_is_the_mean_over_the_steps_of_an_epoch_and_progress_the_share_that_is_over(tmp_path):
+    losses, hits, shares = [], [], []
+
+    class Noting(load("ce")):
+        def loss(self, network, batch, progress):
+            shares.append(progress.item())
+            return super().loss(network, batch, progress)
+
+        def observe(self, logits, batch):
+            losses.append(F.cross_entropy(logits, batch.targets).item())
+            hits.append((logits.argmax(1) == batch.labels).float().mean().item())
+
+    _, history = trained(replica_of("ce", tmp_path, cls=Noting))
+    for epoch, row in enumerate(history):
+        steps = slice(3 * epoch, 3 * epoch + 3)
+        assert row["loss"] == pytest.approx(np.mean(losses[steps]), rel=1e-5)
+        assert row["train_accuracy"] == pytest.approx(np.mean(hits[steps]), rel=1e-5)
+        assert shares[steps] == [epoch / len(history)] * 3
+
+
+def test_the_seconds_of_a_training_are_those_that_passed(tmp_path):
+    began = time.monotonic()
+    ((_, _, cost),) = train.train([replica_of("ce", tmp_path)], images(), RECIPE, RUNTIME)
+    assert 0 < cost.seconds <= time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda saved: saved.pop("epoch"),
+        lambda saved: saved.update(cost={"hours": 1}),
+        lambda saved: saved.update(optimiser=[]),
+        lambda saved: saved.update(network=7),
+        lambda saved: saved["network"].popitem(),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_one_line(change, tmp_path):
+    run("ce", tmp_path, epochs=1)
+    path = tmp_path / "ce/seed0.pt"
+    saved = checkpoint.load(path, CPU)
+    change(saved)
+    checkpoint.save(path, saved)
+    with pytest.raises(UserError, match=r"holds a checkpoint of another training \(\w+\): delete it and run again$"):
+        run("ce", tmp_path, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "networks", "device", "expected"),
+    [(3, 5, "cpu", 3), (9, 5, "cpu", 5), (2, 0, "cpu", 1), (40, 50, "cpu", 40), (40, 50, "cuda", 32)],
+)
+def test_how_many_train_at_once(replicas, networks, device, expected):
+    runtime = RUNTIME.model_copy(update={"replicas": replicas})
+    assert train.at_once(runtime, networks, torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("name", names())

@@ -353,6 +353,28 @@ def test_a_checkpoint_cut_at_any_byte_or_with_any_bit_flipped_is_never_taken_up(
             print(f"\ncheckpoint of {len(whole)} bytes: {len(harmed)} damaged ones, none taken up")
 
 
+def test_a_checkpoint_that_may_not_be_read_is_left_alone_and_one_that_cannot_be_is_given_up(
+    tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "seed0.pt"
+    checkpoint.save(path, STATE)
+
+    def refuse_with(code: int) -> None:
+        def refuse(_: Path) -> bytes:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+
+    refuse_with(errno.EACCES)
+    with pytest.raises(OSError, match="cannot read"):
+        checkpoint.load(path, CPU)
+    assert path.exists()
+    refuse_with(errno.EIO)
+    assert checkpoint.load(path, CPU) is None
+    assert "is damaged (the disk cannot read it)" in capsys.readouterr().err
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("other", [[1, 2], torch.zeros(3), "text", None])
 def test_a_checkpoint_of_something_else_counts_as_damaged(other, tmp_path, capsys):
     stream = io.BytesIO()

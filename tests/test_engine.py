@@ -167,3 +167,7 @@ def test_gpu_replayed_and_side_by_side_it_is_the_eager_network_alone(name, tmp_p
     replicas = [replica_of(name, tmp_path / "together", seed) for seed in range(3)]
     together = train.train(replicas, images(device=device), LONGER, runtime)
     assert_same(alone, together[1].network)
+
+
+def test_on_a_cpu_no_step_is_recorded():
+    assert type(engine.executor(lambda *_: None, 0, torch.device("cpu"), True)) is engine.Eager

@@ -17,8 +17,10 @@ from sklearn.metrics import confusion_matrix
 from stages import evaluate, paths
 from tailcal import files, params
 from tailcal.errors import UserError
+from tailcal.evaluation import per_class_table
 from tailcal.metrics.calibration import ece
 from tailcal.metrics.scores import softmax
+from tailcal.predictions import Predictions
 from tests.conftest import ROOT, STAGE1
 
 CELL = {"dataset": "digits_lt", "representation": "ce", "classifier": "joint"}
@@ -276,6 +278,15 @@ def test_a_rule_is_fitted_without_the_test_labels():
         assert all(numbers[rule][name] == shuffled[rule][name] for name in names)
 
 
+def test_two_seeds_have_a_deviation_and_one_has_none():
+    labels = np.array([0, 0, 1, 1])
+    right, half = np.eye(2)[labels], np.eye(2)[[0, 1, 1, 1]]
+    cell = [Predictions(scores, labels, scores[:0], labels[:0]) for scores in (right, half)]
+    two = per_class_table(cell, ["a", "b"], np.array([9, 3]))
+    np.testing.assert_allclose(two["accuracy_std"], [0.5 / np.sqrt(2), 0])
+    assert per_class_table(cell[:1], ["a", "b"], np.array([9, 3]))["accuracy_std"].isna().all()
+
+
 def test_an_empty_group_is_null():
     meta = paths.longtail("digits_lt") / "meta.json"
     meta.write_text(
@@ -421,6 +432,23 @@ def nan_logits() -> np.ndarray:
                 )
             ),
             "meta.json: 7 class_names, but 6 train_counts",
+        ),
+        (
+            lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
+                json.dumps(
+                    {
+                        "class_names": NAMES,
+                        "train_counts": COUNTS,
+                        "test_counts": [50] * K,
+                        "source": {},
+                        "checksums": CHECKSUMS,
+                        **CUT,
+                        **IMAGES,
+                        "duplicates": {"train": 0, "holdout": 2},
+                    }
+                )
+            ),
+            "meta.json: duplicates: lacks test, test_holdout",
         ),
         (lambda: posthoc({"platt": {}}), "evaluate.posthoc.platt: unknown rule"),
         (

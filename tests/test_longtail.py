@@ -162,3 +162,13 @@ def test_shot_groups_at_their_bounds():
     }
     groups = longtail.shot_groups(longtail.class_counts(500, 100, 100, "exponential"))
     assert [int(mask.sum()) for mask in groups.values()] == [35, 35, 30]
+
+
+def test_no_images_at_all_name_the_first_class():
+    with pytest.raises(UserError, match=r"^class 0 has 0 images, too few for 2$"):
+        longtail.subset_indices(np.zeros(0, np.int64), np.array([2, 1]))
+
+
+def test_the_published_seed_is_the_default(labels):
+    counts = np.full(6, 5)
+    assert longtail.subset_indices(labels, counts)[0].tolist() == selected_naively(labels, counts, 0)

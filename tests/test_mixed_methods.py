@@ -14,6 +14,7 @@ from tailcal.methods.bagmar import accumulate, adjust
 from tailcal.methods.fsgl import consistency, feature_scale, scaling_factors
 from tailcal.mixing import box, cutmix
 from tailcal.models import build
+from tailcal.samplers import Reweighted, instance
 from tests.conftest import ROOT
 
 COUNTS = torch.tensor([500, 5, 20, 100])
@@ -193,3 +194,8 @@ def test_fsgl_is_used_with_its_rebalanced_classifier_unscaled():
     method.finish(network)
     assert torch.equal(network(images), expected)
     assert set(network.head.state_dict()) == {"weight", "bias"}
+
+
+def test_fsgl_draws_the_first_batch_uniformly_and_the_second_reweighted():
+    method = load("fsgl")(load("fsgl").Config(**FSGL | {"sampling": 0.7}), COUNTS)
+    assert method.samplers() == (instance, Reweighted(0.7))

@@ -28,6 +28,16 @@ def test_parameter_counts_of_the_ones_with_four_stages(name, parameters):
     assert size(build(name, "linear", 3, 10)) == reference == parameters
 
 
+def test_resnet18_is_torchvisions_with_a_small_stem():
+    torch.manual_seed(0)
+    ours, theirs = build("resnet18", "linear", 3, 10), torchvision.models.resnet18(num_classes=10)
+    theirs.conv1, theirs.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    images = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-4)
+
+
 def test_the_wide_one_is_four_times_as_wide():
     narrow, wide = build("resnet32", "linear", 3, 10), build("resnet32_x4", "linear", 3, 10)
     assert wide.backbone.features == 4 * narrow.backbone.features == 256
@@ -44,6 +54,13 @@ def test_first_weights(name, kaiming):
     for weight in [*wide, network.head.weight]:
         expected = (2 if kaiming else 1 / 3) / weight[0].numel()
         assert weight.var().item() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "kaiming"), [("resnet32_x4", True), ("resnet18", False)])
+def test_first_weights_of_the_stem(name, kaiming):
+    torch.manual_seed(0)
+    weight = build(name, "linear", 3, 100).backbone.conv1.weight
+    assert weight.var().item() == pytest.approx((2 if kaiming else 1 / 3) / 27, rel=0.15)
 
 
 @pytest.mark.parametrize(("name", "kaiming"), [("resnet32", True), ("resnet18", False), ("resnet10", False)])

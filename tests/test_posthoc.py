@@ -161,6 +161,13 @@ def test_class_temperature_recovers_known_temperatures():
     assert backward.numbers == pytest.approx(fitted.numbers, rel=1e-3)
 
 
+def test_class_temperatures_are_at_most_a_hundred_times_each_others():
+    logits, labels = drawn(N=4000)
+    u = 2 * np.log(COUNTS / COUNTS[-1]) / np.log(COUNTS[0] / COUNTS[-1]) - 1
+    numbers = fit("class_temperature", logits * np.exp(2.6 * u), labels).numbers
+    assert numbers["temperature_head"] / numbers["temperature_tail"] == pytest.approx(100, rel=1e-6)
+
+
 def test_class_temperature_of_equal_counts_is_temperature_scaling():
     logits, labels = biased()
     plain = fit("temperature", logits, labels)
@@ -249,6 +256,7 @@ def test_prediction_normalization_of_certain_and_of_one_class():
         (np.array([[np.nan, 1.0]]), 1.0, None, "each row must sum to 1"),
         (np.array([[0.5, 0.5]]), -1.0, None, "tau must be a number, 0 or more, got -1"),
         (np.array([[0.5, 0.5]]), np.nan, None, "tau must be a number, 0 or more, got nan"),
+        (np.array([[0.5, 0.5]]), np.inf, None, "tau must be a number, 0 or more, got inf"),
         (np.array([[0.5, 0.5]]), 1.0, np.ones(3), r"sums must have shape \[2\] like the classes, got \[3\]"),
         (np.array([[0.5, 0.5]]), 1.0, np.array([1.0, 0.0]), "must be a positive number, that of class 1 is 0"),
         (np.array([[0.5, 0.5]]), 1.0, np.array([np.inf, 1.0]), "must be a positive number, that of class 0 is inf"),
@@ -353,6 +361,13 @@ def test_a_rule_needs_a_holdout_just_when_it_fails_without(name):
                 fit(name, *NOTHING, tau=tau)
         else:
             assert np.isfinite(fit(name, *NOTHING, tau=tau)(biased(N=20)[0])).all()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_one_sample_without_its_axis_is_refused(name):
+    logits, labels = biased(N=50)
+    with pytest.raises(ValueError, match=r"logits must have shape \[samples, 5\], got \[5\]"):
+        fit(name, logits, labels)(logits[0])
 
 
 @pytest.mark.parametrize("name", RULES)

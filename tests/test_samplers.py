@@ -74,3 +74,10 @@ def test_reweighted_draws_an_image_in_proportion_to_a_power_of_its_class(exponen
     if exponent == 1:
         by_class = np.bincount(LABELS, drawn)[[0, 1, 2, 4]]
         assert np.abs(by_class - 1 / 4).max() < 0.01
+
+
+def test_the_streams_are_those_that_the_committed_results_were_trained_with():
+    """By the code that trained them: another stream would be another seed of every result, unnoticed."""
+    assert class_balanced(LABELS, 7, 0, 8).tolist() == [19, 5, 1, 6, 14, 16, 9, 1]
+    assert Reweighted(0.5)(LABELS, 7, 4094, 4098).tolist() == [11, 11, 11, 15]
+    assert instance(LABELS, 7, 0, 8).tolist() == [5, 16, 19, 13, 1, 14, 15, 3]
