@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
+
 from stages import paths
 from tailcal import errors, files, lock, method, params, posthoc, provenance, settings, sources, splits, weights
 
@@ -31,6 +33,17 @@ def pretrained(dataset: params.Dataset) -> dict[str, str]:
     return dataset.pretrained.model_dump() | {"sha256": weights.pretrained_digest(dataset)}
 
 
+def refuse_aliases(file: Path) -> None:
+    """Raise UserError for a YAML alias in `file`: what it repeats, `-S` would change elsewhere too, or not at all, and
+    DVC would not say so."""
+    for event in yaml.parse(file.read_text(encoding="utf-8"), yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise errors.UserError(
+                f"{file} line {event.start_mark.line + 1}: *{event.anchor} is an alias, which `-S` does not see "
+                "through: write out what it stands for"
+            )
+
+
 def code(stage: str, *modules: str, data: Iterable[Path] = ()) -> dict[str, str]:
     """The digest of a stage's code: of its script, of the modules it loads by name, of the files `data` they read."""
     return {"code": provenance.code_version(f"stages.{stage}", *modules, data=data)}
@@ -42,6 +55,7 @@ def main() -> None:
     Raises UserError for the first thing that is wrong.
     """
     p = params.load()
+    refuse_aliases(params.PARAMS)
     for stage in ("representations", "classifiers"):
         for name, block in getattr(p, stage).items():
             method.configure(name, block, stage)
@@ -53,6 +67,8 @@ def main() -> None:
     }
     for name in dict.fromkeys([*p.grid.datasets, *p.datasets]):
         dataset = params.dataset(p, name)
+        if name not in p.datasets:
+            refuse_aliases(params.PRESETS / f"{name}.yaml")
         source = sources.configure(dataset)
         if isinstance(source, sources.ImageFiles):
             splits.check_augmentation(dataset, source.size, source.size, source.channels)

@@ -438,7 +438,7 @@ def test_the_least_ece_is_seen_beside_the_largest(drawn, tmp_path, least, scale)
     axes = drawn[0].axes[0]
     low, high = axes.get_ylim()
     assert axes.get_yscale() == scale
-    assert low <= least < 0.3 < high
+    assert low <= least < 0.3 < high / 1.05  # no marker is cut at the top
 
 
 def test_a_note_stands_below_the_title(drawn, tmp_path):

@@ -106,6 +106,14 @@ def test_faults(tmp_path, train, message):
     assert "\n" not in str(caught.value)
 
 
+def test_one_class_is_too_few(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_list.TEST", b"val/a.jpg 0\n")
+    with pytest.raises(
+        UserError, match=rf"^{KEY}\.train: {tmp_path}/train\.txt: names images of one class: there must"
+    ):
+        load(tmp_path, b"a.jpg 0\nb.jpg 0\n")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -6,6 +6,7 @@ import re
 import pytest
 from pydantic import BaseModel
 
+from stages import check
 from tailcal import method, params, posthoc, settings, sources
 from tailcal.errors import UserError
 from tests.test_dvc import ROOT
@@ -112,6 +113,8 @@ def test_every_method_has_settings_on_every_data_set(name, stage):
             "profile: linear",
             "datasets.digits_lt.imbalance.profile: must be one of exponential, step, natural, got 'linear'",
         ),
+        ("      profile: exponential\n", "", "datasets.digits_lt.imbalance.profile: this key is missing"),
+        ("      shape: multistep\n", "", "recipes.digits.schedule.shape: this key is missing"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path, old, new, says):
@@ -120,6 +123,33 @@ def test_a_mistake_is_one_line_that_names_the_key(tmp_path, old, new, says):
     assert says in str(error.value)
     assert "params.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["params.yaml", *(f"presets/{name}.yaml" for name in PRESETS)])
+def test_no_file_that_an_experiment_changes_repeats_itself_by_an_alias(file):
+    """DVC's -S writes into the mapping behind an alias, or beside it, and says nothing."""
+    check.refuse_aliases(ROOT / file)
+
+
+def test_an_alias_is_refused(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("recipes:\n  one: &one {lr: 0.1}\n  two:\n    <<: *one\n")
+    with pytest.raises(
+        UserError, match=r"own\.yaml line 4: \*one is an alias, which `-S` does not see through: write "
+    ):
+        check.refuse_aliases(file)
+
+
+def test_the_check_looks_for_aliases_in_the_presets_on_the_grid(tmp_path, monkeypatch):
+    text = (ROOT / "presets/own_images.yaml").read_text()
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets/own_images.yaml").write_text(
+        text.replace("  stage2:\n", "  stage2: &two\n").replace("overrides:\n", "  other: *two\noverrides:\n")
+    )
+    load_with(tmp_path, "- digits_lt", "- own_images")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"presets/own_images\.yaml line \d+: \*two is an alias"):
+        check.main()
 
 
 def test_numbers_are_those_that_dvc_reads(tmp_path):
@@ -148,6 +178,7 @@ def test_of_several_wrong_presets_the_first_on_the_grid_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
+        ("  kind: pad_crop\n", "", "presets/cifar100_lt_100.yaml: augmentation.kind: this key is missing"),
         ("factor: 100", "factr: 100", "presets/cifar100_lt_100.yaml: imbalance.factr: unknown key"),
         (
             "recipe: marc\n",

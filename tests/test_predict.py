@@ -41,6 +41,7 @@ from tailcal.params import Augmentation, Strict, validate
 from tailcal.prior import read_frequencies
 from tailcal.weights import save_weights
 from tests.conftest import ROOT, STAGE1
+from tests.test_readme import block as of_readme
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 DIGITS = PARAMS["datasets"]["digits_lt"]["augmentation"]
@@ -729,7 +730,7 @@ def test_confidences_are_softmax_of_logits_by_temperature(tmp_path, model, pictu
     rows = table(out)
     assert list(rows[0]) == ["file", "class", "confidence", "class_2", "confidence_2", "class_3", "confidence_3"]
     assert [row["file"] for row in rows] == [str(path) for path in sorted(pictures.rglob("*.png"))]
-    card, _ = exported.load(model)
+    card, _ = exported.load(str(model))
     cell = CellSeed(dataset="made_up", representation="ce", classifier="joint", seed=0)
     logits = saved(tmp_path, cell)["test_logits"]
     for row in rows:
@@ -741,6 +742,25 @@ def test_confidences_are_softmax_of_logits_by_temperature(tmp_path, model, pictu
             assert float(row[f"confidence{suffix}"]) == pytest.approx(p[k], abs=2e-6)
 
 
+def test_the_readme_says_how_to_predict_in_python(tmp_path, model, pictures, monkeypatch, capsys):
+    shutil.copytree(model, tmp_path / "here/model")
+    for name, picture in (("one.png", "0/00.png"), ("two.jpg", "1/01.png")):
+        shutil.copy(pictures / picture, tmp_path / "here" / name)
+    monkeypatch.chdir(tmp_path / "here")
+    exec(of_readme("python"), {})
+    run(monkeypatch, "--model", "model", "one.png", "two.jpg")
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == str([row["class"] for row in table(Path("predictions.csv"))])
+
+
+@pytest.mark.parametrize("option", ["FILE_OR_FOLDER", "--model", "--out"])
+def test_an_empty_path_is_not_the_present_folder(option, model, monkeypatch, capsys):
+    arguments = {"FILE_OR_FOLDER": ["--model", model, ""], "--model": ["--model", "", "a.png"]}
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *arguments.get(option, ["--model", model, "--out", "", "a.png"]))
+    assert capsys.readouterr().err.endswith(f"argument {option}: is empty: must be a path\n")
+
+
 def frequency_file(path: Path, *numbers: object) -> Path:
     with path.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([("class", "frequency"), *reversed(list(zip(NAMES, numbers, strict=True)))])
@@ -749,7 +769,7 @@ def frequency_file(path: Path, *numbers: object) -> Path:
 
 def test_frequencies_multiply_the_probabilities(tmp_path, model, pictures, monkeypatch):
     numbers = [0.5, 2, 1e-3, 40]
-    card, _ = exported.load(model)
+    card, _ = exported.load(str(model))
     given = {"file": frequency_file(tmp_path / "often.csv", *numbers), "train": "train"}
     for name, often in (("file", numbers), ("train", card.train_counts)):
         out = {kind: tmp_path / f"{kind}.csv" for kind in ("plain", "shifted")}

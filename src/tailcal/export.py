@@ -40,7 +40,7 @@ from tailcal.metrics.calibration import ece, ece_floor
 from tailcal.metrics.scores import log_softmax, softmax
 from tailcal.models import Network
 from tailcal.params import PARAMS, Augmentation, load, recorded, validate
-from tailcal.predict import alone
+from tailcal.predict import alone, place
 from tailcal.weights import load_weights, save_weights
 
 CHECKED = 16  # images whose logits must be those that were saved when the cell was made
@@ -409,8 +409,8 @@ def main() -> None:
     parser.add_argument(
         "--rule", choices=["temperature", "none"], help="calibration (temperature if there is a hold-out)"
     )
-    parser.add_argument("--out", required=True, type=Path, help="the folder to make, for instance model/")
-    parser.add_argument("--root", type=Path, default=Path(), help="the project's root (the current folder)")
+    parser.add_argument("--out", required=True, type=place, help="the folder to make, for instance model/")
+    parser.add_argument("--root", type=place, default=Path(), help="the project's root (the current folder)")
     args = parser.parse_args()
 
     cell = CellSeed(

@@ -132,11 +132,12 @@ class Predictor(nn.Module):
         return (self.logits(images) / self.temperature).softmax(dim=1)
 
 
-def load(folder: Path) -> tuple[Card, Predictor]:
+def load(folder: Path | str) -> tuple[Card, Predictor]:
     """The model in a folder, on the CPU.
 
     Raises UserError naming the file that is missing, damaged, or does not go with the others.
     """
+    folder = Path(folder)
     path = folder / CARD
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file: {AGAIN}")

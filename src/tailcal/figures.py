@@ -208,7 +208,7 @@ def accuracy_against_ece(cells: pd.DataFrame, title: str, path: Path) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(cells["ece"].min() / 1.5, cells["ece"].max() * 1.5)
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a marker at the top is seen whole
     _percent(axes.xaxis, axes.yaxis)
     points = [Line2D([], [], marker="o", markersize=9, **look | {"linestyle": ""}) for look in looks.values()]
     shapes = [Line2D([], [], color="#666666", marker=marker, linestyle="", markersize=9) for marker in markers.values()]

@@ -35,7 +35,7 @@ def shown(name: str | os.PathLike) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def read_image(path: Path, size: int, channels: int) -> np.ndarray:
+def read_image(path: Path | str, size: int, channels: int) -> np.ndarray:
     """Decode a file into uint8 [size, size, channels]; `channels` is 3 (RGB) or 1 (grey, ITU-R 601 luma).
 
     In this order: the first frame or page; turned upright by its EXIF orientation; transparency over white; palette,
@@ -47,6 +47,7 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
     for a file that is missing, empty, no image, cut short or damaged, has more than `MAX_PIXELS` pixels, is more than
     `MAX_ASPECT` times longer than wide, or has 32-bit pixels, whose range is not defined.
     """
+    path = Path(path)
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):

@@ -408,6 +408,8 @@ def _problem(problem: Any, where: str) -> str:
         return f"{key}: this key is missing"
     if problem["type"] == "too_short":
         return f"{key}: must have {problem['ctx']['min_length']} entry or more"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}: this key is missing"
     if problem["type"] == "union_tag_invalid":
         chosen = problem["ctx"]
         tag = chosen["discriminator"].strip("'")

@@ -212,6 +212,14 @@ def positive(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
 
 
+def place(text: str) -> Path:
+    """A path, for argparse. Raises ArgumentTypeError for an empty one, as of a variable that is not set: `Path` would
+    take it for the present folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: must be a path")
+    return Path(text)
+
+
 def main() -> None:
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -220,9 +228,9 @@ def main() -> None:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders of them")
-    parser.add_argument("--model", required=True, type=Path, help="the exported folder")
-    parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="CSV to write (%(default)s)")
+    parser.add_argument("images", nargs="+", type=place, metavar="FILE_OR_FOLDER", help="images, or folders of them")
+    parser.add_argument("--model", required=True, type=place, help="the exported folder")
+    parser.add_argument("--out", type=place, default=Path("predictions.csv"), help="CSV to write (%(default)s)")
     parser.add_argument("--top", type=positive, default=5, help="how many classes an image gets (%(default)s, or all)")
     parser.add_argument("--batch-size", type=positive, default=64, help="images at a time (%(default)s)")
     parser.add_argument(

@@ -24,7 +24,7 @@ class Progress:
         if silent:
             return
         if 0 < done < total:
-            print(f"{title}: goes on after {done:,} of {total:,} {unit}s", file=sys.stderr)
+            self._say(f"goes on after {done:,} of {total:,} {unit}s")
         if done < total and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True)
 
@@ -46,6 +46,9 @@ class Progress:
             self.printed = now
             end = f"{seconds:.1f} s" if self.done == self.total else f"{(self.total - self.done) / rate:,.0f} s left"
             said = [f"{self.done:,} of {self.total:,} {self.unit}s", note, speed, end]
-            # In one piece: networks side by side write from threads of their own.
-            sys.stderr.write(f"{self.title}: {', '.join(filter(None, said))}\n")
-            sys.stderr.flush()
+            self._say(", ".join(filter(None, said)))
+
+    def _say(self, text: str) -> None:
+        # In one piece: networks side by side write from threads of their own.
+        sys.stderr.write(f"{self.title}: {text}\n")
+        sys.stderr.flush()

@@ -148,7 +148,10 @@ def _images(root: Path, below: str, names: list[str], ignored: list[str]) -> Spl
     for k, name in enumerate(names):
         found = sorted(_walk(root, f"{below}{name}", ignored))
         if not found:
-            raise UserError(f"{root / below / name}: has no images: every class needs at least one")
+            looked_for = " ".join(sorted(EXTENSIONS))
+            raise UserError(
+                f"{root / below / name}: has no images ({looked_for} are looked for): every class needs at least one"
+            )
         files += found
         labels += [k] * len(found)
     return files, np.array(labels, np.int64)

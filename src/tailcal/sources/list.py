@@ -39,8 +39,8 @@ def load(config: Config, downloads: Path) -> Listing:  # noqa: ARG001 (every sou
 
     Raises UserError naming the key and the file, and the line where there is one: for a line that is not a path below
     `root` and a label, a label without a training image below the largest one, a label outside 0..K-1, a class without
-    a test image, a path that comes twice in a list or in both, a class name that comes twice, and a number of class
-    names other than K.
+    a test image, a path that comes twice in a list or in both, a class name that comes twice, a number of class names
+    other than K, and fewer than two classes.
     """
     root = config.folder("root")
     files = {key: config.place(key, root) for key in ("train", "test")}
@@ -60,6 +60,8 @@ def load(config: Config, downloads: Path) -> Listing:  # noqa: ARG001 (every sou
         with config.naming(key):
             _check_distinct(path, lines[key], first)
             _check_labels(path, lines[key], K, known, names)
+    if K < 2:
+        raise UserError(f"{config.key('train')}: {files['train']}: names images of one class: there must be 2 or more")
     train, test = (
         ([path for path, _, _ in lines[key]], np.array([label for _, label, _ in lines[key]], np.int64))
         for key in files
