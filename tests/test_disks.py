@@ -590,9 +590,8 @@ def test_splits_that_their_own_description_does_not_fit_are_refused(tmp_path):
 def describe(folder: Path) -> None:
     checksums = {path.name: files.sha256(path) for path in folder.glob("*.npy")}
     counts = {"class_names": list("abc"), "train_counts": [2, 2, 2], "test_counts": [2, 2, 2]}
-    counts |= {"source": {}, "skipped": {}}
-    counts |= {"imbalance": {}, "holdout_per_class": 0, "raw": {}, "duplicates": dict.fromkeys(TWICE, 0)}
-    files.write_json(folder / "meta.json", counts | {"checksums": checksums})
+    origin = {"source": {}, "raw": {}, "imbalance": {}, "holdout_per_class": 0, "checksums": checksums}
+    files.write_json(folder / "meta.json", counts | origin | {"skipped": {}, "duplicates": dict.fromkeys(TWICE, 0)})
 
 
 def test_the_raw_data_are_refused_when_a_checksum_is_wrong(tmp_path):

@@ -96,6 +96,12 @@ def record(**changed: object) -> None:
     files.write_json(paths.predictions(**CELL) / "provenance.json", made)
 
 
+def describe(**changed: object) -> None:
+    """Write the meta.json of the data set, with some keys changed."""
+    counts = {"class_names": NAMES, "train_counts": COUNTS, "test_counts": [50] * K, "checksums": CHECKSUMS}
+    (paths.longtail("digits_lt") / "meta.json").write_text(json.dumps(counts | CUT | IMAGES | changed))
+
+
 @pytest.fixture(autouse=True)
 def _project(tmp_path, monkeypatch):
     """A project folder in which one cell has been predicted with three seeds."""
@@ -103,15 +109,7 @@ def _project(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     posthoc(RULES)
     paths.longtail("digits_lt").mkdir(parents=True)
-    meta = {
-        "class_names": NAMES,
-        "train_counts": COUNTS,
-        "test_counts": [50] * K,
-        "checksums": CHECKSUMS,
-        **CUT,
-        **IMAGES,
-    }
-    (paths.longtail("digits_lt") / "meta.json").write_text(json.dumps(meta))
+    describe()
     paths.predictions(**CELL).mkdir(parents=True)
     for seed in (0, 1, 2):
         save(seed)
@@ -288,20 +286,7 @@ def test_two_seeds_have_a_deviation_and_one_has_none():
 
 
 def test_an_empty_group_is_null():
-    meta = paths.longtail("digits_lt") / "meta.json"
-    meta.write_text(
-        json.dumps(
-            {
-                "class_names": NAMES,
-                "train_counts": [500] * K,
-                "test_counts": [50] * K,
-                "source": {},
-                "checksums": CHECKSUMS,
-                **CUT,
-                **IMAGES,
-            }
-        )
-    )
+    describe(train_counts=[500] * K)
     numbers = measured()
     assert numbers["many"] is not None
     for name in ("few", "few_std", "ece_few", "nll_few", "brier_few", "medium"):
@@ -417,37 +402,10 @@ def nan_logits() -> np.ndarray:
             lambda: (paths.longtail("digits_lt") / "meta.json").write_text("{}"),
             "meta.json: class_names: this key is missing; train_counts: this key is missing",
         ),
+        (lambda: describe(train_counts=COUNTS[1:]), "meta.json: 7 class_names, but 6 train_counts"),
+        (lambda: describe(test_counts=[50]), "meta.json: 7 class_names, but 1 test_counts"),
         (
-            lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
-                json.dumps(
-                    {
-                        "class_names": NAMES,
-                        "train_counts": COUNTS[1:],
-                        "test_counts": [50] * K,
-                        "source": {},
-                        "checksums": CHECKSUMS,
-                        **CUT,
-                        **IMAGES,
-                    }
-                )
-            ),
-            "meta.json: 7 class_names, but 6 train_counts",
-        ),
-        (
-            lambda: (paths.longtail("digits_lt") / "meta.json").write_text(
-                json.dumps(
-                    {
-                        "class_names": NAMES,
-                        "train_counts": COUNTS,
-                        "test_counts": [50] * K,
-                        "source": {},
-                        "checksums": CHECKSUMS,
-                        **CUT,
-                        **IMAGES,
-                        "duplicates": {"train": 0, "holdout": 2},
-                    }
-                )
-            ),
+            lambda: describe(duplicates={"train": 0, "holdout": 2}),
             "meta.json: duplicates: lacks test, test_holdout",
         ),
         (lambda: posthoc({"platt": {}}), "evaluate.posthoc.platt: unknown rule"),

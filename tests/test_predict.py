@@ -730,7 +730,7 @@ def test_confidences_are_softmax_of_logits_by_temperature(tmp_path, model, pictu
     rows = table(out)
     assert list(rows[0]) == ["file", "class", "confidence", "class_2", "confidence_2", "class_3", "confidence_3"]
     assert [row["file"] for row in rows] == [str(path) for path in sorted(pictures.rglob("*.png"))]
-    card, _ = exported.load(str(model))
+    card, _ = exported.load(model)
     cell = CellSeed(dataset="made_up", representation="ce", classifier="joint", seed=0)
     logits = saved(tmp_path, cell)["test_logits"]
     for row in rows:
@@ -769,7 +769,7 @@ def frequency_file(path: Path, *numbers: object) -> Path:
 
 def test_frequencies_multiply_the_probabilities(tmp_path, model, pictures, monkeypatch):
     numbers = [0.5, 2, 1e-3, 40]
-    card, _ = exported.load(str(model))
+    card, _ = exported.load(model)
     given = {"file": frequency_file(tmp_path / "often.csv", *numbers), "train": "train"}
     for name, often in (("file", numbers), ("train", card.train_counts)):
         out = {kind: tmp_path / f"{kind}.csv" for kind in ("plain", "shifted")}
