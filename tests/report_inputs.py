@@ -153,18 +153,20 @@ def measure(cell: tuple[str, ...], top1: float, ece: float, **values) -> None:
 def _write_cell(root: Path, cell: tuple[str, ...], generator: np.random.Generator, number: int, seeds: int) -> None:
     dataset, representation, classifier = cell
     p = load(root / "params.yaml")
-    table, of_classes = bins(generator, seeds), classes(generator, number)
+    table, of_classes, floor = bins(generator, seeds), classes(generator, number), {"ece_floor": 0.01}
     measured = {
         "top1": round(float(np.average(of_classes["accuracy"], weights=of_classes["test_count"])), 6),
         "ece": round(figures.calibration_error(table), 6),
-        "ece_floor": 0.01,
     }
     metrics = (
         numbers(generator, seeds)
         | measured
+        | floor
         | {
             "seeds": seeds,
-            "posthoc": {rule: numbers(generator, seeds) | {"transductive": rule in TRANSDUCTIVE} for rule in RULES},
+            "posthoc": {
+                rule: numbers(generator, seeds) | floor | {"transductive": rule in TRANSDUCTIVE} for rule in RULES
+            },
             "posthoc_absent": {},
             "images": {"skipped": {}, "duplicates": dict.fromkeys(TWICE, 0)},
             "provenance": {

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.onnx.errors import OnnxExporterError
 
 from stages import paths
-from tailcal import errors, exported, files, posthoc, predict, train
+from tailcal import errors, exported, files, posthoc, predict, train, user_files
 from tailcal import export as exporting
 from tailcal.augment import normalise, plain
 from tailcal.duplicates import TWICE
@@ -636,7 +636,7 @@ def test_a_second_prediction_to_a_file_is_told_who_is_first_and_spoils_nothing(
 
 
 def test_locks_lie_where_nobody_else_can_write(tmp_path, locks, monkeypatch):
-    with predict.alone(tmp_path / "out.csv"):
+    with user_files.alone(tmp_path / "out.csv"):
         assert locks.stat().st_mode & 0o777 == 0o700
         assert len(list(locks.iterdir())) == 1
     other = os.getuid() + 1
@@ -644,7 +644,7 @@ def test_locks_lie_where_nobody_else_can_write(tmp_path, locks, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: other)
     with (
         pytest.raises(UserError, match=rf"locks/tailcal-{other}: is another user's: set TMPDIR"),
-        predict.alone(tmp_path / "out.csv"),
+        user_files.alone(tmp_path / "out.csv"),
     ):
         pytest.fail("it is locked in another user's folder")
 

@@ -382,6 +382,26 @@ def test_a_temperature_at_its_bound_is_told_and_its_ece_is_not_the_best():
     assert "**0.01" in paths.TABLE_TEXT.read_text()
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"ece": 0.125, "ece_floor": 0.0624}, True),
+        ({"ece": 0.125, "ece_floor": 0.0625}, False),  # as much as chance alone gives, and no more
+        ({"ece": 0.125, "ece_floor": 0.0624, "temperature": 100.0}, False),  # what is at its bound is told already
+        ({"ece": 0.01, "ece_floor": 0.0}, False),
+    ],
+)
+def test_a_temperature_that_does_harm_beyond_chance_is_told(change, told):
+    cell = "digits_lt", "ce", "joint"
+    report_inputs.measure(cell, top1=0.75, ece=0.0625)
+    rules = json.loads(paths.metrics(*cell).read_text())["posthoc"]
+    report_inputs.change(paths.metrics(*cell), posthoc=rules | {"temperature": rules["temperature"] | change})
+    report.main()
+    for text in (paths.TABLE_TEXT.read_text(), _html()):
+        harmed = re.search(r"The temperature made the ECE of (.*) worse, by more than the floor", text)
+        assert ("ce/joint" in (harmed[1] if harmed else "").split(", ")) == told
+
+
 def test_same_bytes_at_every_run(pictures):
     written = []
     for _ in range(2):

@@ -40,7 +40,7 @@ from tailcal.metrics.calibration import ece, ece_floor
 from tailcal.metrics.scores import log_softmax, softmax
 from tailcal.models import Network
 from tailcal.params import PARAMS, Augmentation, load, recorded, validate
-from tailcal.predict import alone, place
+from tailcal.user_files import alone, place
 from tailcal.weights import load_weights, save_weights
 
 CHECKED = 16  # images whose logits must be those that were saved when the cell was made

@@ -15,7 +15,6 @@ import csv
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -32,11 +31,7 @@ from tailcal.exported import AGAIN, CARD, ONNX, WEIGHTS, Card, Predictor, load
 from tailcal.images import EXTENSIONS, read_image, shown
 from tailcal.prior import adjust_to_prior, read_frequencies
 from tailcal.train import choose_device, enough_memory
-
-try:
-    from tailcal import lock
-except ModuleNotFoundError:  # of fcntl, which Windows has not
-    lock = None
+from tailcal.user_files import alone, place
 
 
 def find(arguments: Iterable[Path]) -> tuple[list[Path], list[UserError]]:
@@ -158,28 +153,6 @@ def predict(
     return wrong
 
 
-@contextlib.contextmanager
-def alone(*outputs: Path) -> Iterator[None]:
-    """Be the only process that writes `outputs`, files, while the block runs; their leftovers are removed.
-
-    Raises UserError naming the first output and the process that writes it; not where the system has no such locks.
-    """
-    places = [Path(os.path.realpath(output.parent), output.name) for output in outputs]  # the same from any folder
-    if lock is None:
-        for place in places:
-            files.remove_leftovers(place)
-        yield
-        return
-    # A killed process leaves its lock file behind: not among the user's own files. Where others can write, they could
-    # put a link there, to a file of ours for us to empty.
-    folder = Path(tempfile.gettempdir()) / f"tailcal-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.lstat().st_uid != os.getuid():
-        raise UserError(f"{folder}: is another user's: set TMPDIR to a folder of your own")
-    with lock.alone(folder, *places):
-        yield
-
-
 def same(one: Path, other: Path) -> bool:
     """Whether both paths lead to one file, as far as can be seen."""
     try:
@@ -210,14 +183,6 @@ def positive(text: str) -> int:
         if (number := int(text)) >= 1:
             return number
     raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
-
-
-def place(text: str) -> Path:
-    """A path, for argparse. Raises ArgumentTypeError for an empty one, as of a variable that is not set: `Path` would
-    take it for the present folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: must be a path")
-    return Path(text)
 
 
 def main() -> None:

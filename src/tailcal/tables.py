@@ -285,8 +285,9 @@ def _groups(classes: pd.DataFrame) -> str:
 
 
 def notes(cells: list[Cell]) -> list[str]:
-    """Sentences that a table needs: for cells that are worse than a guess or say nothing, for a test split that is not
-    balanced, for images that are left out or are there twice, and for each reason why rules are absent."""
+    """Sentences that a table needs: for cells that are worse than a guess or say nothing, for a temperature that does
+    harm, for a test split that is not balanced, for images that are left out or are there twice, and for each reason
+    why rules are absent."""
     reasons = {rule: reason for cell in cells for rule, reason in cell.metrics["posthoc_absent"].items()}
     absent = [
         f"No {', '.join(spaced(rule) for rule in reasons if reasons[rule] == reason)}: {reason.rstrip('.')}."
@@ -295,6 +296,7 @@ def notes(cells: list[Cell]) -> list[str]:
     return [
         *_guess_notes(cells),
         *_bound_notes(cells),
+        *_harm_notes(cells),
         *_balance_notes(cells[0].classes),
         *_image_notes(**cells[0].metrics["images"]),
         *absent,
@@ -322,6 +324,21 @@ def _bound_notes(cells: list[Cell]) -> list[str]:
     """What to say of cells whose temperature ended at its bound."""
     names = ", ".join(cell.name for cell in cells if _at_bound(cell))
     return [f"The temperature of {names} ended at its bound: the ECE after it says nothing."] if names else []
+
+
+def _harm_notes(cells: list[Cell]) -> list[str]:
+    """What to say of cells whose ECE the temperature raised by more than chance alone gives."""
+    harmed = []
+    for cell in cells:
+        after = cell.metrics["posthoc"].get(TEMPERATURE)
+        if after and not _at_bound(cell) and after["ece"] - cell.metrics["ece"] > after["ece_floor"]:
+            harmed.append(cell.name)
+    if not harmed:
+        return []
+    return [
+        f"The temperature made the ECE of {', '.join(harmed)} worse, by more than the floor: too few images are held "
+        "out, or they are unlike those of the test split."
+    ]
 
 
 def _at_bound(cell: Cell) -> bool:
