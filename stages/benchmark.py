@@ -4,7 +4,6 @@ What is measured, benchmark/params.yaml says. A case that fails is named in the 
 being measured; each is written once it is. It stands outside the pipeline: see benchmark/dvc.yaml.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -88,7 +87,7 @@ def before(record: dict[str, Any], suite: cases.Suite, benchmark: cases.Benchmar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.benchmark", description=__doc__)
+    parser = errors.CommandLine("stages.benchmark", __doc__)
     parser.add_argument(
         "--alone", nargs=2, metavar=("PART", "CASE"), help=f"only this of a case: {' or '.join(measure.ALONE)}, as JSON"
     )

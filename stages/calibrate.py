@@ -3,7 +3,6 @@
 The classifiers are trained and written before the test split is opened.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from tailcal.cell import CellName
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.calibrate", description=__doc__)
+    parser = errors.CommandLine("stages.calibrate", __doc__)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--representation", required=True)
     parser.add_argument("--classifier", required=True)

@@ -4,7 +4,6 @@ That is its settings and a digest of its code. Every other stage depends on its 
 a change reruns what it concerns and nothing else.
 """
 
-import argparse
 import os
 import shutil
 from collections.abc import Iterable
@@ -97,5 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m stages.check", description=__doc__).parse_args()
+    errors.CommandLine("stages.check", __doc__).parse_args()
     errors.run(main)

@@ -1,13 +1,11 @@
 """Fetch one data set and keep it as arrays, whole and unchanged: data/raw/<dataset>."""
 
-import argparse
-
 from stages import paths
 from tailcal import errors, files, lock, pack, params, sources
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.download", description=__doc__)
+    parser = errors.CommandLine("stages.download", __doc__)
     parser.add_argument("--dataset", required=True)
     name = parser.parse_args().dataset
     config = sources.configure(params.dataset(params.load(), name))

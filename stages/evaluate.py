@@ -4,7 +4,6 @@ It measures saved predictions, so a new metric or post-hoc rule retrains nothing
 only to check that the predictions belong to them; these are no deps. Imports no torch.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__)
+    parser = errors.CommandLine("stages.evaluate", __doc__)
     for axis in CellName._fields:
         parser.add_argument(f"--{axis}", required=True, help="a name on the grid of params.yaml")
     cell = CellName(**vars(parser.parse_args(arguments)))

@@ -6,7 +6,6 @@ the grid are left alone. A run that is interrupted goes on where it was. It stan
 benchmark/dvc.yaml.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +86,7 @@ def code(p: params.Params, suite: modes.Suite) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.modes", description=__doc__)
+    parser = errors.CommandLine("stages.modes", __doc__)
     official.accept_images(parser)
     args = parser.parse_args()
 

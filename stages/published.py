@@ -5,7 +5,6 @@ folder of their own, data/published, so that the results of the grid are left al
 where it was. It stands outside the pipeline: see published/dvc.yaml.
 """
 
-import argparse
 from collections.abc import Iterable
 from itertools import chain
 from operator import itemgetter
@@ -173,7 +172,7 @@ def cells(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.published", description=__doc__)
+    parser = errors.CommandLine("stages.published", __doc__)
     parser.add_argument("--table", action="append", help="only this table, or these (all)")
     parser.add_argument("--dataset", action="append", help="only this data set of them, or these (all)")
     parser.add_argument("--representation", action="append", help="only this representation of them, or these (all)")

@@ -1,10 +1,9 @@
 """Put the tables into README.md, each between its two markers. Not a stage of DVC: run it on final results."""
 
-import argparse
 from pathlib import Path
 
 from stages import paths
-from tailcal.errors import UserError, run
+from tailcal.errors import CommandLine, UserError, run
 from tailcal.files import write_text
 
 README = Path("README.md")
@@ -34,5 +33,5 @@ def _read(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m stages.readme", description=__doc__).parse_args()
+    CommandLine("stages.readme", __doc__).parse_args()
     run(main)

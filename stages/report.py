@@ -1,6 +1,5 @@
 """Collect the cells that the grid names into tables, pictures and one page. Reads files only."""
 
-import argparse
 import json
 from itertools import product
 from pathlib import Path
@@ -10,7 +9,7 @@ import pandas as pd
 from stages import paths
 from tailcal import costs, evaluated, figures, lock, page, params, splits, tables
 from tailcal.cell import CellName
-from tailcal.errors import UserError, run
+from tailcal.errors import CommandLine, UserError, run
 from tailcal.files import REPRO, write_json, write_text
 from tailcal.tables import Cell
 
@@ -137,5 +136,5 @@ def _diagram(cell: Cell) -> Path:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m stages.report", description=__doc__).parse_args()
+    CommandLine("stages.report", __doc__).parse_args()
     run(main)

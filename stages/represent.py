@@ -1,6 +1,5 @@
 """Stage 1: train a representation on the long-tailed training split, once per seed."""
 
-import argparse
 from pathlib import Path
 
 from stages import paths, processes
@@ -24,7 +23,7 @@ from tailcal.models.imagenet import load_pretrained
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.represent", description=__doc__)
+    parser = errors.CommandLine("stages.represent", __doc__)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--representation", required=True)
     args = parser.parse_args()

@@ -1,6 +1,5 @@
 """Cut one data set's long-tailed training split, its hold-out and its test split: data/lt/<dataset>."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def warn_of_duplicates(name: str, found: dict[str, int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.subsample", description=__doc__)
+    parser = errors.CommandLine("stages.subsample", __doc__)
     parser.add_argument("--dataset", required=True)
     name = parser.parse_args().dataset
     dataset = params.dataset(params.load(), name)

@@ -3,14 +3,13 @@
 Reads references/published.csv, the measured cells, and the parameters that these must be of.
 """
 
-import argparse
 from pathlib import Path
 
 import pandas as pd
 
 from stages import official, paths
 from tailcal import lock, measured, params, plan, published, published_page, references
-from tailcal.errors import run
+from tailcal.errors import CommandLine, run
 from tailcal.files import write_json, write_text
 
 TEXT = Path("metrics/published/tables.md")
@@ -56,5 +55,5 @@ def _write(path: Path, frame: pd.DataFrame) -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m stages.tables", description=__doc__).parse_args()
+    CommandLine("stages.tables", __doc__).parse_args()
     run(main)

@@ -49,6 +49,23 @@ def test_a_checkpoint_is_promised_where_there_is_one(goes_on, said):
     assert ended.value.code == f"error: interrupted{said}"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: --seed"),
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--seed", "1", "two\nlines"], r"unrecognized arguments: two\nlines"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, said, capsys):
+    parser = errors.CommandLine("stages.x", "What it does.")
+    parser.add_argument("--seed", type=int, required=True)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {said}: see python -m stages.x --help\n"
+
+
 def test_a_failing_block_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), files.atomic(tmp_path / "x") as stream:
         stream.write(b"half")

@@ -758,7 +758,8 @@ def test_an_empty_path_is_not_the_present_folder(option, model, monkeypatch, cap
     arguments = {"FILE_OR_FOLDER": ["--model", model, ""], "--model": ["--model", "", "a.png"]}
     with pytest.raises(SystemExit):
         run(monkeypatch, *arguments.get(option, ["--model", model, "--out", "", "a.png"]))
-    assert capsys.readouterr().err.endswith(f"argument {option}: is empty: must be a path\n")
+    said = f"error: argument {option}: is empty: must be a path: see python -m tailcal.predict --help\n"
+    assert capsys.readouterr().err == said
 
 
 def frequency_file(path: Path, *numbers: object) -> Path:
@@ -934,8 +935,10 @@ def test_a_number_that_must_be_positive_is_told_so(option, value, monkeypatch, c
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, "--model", "model", option, value, "a.png")
     assert ended.value.code == 2
-    said = f"argument {option}: must be a whole number of 1 or more, got {value!r}\n"
-    assert capsys.readouterr().err.endswith(said)
+    said = (
+        f"error: argument {option}: must be a whole number of 1 or more, got {value!r}: see python -m tailcal.predict"
+    )
+    assert capsys.readouterr().err == f"{said} --help\n"
 
 
 def test_a_batch_is_never_larger_than_what_there_is(tmp_path, model, pictures, monkeypatch):

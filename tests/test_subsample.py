@@ -291,7 +291,7 @@ def test_damaged_meta(project, text):
     [
         ("class_names", 5, "class_names: input should be a valid list, got 5"),
         ("class_names", ["ant", 5, "cat"], "class_names.1: input should be a valid string, got 5"),
-        ("class_names", ["ant"], "class_names: must have 2 entry or more"),
+        ("class_names", ["ant"], "class_names: must have 2 entries or more"),
         ("source", "folder", "source: must be a mapping of keys to values, got 'folder'"),
         ("checksums", 5, "checksums: must be a mapping of keys to values, got 5"),
         ("checksums", ["train_images.npy"], "checksums: must be a mapping of keys to values"),

@@ -1,8 +1,10 @@
 """The one kind of error a user sees: a line that says what is wrong, where, and what would be right."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 LONGEST = 2000  # characters of an error line
 
@@ -15,6 +17,17 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__()[:LONGEST])
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The options of a command. A wrong one ends it with one line on stderr and exit code 2."""
+
+    def __init__(self, module: str, description: str | None, **more: Any):
+        """module: what follows `python -m`; the further arguments are those of argparse."""
+        super().__init__(prog=f"python -m {module}", description=description, **more)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {UserError(message)}: see {self.prog} --help\n")
 
 
 def run(main: Callable[[], None], goes_on: bool = False) -> None:

@@ -396,11 +396,8 @@ def doubts(card: Card) -> list[str]:
 
 def main() -> None:
     summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tailcal.export",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = errors.CommandLine(
+        "tailcal.export", summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--representation", required=True)

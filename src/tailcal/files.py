@@ -80,6 +80,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_header(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Write what a .npy file of this shape begins with, as np.save would."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write one array of numbers as .npy, memory-mappable: the bytes of np.save.
 
@@ -87,7 +93,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
     """
     array = np.ascontiguousarray(array)
     with atomic(path) as stream:
-        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+        write_header(stream, array.shape, array.dtype)
         stream.write(array.data)
 
 

@@ -152,7 +152,7 @@ class _Store:
         if not self._whole(keys, sums):
             work.mkdir(parents=True, exist_ok=True)
             with self.images.open("wb") as stream:
-                rows.write_header(stream, self.shape, np.dtype(np.uint8))
+                files.write_header(stream, self.shape, np.dtype(np.uint8))
                 stream.truncate(stream.tell() + int(np.prod(self.shape)))
             files.write_array(sums, np.zeros(len(expected), np.uint32))
             files.write_array(keys, np.zeros(len(expected), np.uint64))

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from tailcal import yaml12
 from tailcal.errors import UserError
 from tailcal.files import REPRO
 
@@ -21,7 +21,6 @@ PARAMS = Path("params.yaml")
 PRESETS = Path("presets")
 NAMED_PROBLEMS = 3  # that one line tells
 TAGS = ("cosine", "multistep", "pad_crop", "resized_crop", "exponential", "step", "natural")
-MAX_EXPANDED = 100_000
 MANY = 10**9  # images of a class, more than any data set has
 
 T = TypeVar("T")
@@ -329,60 +328,6 @@ class Params(Strict):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, in which 1e-05 is a text, `on` a bool, and 010 is 8; DVC writes and reads YAML 1.2."""
-
-    expanded = 0
-
-    def compose_node(self, parent: yaml.Node, index: Any) -> yaml.Node:
-        alias = self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
-        if alias:
-            self._expand(node)
-        return node
-
-    def _expand(self, node: yaml.Node) -> None:
-        """Count the values that an alias stands for: ten lines of aliases can stand for more than any memory holds."""
-        self.expanded += 1
-        if self.expanded > MAX_EXPANDED:
-            raise yaml.composer.ComposerError(
-                None, None, f"its aliases stand for more than {MAX_EXPANDED:,} values", node.start_mark
-            )
-        pairs = node.value if isinstance(node, yaml.CollectionNode) else []
-        for child in [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]:
-            self._expand(child)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} appears twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("float", "bool", "int")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
 def describe(error: ValidationError, where: str) -> str:
     """One line for the first problems that pydantic found, with each key's full dotted name.
 
@@ -407,7 +352,8 @@ def _problem(problem: Any, where: str) -> str:
     if problem["type"] == "missing":
         return f"{key}: this key is missing"
     if problem["type"] == "too_short":
-        return f"{key}: must have {problem['ctx']['min_length']} entry or more"
+        least = problem["ctx"]["min_length"]
+        return f"{key}: must have {least} {'entry' if least == 1 else 'entries'} or more"
     if problem["type"] == "union_tag_not_found":
         return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}: this key is missing"
     if problem["type"] == "union_tag_invalid":
@@ -442,25 +388,6 @@ def recorded(model: type[Model], content: Any, path: Path, remove: Path | None =
         raise UserError(f"{error}; it is damaged, or of another version: delete {remove or 'it'} and {REPRO}") from None
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping, as plain values. Raises UserError (one line) naming the file."""
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run this from the project's root") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: must be text in UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    except (ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:  # of PyYAML's constructors
-        raise UserError(f"{path}: not valid YAML: {error!r}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a mapping of keys to values")
-    return raw
-
-
 def dataset(p: Params, name: str, root: Path = Path()) -> Dataset:
     """The data set `name`: its block of `datasets`, or the preset of that name below `root`.
 
@@ -474,7 +401,7 @@ def dataset(p: Params, name: str, root: Path = Path()) -> Dataset:
     if found:
         return resolve(p, found, PARAMS, f"datasets.{name}.")
     if (root / preset).is_file():
-        return resolve(p, validate(Dataset, read(root / preset), "", preset), preset, "")
+        return resolve(p, validate(Dataset, yaml12.read(root / preset), "", preset), preset, "")
     if (root / preset).exists() or (root / preset).is_symlink():
         raise UserError(f"{preset}: must be a file, or a link to one")
     blocks = sorted({*p.datasets, *(file.stem for file in (root / PRESETS).glob("*.yaml") if file.is_file())})
@@ -513,7 +440,7 @@ def resolve(p: Params, found: Dataset, file: Path, block: str) -> Dataset:
 
 def load(path: Path = PARAMS) -> Params:
     """Read and check params.yaml, and the presets that its grid names. Raises UserError (one line) for any mistake."""
-    p = validate(Params, read(path), "")
+    p = validate(Params, yaml12.read(path), "")
     for name in dict.fromkeys([*p.grid.datasets, *p.datasets]):  # in this order: of several mistakes the first is told
         dataset(p, name, path.parent)
     return p

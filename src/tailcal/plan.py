@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tailcal import params
+from tailcal import params, yaml12
 from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tailcal.params import Dataset, Grid, Params, Seeds, Strict, Word, Words
@@ -122,7 +122,7 @@ class Plan(Strict):
 
 def read(path: Path = PLAN) -> Plan:
     """The plan. Raises UserError (one line) naming the key that is wrong."""
-    return params.validate(Plan, params.read(path), "", path)
+    return params.validate(Plan, yaml12.read(path), "", path)
 
 
 def load(p: Params, path: Path = PLAN) -> tuple[Plan, Params]:
@@ -150,7 +150,7 @@ def _dataset(p: Params, plan: Plan, name: str, path: Path) -> Dataset:
     preset = root / params.PRESETS / f"{variant.preset}.yaml"
     if not preset.is_file():
         raise UserError(f"{path}: datasets.{name}.preset: there is no {preset}")
-    whole = params.read(preset)
+    whole = yaml12.read(preset)
     params.validate(Dataset, whole, "", preset)
     recipes = {
         recipe: (p.recipes[recipe].model_dump(exclude_none=True) if recipe in p.recipes else {}) | changes

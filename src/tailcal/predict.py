@@ -187,11 +187,8 @@ def positive(text: str) -> int:
 
 def main() -> None:
     summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tailcal.predict",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = errors.CommandLine(
+        "tailcal.predict", summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", nargs="+", type=place, metavar="FILE_OR_FOLDER", help="images, or folders of them")
     parser.add_argument("--model", required=True, type=place, help="the exported folder")

@@ -1,11 +1,10 @@
 """Writing chosen rows of a large array without ever holding them all."""
 
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from tailcal.files import atomic
+from tailcal.files import atomic, write_header
 
 CHUNK_BYTES = 16 << 20
 
@@ -13,12 +12,6 @@ CHUNK_BYTES = 16 << 20
 def chunk(shape: tuple[int, ...], dtype: np.dtype) -> int:
     """How many rows of an array [N, ...] make about `CHUNK_BYTES`, at least one."""
     return max(1, CHUNK_BYTES // max(1, int(np.prod(shape[1:])) * dtype.itemsize))
-
-
-def write_header(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Write what a .npy file of this shape begins with, as np.save would."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)
 
 
 def write_rows(path: Path, array: np.ndarray, rows: np.ndarray) -> None:

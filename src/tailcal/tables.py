@@ -328,17 +328,15 @@ def _bound_notes(cells: list[Cell]) -> list[str]:
 
 def _harm_notes(cells: list[Cell]) -> list[str]:
     """What to say of cells whose ECE the temperature raised by more than chance alone gives."""
-    harmed = []
-    for cell in cells:
-        after = cell.metrics["posthoc"].get(TEMPERATURE)
-        if after and not _at_bound(cell) and after["ece"] - cell.metrics["ece"] > after["ece_floor"]:
-            harmed.append(cell.name)
-    if not harmed:
-        return []
-    return [
-        f"The temperature made the ECE of {', '.join(harmed)} worse, by more than the floor: too few images are held "
-        "out, or they are unlike those of the test split."
-    ]
+    names = ", ".join(cell.name for cell in cells if _harmed(cell) and not _at_bound(cell))
+    advice = "too few images are held out, or they are unlike those of the test split"
+    return [f"The temperature made the ECE of {names} worse, by more than the floor: {advice}."] if names else []
+
+
+def _harmed(cell: Cell) -> bool:
+    after = cell.metrics["posthoc"].get(TEMPERATURE, {})
+    error, floor = after.get("ece"), after.get("ece_floor")
+    return error is not None and floor is not None and error - cell.metrics["ece"] > floor
 
 
 def _at_bound(cell: Cell) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from tailcal import method, models, params
+from tailcal import method, models, params, yaml12
 from tailcal.engine import WARM_UP
 from tailcal.errors import UserError
 from tailcal.longtail import class_counts
@@ -130,7 +130,7 @@ class Benchmark(Strict):
 
 def load(path: Path = FILE) -> Benchmark:
     """Read and check the file, everything that it names included. Raises UserError (one line) for any mistake."""
-    benchmark = params.validate(Benchmark, params.read(path), "", path)
+    benchmark = params.validate(Benchmark, yaml12.read(path), "", path)
     for name, workload in benchmark.workloads.items():
         _check_workload(workload, f"workloads.{name}", path)
     for device in ("cpu", "cuda"):

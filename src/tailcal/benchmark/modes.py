@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 from scipy.stats import nct as noncentral_t
 
-from tailcal import params, plan, sources
+from tailcal import params, plan, sources, yaml12
 from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tailcal.params import Params, Positive, Precision, Seeds, Strict, Word
@@ -110,7 +110,7 @@ def load(p: Params, path: Path = FILE) -> tuple[Modes, Params]:
 
     Raises UserError (one line) naming the key that is wrong.
     """
-    modes = params.validate(Modes, params.read(path), "", path)
+    modes = params.validate(Modes, yaml12.read(path), "", path)
     root = path.parent.parent
     planned = plan.load(p, root / plan.PLAN)[1].datasets
     presets = (preset.stem for preset in (root / params.PRESETS).glob("*.yaml"))

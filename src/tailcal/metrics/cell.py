@@ -5,7 +5,7 @@ import numpy as np
 from tailcal.longtail import shot_groups
 from tailcal.metrics.accuracy import group_accuracy, per_class_accuracy, top1, topk
 from tailcal.metrics.calibration import adaptive_ece, brier, classwise_ece, ece, ece_floor, mce, nll
-from tailcal.metrics.scores import check, softmax
+from tailcal.metrics.scores import softmax
 
 Numbers = dict[str, float | None]
 HEADLINE = ("top1", "few", "ece", "nll")  # the few numbers of a cell that are listed and summed up
@@ -20,7 +20,6 @@ def measure(logits_NK: np.ndarray, labels_N: np.ndarray, counts_K: np.ndarray, b
     the images whose true class is in it. Calibration over all images does not imply calibration within a group. Raises
     ValueError as `tailcal.metrics.scores.check` does.
     """
-    check(logits_NK, labels_N)
     numbers: Numbers = {"top1": top1(logits_NK, labels_N)}
     if logits_NK.shape[1] > 5:
         numbers["top5"] = topk(logits_NK, labels_N, k=5)
