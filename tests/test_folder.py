@@ -80,7 +80,7 @@ def test_names_of_every_kind(tmp_path, capsys):
 def test_what_is_not_taken_is_counted(tmp_path, capsys):
     make(tmp_path, *SPLIT, "README", "val/", "train/list.txt", "train/a/notes.txt", "train/a/noending", "test/b/x.svg")
     make(tmp_path, "train/.ipynb_checkpoints/1.png", "train/a/._1.png", "train/a/.hidden/1.png")
-    (tmp_path / "train/a/circle").symlink_to(tmp_path / "train")
+    (tmp_path / "train/a/circle.png").symlink_to(tmp_path / "train")
     got = load(tmp_path)
     assert got.train_files == ["train/a/1.png", "train/a/2.png", "train/b/1.png"]
     assert got.class_names == ["a", "b"]
@@ -129,6 +129,12 @@ def test_linked_classes_and_images_are_taken(tmp_path):
             {},
             "{root}: has no folder test (rename val to it): must hold train/",
         ),
+        (["train/a/1.png", "val"], {}, "{root}: has no folder test: must"),
+        (
+            ["train/a/1.png", *(f"{name}/a/1.png" for name in ("testing", "val", "Test", "dev"))],
+            {},
+            "{root}: has no folder test (rename Test or dev or testing or val to it): must",
+        ),
         (["Test/a/1.png", "training/a/2.png"], {}, "{root}: has no folder train (rename training to it): must"),
         (["Train/a/1.png", "val/a/2.png"], {}, "{root}: has no folder train (rename Train to it): must hold train/"),
         ([*SPLIT, "train/n\nn/1.png"], {}, "{root}/train: the class folder 'n\\nn' must have a printable name"),
@@ -156,9 +162,10 @@ def test_classes_that_may_be_splits_are_warned_of(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_class_may_be_called_like_a_split(tmp_path):
+def test_a_class_may_be_called_like_a_split(tmp_path, capsys):
     make(tmp_path, "train/1.png", "train/2.png", "bus/1.png", "bus/2.png")
     assert load(tmp_path, test_per_class=1).class_names == ["bus", "train"]
+    assert capsys.readouterr().err == "", "images of the same names are no splits"
 
 
 @pytest.mark.parametrize("keys", [{}, {"test_per_class": 1}])

@@ -43,7 +43,7 @@ def naive(image, size, channels):
 
 
 @pytest.mark.parametrize(
-    "shape", [(40, 40), (64, 41), (41, 64), (7, 5), (200, 11), (33, 32), (32, 33), (32, 32), (1, 1)]
+    "shape", [(40, 40), (64, 41), (41, 64), (7, 5), (200, 11), (33, 32), (32, 33), (35, 32), (32, 35), (32, 32), (1, 1)]
 )
 @pytest.mark.parametrize("size", [1, 16, 32])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -114,6 +114,8 @@ def test_sixteen_bits_are_their_high_byte(tmp_path):
         path = save(tmp_path / name, Image.fromarray(levels))
         assert (read_image(path, 9, 1)[..., 0] == levels >> 8).all()
         assert (read_image(path, 9, 3) == (levels >> 8)[..., None]).all()
+    path = save(tmp_path / "other_byte_order.tif", Image.fromarray(levels.astype(">u2")))
+    assert (read_image(path, 9, 1)[..., 0] == levels >> 8).all()
 
 
 def test_transparency_is_over_white(tmp_path):
@@ -257,6 +259,15 @@ def test_what_is_no_image(tmp_path):
     fails(tmp_path / "pipe.png", "is not a file")
     (tmp_path / "line\nbreak.png").write_text("x")
     fails(tmp_path / "line\nbreak.png", "is not an image")
+
+
+def test_too_little_memory_is_no_damage_of_the_image(tmp_path, monkeypatch):
+    def decode(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(images, "_decode", decode)
+    with pytest.raises(MemoryError):
+        read_image(save(tmp_path / "a.png", smooth(8, 8)), 8, 3)
 
 
 def test_other_decoders_are_never_tried(tmp_path):
