@@ -26,6 +26,10 @@ def test_digests_are_equal_where_the_pixels_are(found):
         assert [digest == digests[i] for digest in digests] == [other == one for other in found]
 
 
+def test_digests_have_64_bits():
+    assert np.bitwise_or.reduce(duplicates.digests(images(range(64)))) == 2**64 - 1
+
+
 @given(codes)
 def test_first_of_each(found):
     first = duplicates.first_of_each(duplicates.digests(images(found)))

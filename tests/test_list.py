@@ -51,7 +51,7 @@ def test_lines_of_every_kind(tmp_path, train):
 
 
 @pytest.mark.parametrize(
-    "name", ["a b  c.jpg", " blank.jpg", "ü/猫.jpg", "1 2 3", "next\x0bline\u2028.jpg", "nb\xa0sp", "a#b"]
+    "name", ["a b  c.jpg", " blank.jpg", "ü/猫.jpg", "1 2 3", "next\x0bline\u2028.jpg", "nb\xa0sp", "a#b", " #a", "..a"]
 )
 def test_paths_of_every_kind(tmp_path, name):
     assert load(tmp_path, f"{name} 0\nother 1\n".encode()).train_files == [name, "other"]
@@ -85,6 +85,7 @@ def test_class_names(tmp_path):
         (b"a 0\n/etc/passwd 1\n", "train.txt line 2: must be a path below root, got '/etc/passwd 1'"),
         (b"a 0\nx/../../b 1\n", "train.txt line 2: must be a path below root"),
         (b"a 0\n.. 1\n", "train.txt line 2: must be a path below root"),
+        (b"a 0\nx/.. 1\n", "train.txt line 2: must be a path below root"),
         (b"a 0\nb\0 1\n", "train.txt line 2: must be a path below root"),
         (b"", "train.txt: names no image"),
         (b"# nothing\n\n", "train.txt: names no image"),
