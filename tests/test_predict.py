@@ -786,9 +786,10 @@ def test_frequencies_multiply_the_probabilities(tmp_path, model, pictures, monke
             assert [float(after[f"confidence{rank}"]) for rank in ranks] == pytest.approx(shares, abs=1e-4)
 
 
-def test_equal_frequencies_change_nothing(tmp_path, model, pictures, monkeypatch):
+@pytest.mark.parametrize("often", [7, 5e-324])
+def test_equal_frequencies_change_nothing(tmp_path, model, pictures, monkeypatch, often):
     written = []
-    for more in ((), ("--frequencies", frequency_file(tmp_path / "often.csv", 7, 7, 7, 7))):
+    for more in ((), ("--frequencies", frequency_file(tmp_path / "often.csv", *[often] * 4))):
         run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", *more, pictures)
         written.append(table(tmp_path / "out.csv"))
     for before, after in zip(*written, strict=True):
@@ -805,24 +806,30 @@ def test_equal_frequencies_change_nothing(tmp_path, model, pictures, monkeypatch
         ("class,frequency\nzebra,1\n", " line 2: the model has no class 'zebra'$"),
         ("class,frequency\nant,1\nant,2\n", " line 3: 'ant' is there twice$"),
         ("class,frequency\nant\n", " line 2: must have a class and its frequency$"),
-        *((f"class,frequency\nant,{wrong}\n", " line 2: must be a number above 0") for wrong in (0, -1, "x", "nan")),
+        *(
+            (f"class,frequency\nant,{wrong}\n", " line 2: must be a number above 0")
+            for wrong in (0, -1, "x", "nan", "inf")
+        ),
         ("class,frequency\nant,1\n", ": lacks 'bee, a worker': every class of the model must have a line$"),
         ('class,frequency\n"ant,1\n', r": must be CSV in UTF-8 \("),
+        ("class,frequency\ndög,1\n", r": must be CSV in UTF-8 \("),
     ],
 )
 def test_what_is_wrong_with_frequencies_is_one_line(text, says, tmp_path, model, pictures, monkeypatch):
     path = tmp_path / "often.csv"
     if text is not None:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=f"^--frequencies {path}{says}") as caught:
         run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", "--frequencies", path, pictures)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_frequencies_may_lie_far_apart_and_end_in_an_empty_line(tmp_path, model, pictures, monkeypatch):
+def test_frequencies_may_lie_far_apart_begin_with_a_byte_order_mark_and_end_in_an_empty_line(
+    tmp_path, model, pictures, monkeypatch
+):
     path = frequency_file(tmp_path / "often.csv", 1e40, 1e-50, 1, 1)
-    path.write_text(path.read_text() + "\n")
+    path.write_text(f"\ufeff{path.read_text()}\n")
     run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", "--frequencies", path, pictures)
     assert {(row["class"], row["confidence"]) for row in table(tmp_path / "out.csv")} == {(NAMES[0], "1.000000")}
 
