@@ -15,7 +15,7 @@ import yaml
 from sklearn.metrics import confusion_matrix
 
 from stages import evaluate, paths
-from tailcal import files, params
+from tailcal import figures, files, params
 from tailcal.errors import UserError
 from tailcal.evaluation import per_class_table
 from tailcal.metrics.calibration import ece
@@ -162,6 +162,7 @@ def test_metrics_json():
     expected = {key for name in metrics for key in (name, f"{name}_std")}
     assert set(numbers) == expected | {"seeds", "posthoc", "posthoc_absent", "images", "provenance"}
     assert numbers["images"] == IMAGES
+    assert set(numbers["provenance"]) == {"device", "params", "data", "predicted", "starts", "evaluate", "seeds"}
     assert set(numbers["posthoc"]) == set(FITTED)
     for rule, names in FITTED.items():
         fitted = {key for name in names for key in (name, f"{name}_std")}
@@ -195,6 +196,21 @@ def test_reliability_csv_is_what_the_ece_is_made_of():
         "",
     )
     assert (paths.cell_plots(**CELL) / "reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_number_of_bins_is_that_of_the_parameters():
+    edit_params("bins: 15", "bins: 5")
+    numbers, bins = measured(), table("reliability.csv")
+    assert bins["bin_lower"].nunique() == 5
+    by_seed = (bins["count"] * bins["gap"].abs()).groupby(bins["seed"]).sum() / 350
+    assert by_seed.mean() == pytest.approx(numbers["ece"], abs=2e-6)
+
+
+def test_the_diagram_says_what_chance_alone_gives(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "reliability", lambda _, floor, *__: drawn.append(floor))
+    assert drawn == [measured()["ece_floor"]] * len(drawn)
+    assert drawn
 
 
 def test_per_class_and_confusion_csv():

@@ -129,9 +129,9 @@ def test_linked_classes_and_images_are_taken(tmp_path):
             {},
             "{root}: has no folder test (rename val to it): must hold train/",
         ),
-        (["train/a/1.png", "val"], {}, "{root}: has no folder test: must"),
+        (["train/a/1.png", "train/b/1.png", "val"], {}, "{root}: has no folder test: must"),
         (
-            ["train/a/1.png", *(f"{name}/a/1.png" for name in ("testing", "val", "Test", "dev"))],
+            ["train/a/1.png", "train/b/1.png", *(f"{name}/a/1.png" for name in ("testing", "val", "Test", "dev"))],
             {},
             "{root}: has no folder test (rename Test or dev or testing or val to it): must",
         ),

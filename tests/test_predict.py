@@ -406,11 +406,14 @@ def test_doubts_about_a_calibration(model):
         assert said.startswith(f"the temperature ended at its bound, {bound:g}: these logits say nothing, or")
 
 
-def test_test_images_that_were_trained_on_are_told(model):
-    measured = exported.load(model)[0].measured
-    assert measured.trained_on == 0
-    assert "in the training split too" not in exporting.result(measured, "none")
-    leaked = measured.model_copy(update={"trained_on": 4})
+@pytest.mark.usefixtures("no_onnx")
+def test_test_images_that_were_trained_on_are_told(tmp_path):
+    cell, meta = make_cell(tmp_path), tmp_path / paths.longtail("made_up") / "meta.json"
+    assert "in the training split too" not in exporting.result(
+        export(cell, tmp_path / "model", root=tmp_path).measured, "none"
+    )
+    meta.write_bytes(change(duplicates=dict.fromkeys(TWICE, 0) | {"test": 4})(meta.read_bytes()))
+    leaked = export(cell, tmp_path / "model", root=tmp_path).measured
     assert " images, of which 4 are in the training split too; 15 bins; " in exporting.result(leaked, "none")
 
 
@@ -545,6 +548,14 @@ def test_a_cell_that_is_not_there_is_told_those_that_are(tmp_path):
         export(other, tmp_path / "model", root=tmp_path / "new")
     with pytest.raises(UserError, match=r"other is not a project in which `dvc repro` has run .* or give --root$"):
         export(other, tmp_path / "model", root=tmp_path / "other")
+
+
+def test_a_cell_of_other_images_than_those_that_lie_there_is_refused(tmp_path):
+    cell = make_cell(tmp_path)
+    raw = {"class_names": NAMES, "source": {}, "checksums": {"train_images.npy": "other"}}
+    files.write_json(tmp_path / paths.raw("made_up") / "meta.json", raw)
+    with pytest.raises(UserError, match=r"lt/made_up was cut from other images than .*raw/made_up holds: run"):
+        export(cell, tmp_path / "model", root=tmp_path)
 
 
 def test_a_seed_that_was_not_trained_is_told_those_that_were(tmp_path):
@@ -845,9 +856,10 @@ def test_a_name_of_two_classes_has_no_frequency(tmp_path):
         read_frequencies(frequency_file(tmp_path / "often.csv", 1, 1, 1, 1), ["crane", "crane"])
 
 
-def test_top_is_at_most_every_class_and_files_count_once(tmp_path, model, pictures, monkeypatch):
+@pytest.mark.parametrize("top", [("--top", 99), ()])
+def test_top_is_at_most_every_class_and_files_count_once(top, tmp_path, model, pictures, monkeypatch):
     file = sorted(pictures.rglob("*.png"))[0]
-    run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", "--top", 99, file, pictures / "0", file)
+    run(monkeypatch, "--model", model, "--out", tmp_path / "out.csv", *top, file, pictures / "0", file)
     rows = table(tmp_path / "out.csv")
     assert len(rows) == 10
     assert sum(float(rows[0][f"confidence{rank}"]) for rank in ("", "_2", "_3", "_4")) == pytest.approx(1, abs=1e-5)
@@ -980,6 +992,11 @@ def test_a_card_that_is_no_file_is_one_line(model, pictures, monkeypatch):
         run(monkeypatch, "--model", model, pictures)
 
 
+def test_a_file_in_the_place_of_a_model_is_one_line(model):
+    with pytest.raises(UserError, match=r"model\.json/model\.json is missing: --model must be a folder made by"):
+        exported.load(model / "model.json")
+
+
 def test_when_no_image_can_be_read_nothing_is_written(tmp_path, model, monkeypatch):
     bad = tmp_path / "bad.png"
     bad.write_text("no image")
@@ -1016,6 +1033,7 @@ def change(**changed):
         ("model.json", change(class_names=[*"abc", "\ud800"]), r"model.json: class_names.3 is '\ud800': must be text"),
         ("model.json", change(measured=None), "model.json: measured: "),
         ("model.json", change(train_counts=[1, 2]), "4 class_names, but 2 train_counts"),
+        ("model.json", change(train_counts=[9, 6, 4, 0]), "model.json: train_counts.3: "),
         ("model.json", change(classifier="os"), "no classifier 'os'"),
         ("model.json", change(settings={"tau": 1.0}), "model.json: settings.tau: unknown key"),
         ("model.json", change(network={"backbone": "nope"}), "has no network"),
@@ -1104,13 +1122,14 @@ def test_the_export_command_says_what_it_made(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("no_onnx")
-def test_large_images_are_cropped_as_in_the_evaluation(tmp_path):
+@pytest.mark.parametrize("size", [20, 16])
+def test_large_images_are_cropped_as_in_the_evaluation(size, tmp_path):
     """What is read is as large as the stored images; the network then takes what `augment.plain` makes of it."""
     colours = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
     large = {"kind": "resized_crop", "size": 16, "min_area": 0.1, "flip": True, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
-    cell = make_cell(tmp_path, size=20, augmentation=large | colours)
+    cell = make_cell(tmp_path, size=size, augmentation=large | colours)
     card = export(cell, tmp_path / "model", root=tmp_path)
-    assert (card.image_size, card.channels) == (20, 3)
+    assert (card.image_size, card.channels) == (size, 3)
     pixels = torch.from_numpy(np.load(tmp_path / paths.longtail("made_up") / "test_images.npy"))
     with torch.no_grad():
         found = exported.load(tmp_path / "model")[1](pixels)

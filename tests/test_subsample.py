@@ -167,6 +167,14 @@ def test_holdout_is_the_same_for_every_factor(project):
     assert {image.tobytes() for image in second["train_images"]} < {image.tobytes() for image in first["train_images"]}
 
 
+def test_another_seed_keeps_other_images(project):
+    project.put_raw()
+    (_, first), (_, second) = (project.cut(holdout_per_class=5, imbalance__seed=seed) for seed in (0, 1))
+    for part in ("train", "holdout"):
+        assert (first[f"{part}_labels"] == second[f"{part}_labels"]).all()
+        assert (first[f"{part}_images"] != second[f"{part}_images"]).any()
+
+
 def test_without_holdout_the_published_subset(project):
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(3), 30))
     made = project.put_raw(train_labels=labels)
@@ -345,6 +353,8 @@ def test_a_long_tail_is_cut_from_a_source_that_has_one(project):
         UserError, match=r"imbalance\.largest is 40: class 1 .* would have 13 images, and there are 12: "
     ):
         project.cut(holdout_per_class=0, imbalance__factor=9, imbalance__largest=40)
+    with pytest.raises(UserError, match=r"class 1 .* would have 12 images, and there are 10: "):
+        project.cut(holdout_per_class=2, imbalance__factor=9, imbalance__largest=36)
 
 
 def test_where_the_rarest_class_is_too_small_for_the_factor_the_key_that_says_more_is_named(project):

@@ -1,5 +1,6 @@
 """Stages in a folder of their own: when a data set's splits are made anew there."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from PIL import Image
 
 from stages import paths, workspace
-from tailcal import params, sources, splits
+from tailcal import files, params, sources, splits
+from tailcal.cell import CellName
 from tailcal.errors import UserError
 from tests.conftest import ROOT
 
@@ -27,14 +29,18 @@ def images(tmp_path, monkeypatch) -> Path:
     return tmp_path / "images"
 
 
-def prepared(**source) -> splits.Meta:
+NATURAL = params.Natural(profile="natural", seed=0)
+
+
+def prepared(imbalance=NATURAL, holdout_per_class=1, **source) -> splits.Meta:
     """What meta.json says of the splits of a data set of one's own, once the workspace has prepared it."""
     p = params.load(ROOT / "params.yaml")
     changes = {
-        "source": source | {"size": 8, "channels": 1, "workers": 1},
-        "imbalance": params.Natural(profile="natural", seed=0),
+        "source": {"size": 8, "channels": 1, "workers": 1} | source,
+        "imbalance": imbalance,
+        "holdout_per_class": holdout_per_class,
     }
-    dataset = p.datasets["digits_lt"].model_copy(update=changes | {"holdout_per_class": 1})
+    dataset = p.datasets["digits_lt"].model_copy(update=changes)
     workspace.prepare(p.model_copy(update={"datasets": {"own": dataset}}), "own")
     return splits.read_meta(paths.longtail("own"))
 
@@ -78,6 +84,14 @@ def test_splits_are_made_anew_when_an_image_in_a_linked_folder_changes(images, l
     assert prepared(**source).raw != before.raw
 
 
+def test_splits_are_made_anew_when_the_parameters_change(images):
+    source = {"kind": "folder", "path": str(images)}
+    before = prepared(**source)
+    assert prepared(**source, holdout_per_class=2).train_counts == [2, 2]
+    assert prepared(**source, imbalance=NATURAL.model_copy(update={"seed": 1})).imbalance["seed"] == 1
+    assert prepared(**source, size=16).raw != before.raw
+
+
 def test_what_is_no_image_makes_nothing_anew(images):
     source = {"kind": "folder", "path": str(images)}
     prepared(**source)
@@ -97,3 +111,21 @@ def test_the_state_of_a_listing_tells_labels_and_splits_apart(tmp_path):
 
     states = [state(["x", "y"], [0, 0], ["z"]), state(["x", "y"], [0, 1], ["z"]), state(["x"], [0], ["y", "z"])]
     assert len(set(states)) == 3
+
+
+def test_the_state_of_a_listing_tells_files_of_one_time_apart_by_their_size(tmp_path):
+    states = set()
+    for content in ("a", "ab"):
+        (tmp_path / "x").write_text(content)
+        os.utime(tmp_path / "x", (0, 0))
+        labels = np.zeros(1, np.int64)
+        states.add(workspace.state_of(sources.Listing(tmp_path, ["x"], labels, ["x"], labels, ["a"], 8, 1)))
+    assert len(states) == 2
+
+
+def test_the_seconds_of_a_network_are_those_of_both_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cell = CellName("d", "ce", "crt")
+    for stage, seconds in ((("represent", *cell[:2]), 2.0), (("calibrate", *cell), 0.5)):
+        files.write_json(paths.costs(*stage), {"seeds": {"0": {"seconds": 9.0}, "1": {"seconds": seconds}}})
+    assert workspace.seconds(cell, 1) == 2.5
