@@ -115,8 +115,18 @@ def test_table_in_percent_with_the_best_in_bold():
     assert lines["ce", "joint"]["ECE"] == "**2.00 ± 1.23**"
     assert lines["mixup", "mislas"]["ECE"] == "5.00 ± 1.23"
     assert [line["few"].startswith("**10.00") for line in lines.values()] == [True, True, False, False], "both are best"
+    assert lines["mixup", "joint"]["few"] == "0.00 ± 1.23", "a number as well"
     assert {line["many"] for line in lines.values()} == {"50.00 ± 1.23"}, "what most have reached is no distinction"
     assert {line["ECE floor"] for line in lines.values()} == {"1.10"}, "and there is no best of it"
+
+
+def test_the_deviation_after_a_temperature_is_its_own():
+    cell = paths.metrics("digits_lt", "ce", "joint")
+    rules = json.loads(cell.read_text())["posthoc"]
+    after = rules["temperature"] | {"ece": 0.05, "ece_std": 0.034}
+    report_inputs.change(cell, posthoc=rules | {"temperature": after})
+    report.main()
+    assert _lines()["ce", "joint"]["ECE after temperature"].strip("*") == "5.00 ± 3.40"
 
 
 def test_empty_group_is_a_dash_and_never_the_best():

@@ -123,6 +123,13 @@ def test_the_state_of_a_listing_tells_files_of_one_time_apart_by_their_size(tmp_
     assert len(states) == 2
 
 
+def test_what_trains_in_one_process_refuses_several():
+    runtime = params.load(ROOT / "params.yaml").runtime
+    workspace.require_one_process(runtime)
+    with pytest.raises(UserError, match=r"runtime\.processes: is 2, and this trains in one process: must be 1 here"):
+        workspace.require_one_process(runtime.model_copy(update={"processes": 2}))
+
+
 def test_the_seconds_of_a_network_are_those_of_both_stages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cell = CellName("d", "ce", "crt")
