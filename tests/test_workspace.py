@@ -85,11 +85,14 @@ def test_splits_are_made_anew_when_an_image_in_a_linked_folder_changes(images, l
 
 
 def test_splits_are_made_anew_when_the_parameters_change(images):
-    source = {"kind": "folder", "path": str(images)}
-    before = prepared(**source)
-    assert prepared(**source, holdout_per_class=2).train_counts == [2, 2]
-    assert prepared(**source, imbalance=NATURAL.model_copy(update={"seed": 1})).imbalance["seed"] == 1
-    assert prepared(**source, size=16).raw != before.raw
+    block = {"kind": "folder", "path": str(images)}
+    assert prepared(**block).train_counts == [3, 3]
+    block["holdout_per_class"] = 2
+    assert prepared(**block).train_counts == [2, 2]
+    block["imbalance"] = NATURAL.model_copy(update={"seed": 1})
+    assert prepared(**block).imbalance["seed"] == 1
+    block["size"] = 16
+    assert prepared(**block).source["size"] == 16
 
 
 def test_what_is_no_image_makes_nothing_anew(images):
