@@ -127,6 +127,81 @@ def test_reliability_diagram_says_its_ece_and_accuracy(drawn, tmp_path):
     assert drawn[0].axes[0].get_title() == f"accuracy {accuracy:.2%}    ECE {ece:.2%} (chance alone 1.00%)"
 
 
+def test_a_bar_ends_at_its_accuracy_and_its_gap_at_the_confidence(drawn, tmp_path):
+    rows = [(0.0, 0.5, 0.375, 0.5, 30), (0.5, 1.0, 0.875, 0.625, 90)]
+    columns = ["bin_lower", "bin_upper", "confidence", "accuracy", "count"]
+    figures.reliability(pd.DataFrame(rows, columns=columns).assign(seed=0), 0.01, "two bins", tmp_path / "unused.png")
+    upper, lower = drawn[0].axes
+
+    def bars(colour):
+        found = [bar for bar in upper.patches if bar.get_facecolor()[:3] == to_rgb(colour)]
+        return [(bar.get_x(), bar.get_y(), bar.get_height()) for bar in found]
+
+    assert bars(figures.ACCURACY) == [(0.0, 0.0, 0.5), (0.5, 0.0, 0.625)]
+    assert bars(figures.OVER[0]) == [(0.5, 0.625, 0.25)]
+    assert bars(figures.UNDER[0]) == [(0.0, 0.5, -0.125)]
+    assert [bar.get_height() for bar in lower.patches] == [0.25, 0.75]
+    named = {
+        text.get_text(): bar for text, bar in zip(drawn[0].legends[0].get_texts(), _handles(drawn[0]), strict=True)
+    }
+    for name, (colour, _) in (("gap: overconfident", figures.OVER), ("gap: underconfident", figures.UNDER)):
+        assert named[name].get_facecolor()[:3] == to_rgb(colour)
+
+
+def _handles(figure):
+    return figure.legends[0].legend_handles
+
+
+def test_a_cell_lies_at_its_accuracy_and_ece_with_the_bars_of_each(drawn, tmp_path):
+    points = _points()[:1].assign(top1=0.75, top1_std=0.125, ece=0.5, ece_std=0.25)
+    figures.accuracy_against_ece(points, "one cell", tmp_path / "unused.png")
+    (_, _, bars) = drawn[0].axes[0].containers[0]
+    ends = [bar.get_segments()[0].tolist() for bar in bars]
+    assert ends == [[[0.625, 0.5], [0.875, 0.5]], [[0.75, 0.25], [0.75, 0.75]]]
+
+
+@pytest.mark.parametrize("number", [30, 31])
+def test_classes_are_counted_from_the_most_frequent_on_in_the_colours_of_their_groups(drawn, tmp_path, number):
+    classes = report_inputs.classes(_generator(), number)
+    figures.class_counts(classes.sample(frac=1, random_state=0), "shuffled", tmp_path / "unused.png")
+    axes = drawn[0].axes[0]
+    lengths = [bar.get_width() if number == 30 else bar.get_height() for bar in axes.patches]
+    assert lengths == classes["train_count"].tolist()
+    colours = [figures.GROUP_COLOURS[group] for group in classes["group"]]
+    assert [bar.get_facecolor()[:3] for bar in axes.patches] == list(map(to_rgb, colours))
+    handles = zip(drawn[0].legends[0].get_texts(), _handles(drawn[0]), strict=True)
+    shown = {text.get_text(): handle.get_facecolor()[:3] for text, handle in handles}
+    groups = {figures.GROUP_TITLES[group]: to_rgb(colour) for group, colour in figures.GROUP_COLOURS.items()}
+    assert shown == groups
+    if number == 30:
+        assert _labels(axes.yaxis)[3:] == classes["name"][3:].tolist()
+
+
+def test_named_classes_stand_from_the_most_frequent_on_each_with_its_own_accuracy(drawn, tmp_path):
+    cells = {("ce", name): report_inputs.classes(np.random.default_rng(k)) for k, name in enumerate(("joint", "crt"))}
+    cells = {cell: classes.assign(accuracy_std=classes["accuracy"] / 8) for cell, classes in cells.items()}
+    shuffled = {cell: classes.sample(frac=1, random_state=0) for cell, classes in cells.items()}
+    figures.per_class_accuracy(shuffled, "shuffled", tmp_path / "unused.png")
+    axes = drawn[0].axes[0]
+    assert _labels(axes.xaxis)[3:] == [f"class {k}" for k in range(3, 10)]
+    for line, bars, classes in zip(axes.lines, axes.collections, cells.values(), strict=True):
+        assert line.get_ydata().tolist() == classes["accuracy"].tolist()
+        lower = [bar[0, 1] for bar in bars.get_segments()]
+        np.testing.assert_allclose(lower, classes["accuracy"] * 7 / 8)
+
+
+def test_the_accuracy_of_a_training_is_the_mean_in_a_band_from_the_least_to_the_most(drawn, tmp_path):
+    history = report_inputs.history(_generator())
+    figures.training_curves({"ce": history}, "stage 1", tmp_path / "unused.png")
+    accuracy = drawn[0].axes[0]
+    by_epoch = history.groupby("epoch")["train_accuracy"]
+    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), by_epoch.mean())
+    corners = accuracy.collections[0].get_paths()[0].vertices
+    for epoch, values in by_epoch:
+        at = corners[corners[:, 0] == epoch, 1]
+        assert (at.min(), at.max()) == (values.min(), values.max())
+
+
 def _texts(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_text().strip()]
 
@@ -189,6 +264,7 @@ def test_many_classes_are_averaged_over_neighbouring_ranks(drawn, tmp_path):
     assert line.get_xdata()[0] == 5.5
     assert line.get_ydata()[0] == pytest.approx(classes["accuracy"][:10].mean(), abs=0.02)
     assert len(line.get_xdata()) == 10
+    assert drawn[0].axes[0].get_xlabel() == "class, by frequency (means of 10)"
 
 
 def test_named_classes_have_bars_of_the_deviation_over_seeds_that_end_at_100_percent(drawn, tmp_path):

@@ -444,6 +444,16 @@ def test_page_is_self_contained():
         assert page.count(fact) == 1, "what all cells share is said once"
 
 
+def test_what_one_cell_has_of_its_own_is_said_of_it_alone():
+    where = paths.metrics("digits_lt", "ce", "joint")
+    report_inputs.change(where, provenance=json.loads(where.read_text())["provenance"] | {"device": "a GPU"})
+    report.main()
+    own = dict(re.findall(r"<details><summary>(\w+/\w+)</summary>(.*?)</details>", _html(), re.DOTALL))
+    assert ["a GPU" in facts for facts in own.values()] == [True, False, False, False]
+    assert ["cpu" in facts for facts in own.values()] == [False, True, True, True]
+    assert _html().count("a GPU") == 1
+
+
 def test_page_escapes_what_it_is_given():
     where = paths.metrics("digits_lt", "ce", "joint")
     provenance = json.loads(where.read_text())["provenance"]
