@@ -249,6 +249,16 @@ def test_two_runs_write_the_same_bytes():
     assert written() == first
 
 
+def test_what_a_killed_one_left_is_removed():
+    places = [paths.cell_plots(**CELL) / "per_class.csv", paths.metrics(**CELL), paths.headline(**CELL)]
+    left = [place.with_name(f".{place.name}.x1.part") for place in places]
+    for path in left:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    measured()
+    assert not [path for path in left if path.exists()]
+
+
 def test_one_seed_has_no_standard_deviation():
     one_seed()
     numbers = measured()

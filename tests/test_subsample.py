@@ -252,6 +252,15 @@ def test_memory_is_bounded(project, monkeypatch):
     assert (paths.longtail(NAME) / "test_images.npy").stat().st_size > 24e6
 
 
+def test_what_a_killed_one_left_is_removed(project):
+    project.put_raw()
+    left = paths.longtail(NAME) / ".train_images.npy.x1.part"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    project.cut(holdout_per_class=5)
+    assert not left.exists()
+
+
 def test_step_profile(project):
     project.put_raw()
     meta, _ = project.cut(holdout_per_class=0, imbalance__profile="step", imbalance__factor=10)
