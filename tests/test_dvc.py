@@ -101,6 +101,9 @@ def written(tmp_path_factory) -> Path:
     (root / "presets").symlink_to(ROOT / "presets")
     (root / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     edit(root / "params.yaml", [("  - digits_lt\n", "".join(f"  - {name}\n" for name in DATASETS))])
+    before = root / paths.settings("represent", "digits_lt", "of_another_grid")
+    before.parent.mkdir(parents=True)
+    before.touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         check.main()
@@ -146,6 +149,15 @@ def test_what_a_stage_reads_of_the_parameters_is_in_its_settings(written):
             assert (found["seeds"], found["precision"]) == (p.seeds, p.precision)
     assert settings(written, "evaluate").items() >= {"seeds": p.seeds, "evaluate": p.evaluate.model_dump()}.items()
     assert settings(written, "report")["grid"] == p.grid.model_dump()
+    own = yaml.safe_load((ROOT / "presets/own_images.yaml").read_text())
+    assert settings(written, "download", "own_images")["source"].items() >= own["source"].items()
+    found = settings(written, "subsample", "own_images")
+    assert found["imbalance"].items() >= own["imbalance"].items()
+    assert (found["holdout_per_class"], found["channels"]) == (own["holdout_per_class"], own["source"]["channels"])
+    assert found["augmentation"] == {key: own["augmentation"][key] for key in ("kind", "pad", "cutout")}
+    large = yaml.safe_load((ROOT / "presets/imagenet_lt.yaml").read_text())["augmentation"]
+    found = settings(written, "subsample", "imagenet_lt")
+    assert found["augmentation"] == {key: large[key] for key in ("kind", "size")}
 
 
 @pytest.mark.parametrize("stage", ["represent", "calibrate"])

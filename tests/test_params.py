@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from stages import check
 from tailcal import method, params, posthoc, settings, sources
 from tailcal.errors import UserError
+from tests.conftest import edit
 from tests.test_dvc import ROOT
 
 TEXT = (ROOT / "params.yaml").read_text()
@@ -149,6 +150,28 @@ def test_the_check_looks_for_aliases_in_the_presets_on_the_grid(tmp_path, monkey
     load_with(tmp_path, "- digits_lt", "- own_images")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"presets/own_images\.yaml line \d+: \*two is an alias"):
+        check.main()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        (
+            "presets/own_images.yaml",
+            "pad: 8",
+            "pad: 64",
+            r"presets/own_images\.yaml: augmentation\.pad is 64: the images have 64x64 pixels, so must be at most 63$",
+        ),
+        ("params.yaml", "kind: digits", "kind: digit", r"datasets\.digits_lt\.source\.kind: must be one of"),
+    ],
+)
+def test_the_check_looks_at_sources_on_the_grid_and_off_it(file, old, new, says, tmp_path, monkeypatch):
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets/own_images.yaml").write_text((ROOT / "presets/own_images.yaml").read_text())
+    load_with(tmp_path, "- digits_lt", "- own_images")
+    edit(tmp_path / file, [(old, new)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says):
         check.main()
 
 
