@@ -378,6 +378,7 @@ def test_a_cell_that_is_worse_than_a_guess_is_named_and_widens_no_column():
 
 def test_a_temperature_at_its_bound_is_told_and_its_ece_is_not_the_best():
     cell = paths.metrics("digits_lt", "ce", "joint")
+    report_inputs.measure(("digits_lt", "ce", "joint"), top1=0.99, ece=0.1)
     rules = json.loads(cell.read_text())["posthoc"]
     nothing = rules["temperature"] | {"ece": 0.0001, "temperature": 99.99}
     report_inputs.change(cell, posthoc=rules | {"temperature": nothing})
@@ -387,6 +388,7 @@ def test_a_temperature_at_its_bound_is_told_and_its_ece_is_not_the_best():
     assert "| 0.01" in text
     assert "**0.01" not in text
     assert "<strong>0.01" not in _html()
+    assert _lines()["ce", "joint"]["top-1"].startswith("**99.00"), "and the rest competes"
     report_inputs.change(cell, posthoc=rules | {"temperature": nothing | {"temperature": 50.0}})
     report.main()
     assert "**0.01" in paths.TABLE_TEXT.read_text()
