@@ -262,7 +262,8 @@ def table(record: Record) -> Table:
 
 def markdown(record: Record) -> str:
     """metrics/modes.md: the rule, the table, and each mode in a sentence."""
-    where = record.machine["gpu"] or f"{record.machine['cpu']}, {record.machine['cores']} cores"
+    cores = record.machine["cores"]
+    where = record.machine["gpu"] or f"{record.machine['cpu']}, {cores} core{'s' if cores > 1 else ''}"
     seeds = len(record.seeds)
     tolerances = [f"{name} {100 * mode.tolerance:g}%" for name, mode in record.modes.items() if not mode.exact]
     exact = [name for name, mode in record.modes.items() if mode.exact]

@@ -20,7 +20,7 @@ from tailcal.images import EXTENSIONS, shown
 from tailcal.sources import ImageFiles, Listing, Split, same_name
 
 SPLITS = ("train", "test")
-OTHER_NAMES = {  # what else the splits are called, in lower case
+CALLED = {  # what the splits are called, in lower case
     "train": frozenset({"train", "training"}),
     "test": frozenset({"val", "valid", "validation", "dev", "test", "testing"}),
 }
@@ -58,7 +58,7 @@ def load(config: Config, downloads: Path) -> Listing:  # noqa: ARG001 (every sou
 
 def _one_split(root: Path, config: Config, ignored: list[str]) -> tuple[list[str], list[Split]]:
     names = _classes(root, "", ignored)
-    if all(name in SPLITS or _is_split(name, *SPLITS) for name in names):
+    if all(_is_split(name, *SPLITS) for name in names):
         raise UserError(
             f"{root}: is split into {' and '.join(names)} already: source.test_per_class must be 0, and the splits "
             "must be called train and test"
@@ -118,9 +118,8 @@ def _warn_of_splits(root: Path, names: list[str], files: list[str]) -> None:
 
 
 def _is_split(name: str, *splits: str) -> bool:
-    """Whether a folder is called like one of `splits`, but not as they are. Alone or beside these it is meant as no
-    class."""
-    return name not in SPLITS and any(name.lower() in OTHER_NAMES[split] for split in splits)
+    """Whether a folder is called like one of `splits`. Where all are, none is meant as a class."""
+    return any(name.lower() in CALLED[split] for split in splits)
 
 
 def _classes(root: Path, below: str, ignored: list[str]) -> list[str]:
