@@ -23,7 +23,7 @@ PUBLISHED = yaml.safe_load((ROOT / "published/dvc.yaml").read_text())["stages"]
 # read, written and locked, and how an error ends; what refuses wrong parameters; and what measured the cells before.
 NO_TABLES = ["stages/__init__.py", "stages/paths.py"]
 NO_TABLES += [f"src/tailcal/{name}.py" for name in ("__init__", "errors", "files", "lock", "portable", "params")]
-NO_TABLES += [f"src/tailcal/{name}.py" for name in ("duplicates", "longtail", "posthoc")]
+NO_TABLES += [f"src/tailcal/{name}.py" for name in ("duplicates", "longtail", "posthoc", "yaml12")]
 NO_TABLES += [f"src/tailcal/metrics/{name}.py" for name in ("__init__", "accuracy", "calibration", "scores")]
 DATASETS = ("digits_lt", "cifar10_lt_100", "cifar100_lt_100", "own_images", "imagenet_lt")  # one a source
 # What an interpreter that has loaded nothing of ours loads of it: a line for each stage alone, and a line for the stage

@@ -260,10 +260,16 @@ def table(record: Record) -> Table:
     return Table(HEADER, rows)
 
 
+def _device(machine: dict[str, Any]) -> str:
+    """The GPU, or else the CPU and its cores."""
+    if machine["gpu"]:
+        return machine["gpu"]
+    return f"{machine['cpu']}, {machine['cores']} core{'s' if machine['cores'] > 1 else ''}"
+
+
 def markdown(record: Record) -> str:
     """metrics/modes.md: the rule, the table, and each mode in a sentence."""
-    cores = record.machine["cores"]
-    where = record.machine["gpu"] or f"{record.machine['cpu']}, {cores} core{'s' if cores > 1 else ''}"
+    where = _device(record.machine)
     seeds = len(record.seeds)
     tolerances = [f"{name} {100 * mode.tolerance:g}%" for name, mode in record.modes.items() if not mode.exact]
     exact = [name for name, mode in record.modes.items() if mode.exact]
