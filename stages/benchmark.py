@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stages import paths
 from tailcal import errors, files, lock, params
-from tailcal.benchmark import cases, measure
+from tailcal.benchmark import cases, measure, modes
+from tailcal.tables import Table
 
 OUT = Path("metrics/benchmark.json")
 COLUMNS = ["case", "images/s", "least", "most", "step", "training", "busy", "memory", "against"]
@@ -26,7 +27,7 @@ COLUMNS = ["case", "images/s", "least", "most", "step", "training", "busy", "mem
 
 def table(measured: dict[str, dict[str, Any]]) -> str:
     """The cases, a line each, as a table of Markdown."""
-    rows = [COLUMNS, ["---", *["--:"] * (len(COLUMNS) - 2), "---"]]
+    rows = []
     for name, case in measured.items():
         rate, gpu = case["images_per_second"], case["gpu"]
         rivals = [f"{against['ratio']['median']:.2f} x {rival}" for rival, against in case["against"].items()]
@@ -41,10 +42,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
                 ", ".join(rivals),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
+    return Table(COLUMNS, rows).markdown()
 
 
 class Before(BaseModel):
@@ -140,9 +138,9 @@ def main() -> None:
             if measured := attempt(name, partial(measure.measure, name, suite.cases, benchmark, device)):
                 done[name] = measured
                 write()
-    print(f"{record['machine']['gpu'] or record['machine']['cpu']}, {record['machine']['cores']} cores", end="")
+    print(modes.device_name(record["machine"]), end="")
     print(f"; first step after {start_up['seconds']['median']:.1f} s" if start_up else "", end="\n\n")
-    print(table(known()))
+    print(table(known()), end="")
     if failed:
         raise errors.UserError(f"{OUT} lacks {', '.join(failed)}, which failed: see above; --missing tries again")
 

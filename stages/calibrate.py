@@ -58,9 +58,9 @@ def calibrate(p: params.Params, cell: CellName, late_epochs: int = 0) -> Path:
     """
     opened = open_training(p, cell.dataset, cell.classifier, "classifiers")
     training, longtail, meta, data = opened.training, opened.longtail, opened.meta, opened.data
+    represented = settings.training(p, *cell[:2], "representations")
     stage1 = paths.representation(*cell[:2])
     upstream = lineage.read_represented(stage1)
-    represented = settings.training(p, *cell[:2], "representations")
     lineage.require_stage1(upstream, represented.record(p.precision), p.seeds, meta.checksums, stage1, longtail)
 
     record = {
@@ -77,8 +77,9 @@ def calibrate(p: params.Params, cell: CellName, late_epochs: int = 0) -> Path:
     }
     if late_epochs:
         record["diagnostics"] = {"late_epochs": late_epochs}
-    record["starts"] = upstream.weights
+    # Without the networks of stage 1: each seed's checkpoint says itself which it began with, and others may come.
     scratch = paths.scratch("calibrate", *cell) / checkpoint.fingerprint(record)
+    record["starts"] = upstream.weights
 
     def make(seed: int) -> tuple[models.Network, method.Method]:
         network = models.rebuild(upstream.network, stage1 / "provenance.json")
@@ -87,10 +88,10 @@ def calibrate(p: params.Params, cell: CellName, late_epochs: int = 0) -> Path:
 
     with seal.training():
         title = f"calibrate {cell}"
-        trained = train_seeds(p, training, title, make, data, scratch, late_epochs, own_streams)
+        trained = train_seeds(p, training, title, make, data, scratch, late_epochs, own_streams, upstream.weights)
     if not distributed.is_first():
         return scratch
-    write_costs(p, "calibrate", cell, trained, data)
+    write_costs("calibrate", cell, trained)
     written = write_seeds(trained, paths.classifier(*cell))
     checksums = {f"seed{seed}.safetensors": checksum for seed, checksum in written.items()}
 

@@ -22,6 +22,8 @@ def download(name: str, config: sources.Source) -> None:
     if isinstance(loaded, sources.Listing):
         more = pack.write(loaded, folder, scratch)
     else:
+        for lists in (pack.SKIPPED, pack.DUPLICATES):  # of image files that lay here before
+            (folder / lists).unlink(missing_ok=True)
         for part in parts:
             files.write_array(folder / f"{part}.npy", getattr(loaded, part))
     checksums = {f"{part}.npy": files.sha256(folder / f"{part}.npy") for part in parts}

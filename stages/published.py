@@ -17,6 +17,7 @@ import pandas as pd
 from stages import official, paths, processes, workspace
 from stages.seeds import read_images
 from tailcal import (
+    costs,
     distributed,
     errors,
     files,
@@ -115,8 +116,9 @@ def compose(p: params.Params, cell: CellName, seed: int, late: dict[str, Any] | 
         return rounded(measure(logits, run.test_labels, counts, p.evaluate.bins)) | {"correct": correct}
 
     history = pd.read_csv(paths.representation(*cell[:2]) / "history.csv")
-    cost = files.read_json(paths.costs("represent", *cell[:2]))
+    cost = costs.read(paths.costs("represent", *cell[:2]))[seed]
     stage1 = files.read_json(paths.representation(*cell[:2]) / "provenance.json")
+    provenance["starts"] = {f"seed{seed}": provenance["starts"][f"seed{seed}"]}
     provenance["stage1"] |= {"processes": stage1["processes"]} if "processes" in stage1 else {}
     training = settings.training(p, cell.dataset, cell.representation, "representations")
     return numbers(run.test_logits) | {
@@ -139,9 +141,9 @@ def compose(p: params.Params, cell: CellName, seed: int, late: dict[str, Any] | 
         "epochs": history["epoch"].nunique(),
         "test_images": sum(meta.test_counts),
         "cost": {
-            "machine": cost["machine"]["name"],
+            "machine": cost.machine["name"],
             "seconds": round(workspace.seconds(cell, seed), 1),
-            "at_once": cost["at_once"],
+            "at_once": cost.at_once,
         },
         "provenance": provenance | {"evaluate": p.evaluate.model_dump()},
     }
@@ -153,22 +155,24 @@ def has_epochs(classifier: settings.Training) -> bool:
 
 
 def cells(
-    p: params.Params, late_epochs: int, dataset: str, representation: str, classifiers: list[str], out: Path
+    p: params.Params, late_epochs: int, dataset: str, representation: str, seeds_of: dict[str, list[int]], out: Path
 ) -> None:
-    """Train a representation and its classifiers, measure them, and write a file for each seed of each below `out`."""
-    stage1 = workspace.run_stage1(p, dataset, representation, late_epochs)
-    for classifier in classifiers:
-        cell = CellName(dataset, representation, classifier)
-        with workspace.run_stage2(p, cell, late_epochs) as stage2:
+    """Train a representation and classifiers of it, `seeds_of` each, measure them, and write a file for each seed of
+    each below `out`."""
+    together = [seed for seed in p.seeds if seed in chain.from_iterable(seeds_of.values())]
+    stage1 = workspace.run_stage1(p.model_copy(update={"seeds": together}), dataset, representation, late_epochs)
+    for classifier, seeds in seeds_of.items():
+        own, cell = p.model_copy(update={"seeds": seeds}), CellName(dataset, representation, classifier)
+        with workspace.run_stage2(own, cell, late_epochs) as stage2:
             if not distributed.is_first():
                 continue
-            chosen, late = settings.training(p, dataset, classifier, "classifiers"), {}
+            chosen, late = settings.training(own, dataset, classifier, "classifiers"), {}
             if late_epochs and has_epochs(chosen):
-                late = best_on_test(p, cell, stage2 if chosen.recipe else stage1)
-            for seed in p.seeds:
+                late = best_on_test(own, cell, stage2 if chosen.recipe else stage1)
+            for seed in seeds:
                 file = measured.run_file(out, cell, seed)
                 files.remove_leftovers(file)  # those of a run that was killed
-                files.write_json(file, compose(p, cell, seed, late.get(seed)))
+                files.write_json(file, compose(own, cell, seed, late.get(seed)))
 
 
 def main() -> None:
@@ -186,7 +190,8 @@ def main() -> None:
     chosen, p = plan.load(params.load())
     p = plan.narrowed(p, args.seed, args.precision)
     processes.launch("stages.published", p.runtime.processes)
-    train.prepare(p.runtime, p.precision)  # refuses what this machine cannot do before anything is downloaded
+    # Before anything is downloaded it is refused what this machine cannot do.
+    train.prepare(p.runtime, p.precision, *(["--precision"] if args.precision else []))
     asked = plan.select(chosen, args.table, args.dataset, args.representation, args.classifier)
     for (dataset, representation, _), classifiers in asked.items():
         settings.training(p, dataset, representation, "representations")
@@ -223,9 +228,8 @@ def main() -> None:
     with workspace.inside(WORKSPACE):
         for (dataset, representation, late_epochs), seeds_of in todo.items():
             if seeds_of:
-                together = sorted(set(chain.from_iterable(seeds_of.values())), key=p.seeds.index)
                 workspace.prepare(p, dataset, instead.get(dataset))
-                cells(p.model_copy(update={"seeds": together}), late_epochs, dataset, representation, [*seeds_of], out)
+                cells(p, late_epochs, dataset, representation, seeds_of, out)
             written += len(seeds_of)
     if distributed.is_first():
         print(f"{paths.PUBLISHED}: cells written: {written}; `python -m stages.tables` makes the tables")

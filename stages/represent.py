@@ -81,7 +81,7 @@ def represent(p: params.Params, dataset_name: str, representation: str, late_epo
     trained = train_seeds(p, training, title, make, data, scratch, late_epochs)
     if not distributed.is_first():
         return scratch
-    write_costs(p, "represent", (dataset_name, representation), trained, data)
+    write_costs("represent", (dataset_name, representation), trained)
     out = paths.representation(dataset_name, representation)
     made = {
         "network": network_record | {"head": Method.head},

@@ -64,10 +64,12 @@ def train_seeds(
     scratch: Path,
     late_epochs: int,
     streams: Callable[[int], int] = int,
+    begins: dict[str, str] | None = None,
 ) -> dict[int, train.TrainedNetwork]:
     """Train what `make` makes of each seed; checkpoints, and the networks of the last `late_epochs`, go to `scratch`.
 
-    `streams` makes of a seed that of the training's random numbers. Raises UserError as `train.train` does.
+    `streams` makes of a seed that of the training's random numbers. begins: SHA-256, by seed<k>, of the weights that
+    `make` loads. Raises UserError as `train.train` does.
     """
     replicas = [
         train.Replica(
@@ -77,6 +79,7 @@ def train_seeds(
             scratch / f"seed{seed}.pt",
             training.recipe_key,
             train.Late(scratch / f"late/seed{seed}", late_epochs) if late_epochs else None,
+            begins and begins.get(f"seed{seed}"),
         )
         for seed in p.seeds
     ]
@@ -94,14 +97,6 @@ def write_seeds(trained: dict[int, train.TrainedNetwork], out: Path) -> dict[int
     return written
 
 
-def write_costs(
-    p: params.Params, stage: str, cell: tuple[str, ...], trained: dict[int, train.TrainedNetwork], data: store.Images
-) -> None:
-    """Write what the training took, as `tailcal.costs` has it: before anything is predicted, which takes memory too."""
-    costs.write(
-        paths.costs(stage, *cell),
-        train.machine(data.device),
-        data.placement,
-        train.at_once(p.runtime, len(trained), data.device),
-        {seed: one.cost for seed, one in trained.items()},
-    )
+def write_costs(stage: str, cell: tuple[str, ...], trained: dict[int, train.TrainedNetwork]) -> None:
+    """Write what the training took, as `tailcal.costs` has it."""
+    costs.write(paths.costs(stage, *cell), {seed: one.cost for seed, one in trained.items()})

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from stages import calibrate, official, paths, represent
 from stages.download import download
 from stages.subsample import subsample
-from tailcal import distributed, errors, files, lock, params, provenance, sources, splits
+from tailcal import costs, distributed, errors, files, lock, params, provenance, sources, splits
 from tailcal.cell import CellName
 
 
@@ -156,4 +156,4 @@ def run_stage2(p: params.Params, cell: CellName, late_epochs: int = 0) -> Iterat
 def seconds(cell: CellName, seed: int) -> float:
     """What training the network of a cell and seed took, both stages together."""
     stages = (("represent", *cell[:2]), ("calibrate", *cell))
-    return sum(files.read_json(paths.costs(*stage))["seeds"][str(seed)]["seconds"] for stage in stages)
+    return sum(costs.read(paths.costs(*stage))[seed].seconds for stage in stages)

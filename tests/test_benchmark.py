@@ -105,6 +105,8 @@ def test_the_noise_has_a_long_tail():
         (("workload: digits_ce", "workload: x"), "cpu.cases.digits_ce.workload: must be one of digits_ce, small_mixup"),
         (("- published", "- x"), "cpu.cases.digits_ce.against: must be one of published, resident, digits_ce, "),
         (("- ce\n", "- resident\n"), "cuda.cases.bagmar.against: there is no loop resident of bagmar: there are ce, "),
+        (("precision: float32", "precision: tf32"), "cpu.cases.digits_ce: tf32 and cuda_graphs exist only on a GPU"),
+        (("cuda_graphs: false", "cuda_graphs: true"), "cpu.cases.digits_ce: tf32 and cuda_graphs exist only on a GPU"),
         (("batch_size: 128", "batch_size: 4096"), "an epoch of cifar_ce has 2 steps: it must have more than 3"),
     ],
 )

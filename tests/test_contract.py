@@ -2,7 +2,9 @@
 remember to add a test here."""
 
 import copy
+import dataclasses
 import inspect
+import itertools
 import math
 import re
 import time
@@ -143,6 +145,30 @@ def test_the_seconds_of_a_training_are_those_that_passed(tmp_path):
     began = time.monotonic()
     ((_, _, cost),) = train.train([replica_of("ce", tmp_path)], images(), RECIPE, RUNTIME)
     assert 0 < cost.seconds <= time.monotonic() - began
+
+
+def test_what_a_training_took_is_told_as_it_was_when_it_is_gone_on_with(tmp_path):
+    alone, other = (replica_of("ce", tmp_path, seed) for seed in (0, 1))
+    ((_, _, first),) = train.train([alone], images(), RECIPE, RUNTIME)
+    both = RUNTIME.model_copy(update={"replicas": 2})
+    (_, _, again), (_, _, second) = train.train([alone, other], images("host"), RECIPE, both)
+    assert again == first
+    assert (first.at_once, first.placement) == (1, "device")
+    assert (second.at_once, second.placement) == (2, "host")
+    assert first.machine == train.machine(CPU)
+
+
+def test_a_checkpoint_that_began_with_other_weights_is_not_gone_on_from(tmp_path, capsys):
+    """Nor with weights where it began at random, and the other way around."""
+    begins = (None, "a", "b")
+    for before, now in itertools.product(begins, begins):
+        replica = dataclasses.replace(replica_of("ce", tmp_path / f"{before}{now}"), begins=before)
+        short = RECIPE.model_copy(update={"epochs": 1})
+        trained(replica, short)
+        capsys.readouterr()
+        _, history = trained(dataclasses.replace(replica, begins=now))
+        assert len(history) == 3
+        assert ("goes on after 1 of 3 epochs" in capsys.readouterr().err) == (before == now)
 
 
 @pytest.mark.parametrize(

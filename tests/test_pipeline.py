@@ -176,6 +176,8 @@ def test_damaged_artefacts_are_named_and_never_trained_on(project):
     labels.write_bytes(whole[:-8] + bytes([1]) + whole[-7:])
     assert "train_labels.npy is damaged" in p.inside("represent", *CELL, ok=False)
     labels.write_bytes(whole)
+    misspelt = ("--dataset", "digits_lt", "--representation", "nope", "--classifier", "crt")
+    assert "representations has no block nope" in p.inside("calibrate", *misspelt, ok=False)
     p.inside("represent", *CELL)
     weights = p.root / "data/representations/digits_lt/ce/seed1.safetensors"
     whole = weights.read_bytes()
@@ -183,6 +185,16 @@ def test_damaged_artefacts_are_named_and_never_trained_on(project):
     assert "seed1.safetensors is damaged" in p.inside("calibrate", *CELL, "--classifier", "tau_norm", ok=False)
     weights.write_bytes(whole[:1000])
     assert "seed1.safetensors is damaged" in p.inside("calibrate", *CELL, "--classifier", "crt", ok=False)
+
+
+def test_lists_of_the_image_files_of_before_do_not_outlast_them(project):
+    p = project()
+    lists = [p.root / "data/raw/digits_lt" / name for name in ("skipped.txt", "duplicates.txt")]
+    for path in lists:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("train/a.png\tis empty (0 bytes)\n")
+    p.inside("download", "--dataset", "digits_lt")
+    assert not any(path.exists() for path in lists)
 
 
 def test_the_training_stage_never_opens_the_test_split(project):

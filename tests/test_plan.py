@@ -190,6 +190,22 @@ def test_seeds_trained_one_after_the_other_are_those_trained_together(run):
 
 
 @pytest.mark.pipeline
+def test_what_is_there_stays_as_it_is_when_more_is_trained(run):
+    """Seconds tell: a network that was trained again has others."""
+    short = ("--table", "mislas", "--images", "images")
+    first = {path: path.read_bytes() for path in run(*short, "--seed", "1").values()}
+    found = run(*short, "--seed", "0")
+    run(*short)  # from the checkpoints of both
+    assert {path: path.read_bytes() for path in first} == first
+    kept = {name: found[name] for name in ("small/ce/joint/seed1.json", "small/ce/mislas/seed0.json")}
+    times = {name: path.stat().st_mtime_ns for name, path in kept.items()}
+    for name in ("small/ce/joint/seed0.json", "small/ce/mislas/seed1.json"):
+        found[name].unlink()
+    assert run(*short, "--missing") == found
+    assert {name: path.stat().st_mtime_ns for name, path in kept.items()} == times
+
+
+@pytest.mark.pipeline
 def test_a_cell_is_in_one_precision(run):
 
     def only_joint(content):
@@ -550,7 +566,7 @@ def test_a_wrong_preset_of_a_variant_is_named(run, project, recipes):
         ),
         (("--seed", "-1"), "--seed -1: must be one of 0, 1"),
         (("--seed", "0", "--seed", "0"), "--seed 0: must be one of 0, 1, each named once at most"),
-        (("--precision", "tf32"), "precision: is tf32, which exists only on a GPU; use float32 or bf16"),
+        (("--precision", "tf32"), "^--precision: is tf32, which exists only on a GPU; use float32 or bf16"),
         (("--dataset", "small", "--dataset", "big"), "--dataset big: there is none of that name: there are small"),
         (
             ("--representation", "ce", "--representation", "mixxup"),

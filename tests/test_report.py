@@ -314,7 +314,10 @@ def test_caption_is_counted_in_the_files():
         assert fact in caption
 
 
-def test_the_factor_of_a_natural_tail_is_counted():
+@pytest.mark.parametrize(
+    ("most", "fewest", "factor"), [(120, 16, "7.5"), (400, 30, "13.3"), (5000, 3, "1,670"), (5000, 5, "1,000")]
+)
+def test_the_factor_of_a_natural_tail_is_counted(most, fewest, factor):
     edit(
         Path("params.yaml"),
         lambda content: content["datasets"]["digits_lt"].update(imbalance={"profile": "natural", "seed": 0}),
@@ -324,10 +327,10 @@ def test_the_factor_of_a_natural_tail_is_counted():
         provenance["params"]["dataset"]["imbalance"] = {"profile": "natural", "seed": 0}
         report_inputs.change(paths.metrics(*cell), provenance=provenance)
         path, classes = _per_class(*cell[1:])
-        classes.assign(train_count=[120, *[60] * 8, 16]).to_csv(path, index=False)
+        classes.assign(train_count=[most, *[60] * 8, fewest]).to_csv(path, index=False)
     report.main()
     assert paths.TABLE_TEXT.read_text().startswith(
-        "digits_lt: natural profile, imbalance factor 7.5 (10 classes of 120 to"
+        f"digits_lt: natural profile, imbalance factor {factor} (10 classes of {most} to {fewest} "
     )
 
 
@@ -363,16 +366,23 @@ def test_two_data_sets_of_many_classes(tmp_path):
 def test_a_cell_that_is_worse_than_a_guess_is_named_and_widens_no_column():
     report_inputs.change(paths.metrics("digits_lt", "ce", "mislas"), nll=29738719.619, nll_std=51448966.635)
     report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), nll=2.303)
-    report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), posthoc={})
+    rules = json.loads(paths.metrics("digits_lt", "ce", "joint").read_text())["posthoc"]
+    rules["temperature"]["nll"] = 2.303
+    report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), posthoc=rules)
     report_inputs.change(paths.metrics("digits_lt", "mixup", "joint"), nll=2.302)
+    report_inputs.change(paths.metrics("digits_lt", "mixup", "mislas"), nll=2.303)
+    report_inputs.change(paths.metrics("digits_lt", "mixup", "mislas"), posthoc={})
     report.main()
     text = paths.TABLE_TEXT.read_text()
     assert "3e+07 ± 5.1e+07" in text
-    # A temperature mends the one, and there is none for the other.
+    # A temperature mends one, does not mend another, and there is none for the third.
     assert "Worse than a guess: the NLL of ce/joint is above ln K = 2.303, that of equal probabilities. Look at" in text
     assert (
         "Much too sure: the NLL of ce/mislas is above ln K = 2.303, that of equal probabilities; after a temp" in text
     )
+    assert (
+        "Much too sure, or lost: the NLL of mixup/mislas is above ln K = 2.303, that of equal probabilities; without"
+    ) in text
     assert "Worse than a guess" in _html()
 
 

@@ -137,5 +137,5 @@ def test_the_seconds_of_a_network_are_those_of_both_stages(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     cell = CellName("d", "ce", "crt")
     for stage, seconds in ((("represent", *cell[:2]), 2.0), (("calibrate", *cell), 0.5)):
-        files.write_json(paths.costs(*stage), {"seeds": {"0": {"seconds": 9.0}, "1": {"seconds": seconds}}})
+        files.write_json(paths.costs(*stage), {"0": {"seconds": 9.0}, "1": {"seconds": seconds}})
     assert workspace.seconds(cell, 1) == 2.5

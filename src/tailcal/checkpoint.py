@@ -1,8 +1,9 @@
 """Checkpoints of an unfinished training, outside DVC's outputs and keyed by everything the result depends on.
 
 DVC deletes a stage's outputs before it runs the stage, and knows nothing of a half-finished one. So the state of a
-training lies in `.scratch/<cell>/<fingerprint>/seed<k>.pt`. Another parameter, another line of code or other data is
-another fingerprint: a stale checkpoint is never taken up.
+training lies in `.scratch/<stage>/<cell>/<fingerprint>/seed<k>.pt`. Another parameter, another line of code or other
+data is another fingerprint, and in stage 2 a checkpoint says which network it began with: a stale one is never taken
+up.
 
 torch reads a checkpoint with a flipped bit in a weight without a word, so each begins with the SHA-256 of the rest, and
 nothing is parsed before it is right. Two generations are kept: when the newest is damaged, training goes on from

@@ -266,11 +266,11 @@ def caption(cells: list[Cell], epochs: Iterable[int]) -> str:
     imbalance = dataset["imbalance"]
     held_out = len(counts) * dataset.get("holdout_per_class", 0)
     # A natural tail is not cut to a factor; floors make one that is cut differ a little from its factor.
-    factor = imbalance.get("factor") or counts.max() / counts.min()
+    factor = float(f"{imbalance.get('factor') or counts.max() / counts.min():.3g}")
     seeds = span({cell.metrics["seeds"] for cell in cells})
     over = f"mean ± standard deviation over {seeds} seeds" if seeds != "1" else "one seed"
     return (
-        f"{cells[0].dataset}: {imbalance['profile']} profile, imbalance factor {factor:.3g} "
+        f"{cells[0].dataset}: {imbalance['profile']} profile, imbalance factor {factor:,.10g} "
         f"({len(counts)} classes of {counts.max()} to {counts.min()} training images, {counts.sum()} in all; "
         f"{_groups(cells[0].classes)}), {f'{held_out} held-out and ' if held_out else ''}{tests} test images; {over}, "
         f"at the last epoch ({span(set(epochs))}); accuracies and ECE ({bins['bin_lower'].nunique()} bins) in %. "
@@ -308,13 +308,16 @@ def _guess_notes(cells: list[Cell]) -> list[str]:
     where it is not after a temperature."""
     guess = math.log(len(cells[0].classes))
     worse = [cell for cell in cells if _nll(cell.metrics) > guess]
-    lost = [cell.name for cell in worse if _nll(cell.metrics["posthoc"].get(TEMPERATURE, cell.metrics)) > guess]
-    sure = [cell.name for cell in worse if cell.name not in lost]
+    tempered = {cell.name: cell.variants()[TEMPERATURE] for cell in worse if TEMPERATURE in cell.variants()}
+    lost = [name for name, numbers in tempered.items() if _nll(numbers) > guess]
+    sure = [name for name in tempered if name not in lost]
+    unknown = [cell.name for cell in worse if cell.name not in tempered]
     return [
         f"{title}: the NLL of {', '.join(names)} is above ln K = {guess:.3f}, that of equal probabilities{advice}"
         for title, names, advice in (
             ("Worse than a guess", lost, ". Look at the training's loss: a lower learning rate usually mends it."),
             ("Much too sure", sure, "; after a temperature it is not."),
+            ("Much too sure, or lost", unknown, "; without a temperature nothing tells which."),
         )
         if names
     ]

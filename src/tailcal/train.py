@@ -54,14 +54,17 @@ def make_deterministic(precision: Precision) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def prepare(runtime: Runtime, precision: Precision = "float32") -> torch.device:
+def prepare(
+    runtime: Runtime, precision: Precision = "float32", precision_key: str = f"{PARAMS}: precision"
+) -> torch.device:
     """Choose the device, make torch deterministic there, and join the processes that train together.
 
-    Raises UserError when there is no such device, when it has no such precision, and as `distributed.join` does.
+    Raises UserError when there is no such device, when it has no such precision, naming the key or option that this
+    comes from, and as `distributed.join` does.
     """
     device = choose_device(runtime.device, f"{PARAMS}: runtime.device")
     if precision == "tf32" and device.type == "cpu":
-        raise UserError(f"{PARAMS}: precision: is tf32, which exists only on a GPU; use float32 or bf16")
+        raise UserError(f"{precision_key}: is tf32, which exists only on a GPU; use float32 or bf16")
     make_deterministic(precision)
     return distributed.join(device)
 
@@ -106,6 +109,7 @@ class Replica:
     scratch: Path
     recipe_key: str | None  # None for a method that takes no step
     late: "Late | None" = None
+    begins: str | None = None  # SHA-256 of the weights that it is made with; None where they are of the seed alone
 
     def require_finite(self, finite: bool, wrong: str, epoch: int) -> None:
         """Raise UserError unless `finite`; it says what is wrong, in which epoch (counted from 0), and which checkpoint
@@ -197,13 +201,14 @@ def train(
     weight is not finite; as `Budget.require_possible` does; when a checkpoint is of another training, and when the
     processes would go on from different ones.
     """
-    trainings = [partial(_training, replica, data, recipe, runtime, precision) for replica in replicas]
+    together = at_once(runtime, len(replicas), data.device)
+    trainings = [partial(_training, replica, data, recipe, runtime, precision, together) for replica in replicas]
     if data.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(data.device)
     batch_size = f", or {replicas[0].recipe_key}.batch_size" if replicas[0].recipe_key else ""
     with enough_memory(f"use a smaller runtime.replicas{batch_size}"):
-        return side_by_side(trainings, data.device, at_once(runtime, len(replicas), data.device))
+        return side_by_side(trainings, data.device, together)
 
 
 @dataclass
@@ -213,6 +218,7 @@ class _State:
     network: Network
     method: Method
     optimise: SGD
+    begins: str | None  # as in Replica
     epoch: int = 0  # how many are over
     history: list[dict[str, Any]] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
@@ -222,6 +228,7 @@ class _State:
         checkpoint.save(
             path,
             {
+                "begins": self.begins,
                 "network": self.network.state_dict(),
                 "method": self.method.state_dict(),
                 "optimiser": self.optimise.state(),
@@ -232,10 +239,13 @@ class _State:
         )
 
     def resume(self, path: Path, device: torch.device) -> None:
-        """Go on from the checkpoint at `path`, if there is one. Raises UserError when it is of another training."""
+        """Go on from the checkpoint at `path`, if there is one, and it began with the same weights. Raises UserError
+        when it is of another training."""
         if not (saved := checkpoint.load(path, device)):
             return
         try:
+            if saved["begins"] != self.begins:
+                return
             self.network.load_state_dict(saved["network"])
             self.method.load_state_dict(saved["method"])
             self.optimise.load_state(saved["optimiser"])
@@ -248,9 +258,9 @@ class _State:
 
 
 def _training(
-    replica: Replica, data: Images, recipe: Recipe, runtime: Runtime, precision: Precision
+    replica: Replica, data: Images, recipe: Recipe, runtime: Runtime, precision: Precision, together: int
 ) -> Generator[None, None, TrainedNetwork]:
-    """The one training loop; pauses after every step."""
+    """The one training loop; pauses after every step. `together`: how many networks train side by side."""
     with _INITIALISING:
         torch.manual_seed(derive(replica.seed, "initialisation"))
         network, method = replica.make()
@@ -265,7 +275,7 @@ def _training(
     budget = Budget(recipe, len(labels))
     budget.require_possible(replica.recipe_key, replica.title)
     optimise = optimiser(groups, recipe, partial(distributed.sum_gradients, network.backbone))
-    state = _State(network, method, optimise)
+    state = _State(network, method, optimise, replica.begins)
     state.resume(replica.scratch, device)
     distributed.require_same(state.epoch, replica.scratch, device)
 
@@ -315,7 +325,7 @@ def _training(
         if replica.late and first:
             replica.late.keep(network, method, state.epoch, budget.epochs)
         now = time.monotonic()
-        state.cost.add(taken * recipe.batch_size, now - began)
+        state.cost.add(taken * recipe.batch_size, now - began, machine(device), data.placement, together)
         began = now
         bar.add(1, f"loss {loss:.4f}")
         if first and (state.epoch == budget.epochs or now - last_saved >= runtime.checkpoint_seconds):

@@ -123,6 +123,13 @@ class Benchmark(Strict):
     cpu: Suite
     cuda: Suite
 
+    @model_validator(mode="after")
+    def _on_a_cpu(self) -> "Benchmark":
+        for name, case in self.cpu.cases.items():
+            if case.cuda_graphs or case.precision == "tf32":
+                raise ValueError(f"cpu.cases.{name}: tf32 and cuda_graphs exist only on a GPU: use neither")
+        return self
+
     def workload(self, case: Case) -> Workload:
         """What a case trains."""
         return self.workloads[case.workload]

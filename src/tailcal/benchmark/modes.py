@@ -260,8 +260,8 @@ def table(record: Record) -> Table:
     return Table(HEADER, rows)
 
 
-def _device(machine: dict[str, Any]) -> str:
-    """The GPU, or else the CPU and its cores."""
+def device_name(machine: dict[str, Any]) -> str:
+    """What a measurement was made on, of `tailcal.benchmark.measure.machine`: the GPU, or the CPU and its cores."""
     if machine["gpu"]:
         return machine["gpu"]
     return f"{machine['cpu']}, {machine['cores']} core{'s' if machine['cores'] > 1 else ''}"
@@ -269,7 +269,7 @@ def _device(machine: dict[str, Any]) -> str:
 
 def markdown(record: Record) -> str:
     """metrics/modes.md: the rule, the table, and each mode in a sentence."""
-    where = _device(record.machine)
+    where = device_name(record.machine)
     seeds = len(record.seeds)
     tolerances = [f"{name} {100 * mode.tolerance:g}%" for name, mode in record.modes.items() if not mode.exact]
     exact = [name for name, mode in record.modes.items() if mode.exact]
