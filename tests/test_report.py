@@ -18,9 +18,11 @@ import pytest
 import yaml
 
 from stages import paths, readme, report
-from tailcal import figures, files, lineage, params, splits
+from tailcal import costs, figures, files, lineage, params, splits
+from tailcal.costs import Cost
 from tailcal.duplicates import TWICE
 from tailcal.errors import UserError
+from tailcal.page import CAPTIONS
 from tailcal.posthoc import RULES
 from tailcal.tables import signed
 from tests import report_inputs
@@ -82,6 +84,7 @@ def _lines():
         for line in paths.TABLE_TEXT.read_text().splitlines()
         if line.startswith("|")
     ]
+    assert len(rows[1]) == len(rows[0]), "the rule has as many columns, or it is no table"
     return {(row[0], row[1]): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
 
@@ -96,6 +99,7 @@ def test_numbers_are_those_of_the_cells():
         for name in report_inputs.NUMBERS:
             assert row[name] == numbers[name]
             assert row[f"{name}_std"] == numbers[f"{name}_std"]
+        assert row["ece_floor"] == numbers["ece_floor"]
         assert row["seeds"] == 3
     plain = table[table["posthoc"] == "none"]
     summary = json.loads(paths.SUMMARY.read_text())["digits_lt"]
@@ -107,7 +111,10 @@ def test_numbers_are_those_of_the_cells():
 def test_table_in_percent_with_the_best_in_bold():
     for k, cell in enumerate(product(("digits_lt",), *SMALL.values())):
         numbers = {"top1": 0.8 + k / 100, "ece": 0.02 + k / 100, "ece_floor": 0.011, "many": 0.5, "few": 0.1 * (k < 2)}
-        report_inputs.measure(cell, top1_std=0.005, **numbers)
+        groups = {"medium": 0.4 + k / 100, "nll": 0.5 + k / 10}
+        rules = json.loads(paths.metrics(*cell).read_text())["posthoc"]
+        after = {"temperature": rules["temperature"] | {"ece_floor": 0.012 + k / 1000}}
+        report_inputs.measure(cell, top1_std=0.005, posthoc=rules | after, **numbers, **groups)
     report.main()
     lines = _lines()
     assert lines["mixup", "mislas"]["top-1"] == "**83.00 ± 0.50**"
@@ -118,6 +125,33 @@ def test_table_in_percent_with_the_best_in_bold():
     assert lines["mixup", "joint"]["few"] == "0.00 ± 1.23", "a number as well"
     assert {line["many"] for line in lines.values()} == {"50.00 ± 1.23"}, "what most have reached is no distinction"
     assert {line["ECE floor"] for line in lines.values()} == {"1.10"}, "and there is no best of it"
+    assert [line["ECE floor after it"] for line in lines.values()] == ["1.20", "1.30", "1.40", "1.50"]
+    assert lines["mixup", "mislas"]["medium"] == "**43.00 ± 1.23**"
+    assert lines["ce", "joint"]["NLL"] == "**0.500 ± 0.012**"
+
+
+def test_what_is_equal_as_shown_is_equally_good():
+    for k, cell in enumerate(product(("digits_lt",), *SMALL.values())):
+        top1, nll = (0.83 + 1e-5 * k, 0.5 + 1e-4 * k) if k < 2 else (0.5, 0.6)
+        report_inputs.measure(cell, top1=top1, ece=0.1, nll=nll)
+    report.main()
+    for number, best in (("top-1", "**83.00"), ("NLL", "**0.500")):
+        assert [line[number].startswith(best) for line in _lines().values()] == [True, True, False, False]
+
+
+def test_of_two_cells_of_which_one_has_a_number_neither_is_the_best(tmp_path):
+    report_inputs.write(tmp_path, representations=("ce",), classifiers=("joint", "mislas"))
+    report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), few=None, few_std=None)
+    report_inputs.change(paths.metrics("digits_lt", "ce", "mislas"), few=0.5)
+    report.main()
+    assert [line["few"] for line in _lines().values()] == ["—", "50.00 ± 1.23"]
+
+
+def test_a_cell_without_an_nll_has_a_dash_and_is_no_worse_than_a_guess():
+    report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), nll=None, nll_std=None)
+    report.main()
+    assert _lines()["ce", "joint"]["NLL"] == "—"
+    assert "the NLL of" not in paths.TABLE_TEXT.read_text()
 
 
 def test_the_deviation_after_a_temperature_is_its_own():
@@ -135,6 +169,7 @@ def test_empty_group_is_a_dash_and_never_the_best():
     report.main()
     assert {line["few"] for line in _lines().values()} == {"—"}
     assert set(pd.read_csv(paths.TABLE, keep_default_na=False).query("posthoc == 'none'")["few"]) == {""}
+    assert json.loads(paths.SUMMARY.read_text())["digits_lt"]["mean_few"] is None
 
 
 def test_absent_temperature_is_a_dash_with_its_reason():
@@ -153,6 +188,12 @@ def test_rules_absent_for_one_reason_share_a_sentence():
     report.main()
     end = "No temperature, pn inductive: nothing is held out.\n\nNo platt: of the weather.\n"
     assert paths.TABLE_TEXT.read_text().endswith(end)
+
+
+def test_a_rule_that_one_cell_alone_lacks_is_told():
+    report_inputs.change(paths.metrics("digits_lt", "mixup", "mislas"), posthoc_absent={"platt": "of the weather"})
+    report.main()
+    assert paths.TABLE_TEXT.read_text().endswith("\n\nNo platt: of the weather.\n")
 
 
 def test_what_is_to_be_said_of_the_images_is_said_below_the_table():
@@ -196,14 +237,29 @@ def test_the_best_rule_of_a_cell_is_marked_and_a_transductive_one_does_not_compe
     where = paths.metrics("digits_lt", "ce", "joint")
     rules = json.loads(where.read_text())["posthoc"]
     for k, numbers in enumerate(rules.values()):
-        numbers |= {"ece": 0.10 - k / 100, "top1": 0.5, "few": None}
-    report_inputs.measure(("digits_lt", "ce", "joint"), posthoc=rules, ece=0.2, top1=0.5, few=None)
+        numbers |= {"ece": 0.10 - k / 100, "top1": 0.5, "few": None, "nll": 0.5 - k / 10}
+    report_inputs.measure(("digits_lt", "ce", "joint"), posthoc=rules, ece=0.2, top1=0.5, few=None, nll=0.6)
+    other = paths.metrics("digits_lt", "ce", "mislas")  # here two rules alone, of which one does not compete
+    rules = json.loads(other.read_text())["posthoc"]
+    best = {
+        "pn_transductive": rules["pn_transductive"],
+        "temperature": rules["temperature"] | {"top1": 0.9, "few": 0.8},
+    }
+    report_inputs.change(other, posthoc=best, few=0.7)
+    without = paths.metrics("digits_lt", "mixup", "joint")  # and here none that does
+    report_inputs.change(without, posthoc={"pn_transductive": rules["pn_transductive"]})
+    report_inputs.measure(("digits_lt", "mixup", "joint"), top1=0.5, ece=0.1)
     report.main()
     first = {title: [column[0] for column in table.values()][2:] for title, table in _page_tables().items()}
     eces = ["20.00", "10.00", "9.00", "8.00", "7.00", "<strong>6.00</strong>", "5.00"]
     assert first["ECE, %"] == eces
     assert first["Top-1 accuracy, %"] == ["<strong>50.00</strong>"] * 6 + ["50.00"], "equal is equally good"
+    assert first["NLL"] == ["0.600", "0.500", "0.400", "0.300", "0.200", "<strong>0.100</strong>", "0.000"]
     assert first["Few-shot accuracy, %"] == ["—"] * 7
+    second = {title: table["temperature"][1] for title, table in _page_tables().items()}
+    assert second["Top-1 accuracy, %"] == "<strong>90.00</strong>"
+    assert second["Few-shot accuracy, %"] == "<strong>80.00</strong>"
+    assert _page_tables()["Top-1 accuracy, %"]["none"][2] == "50.00"
 
 
 def _class_table():
@@ -261,6 +317,14 @@ def test_of_very_many_classes_the_page_has_the_least_accurate(tmp_path, number):
     assert "plots/cells/digits_lt/&lt;representation&gt;/&lt;classifier&gt;/per_class.csv" in _html()
 
 
+def test_classes_of_as_many_images_come_in_the_order_of_their_numbers(tmp_path):
+    report_inputs.write(tmp_path, representations=("ce",), classifiers=("joint",), number=100)
+    path, classes = _per_class("ce", "joint")
+    classes.assign(train_count=[20 + k % 2 for k in range(100)]).to_csv(path, index=False)
+    report.main()
+    assert list(map(int, _class_table()[1]["number"])) == [*range(1, 100, 2), *range(0, 100, 2)]
+
+
 def test_classes_have_no_deviation_where_there_is_none_or_no_room(tmp_path, monkeypatch):
     def blank(*values):  # the table has no pictures
         values[-1].parent.mkdir(parents=True, exist_ok=True)
@@ -273,9 +337,13 @@ def test_classes_have_no_deviation_where_there_is_none_or_no_room(tmp_path, monk
     classes.assign(accuracy_std="").to_csv(path, index=False)
     report.main()
     assert "±" not in "".join(_class_table()[1]["ce / joint"])
-    report_inputs.write(tmp_path, representations=("ce", "mixup", "fsgl"), classifiers=("joint", "crt", "lws"))
-    report.main()
-    assert "±" not in "".join(_class_table()[1]["ce / joint"])
+    for representations, classifiers, room in (
+        (("ce", "mixup"), ("joint", "crt", "lws", "mislas"), True),
+        (("ce", "mixup", "fsgl"), ("joint", "crt", "lws"), False),
+    ):
+        report_inputs.write(tmp_path, representations=representations, classifiers=classifiers)
+        report.main()
+        assert ("±" in "".join(_class_table()[1]["ce / joint"])) == room
 
 
 @pytest.mark.parametrize("rules", [report_inputs.RULES, ("temperature",)])
@@ -298,7 +366,15 @@ def test_one_seed_has_no_deviation(tmp_path):
     assert "one seed" in paths.TABLE_TEXT.read_text()
 
 
+def _shorten(dataset, representation):
+    """Have a representation be trained for 7 epochs."""
+    history = paths.representation(dataset, representation) / "history.csv"
+    pd.read_csv(history).query("epoch <= 7").to_csv(history, index=False)
+    report_inputs.change(history.with_name("provenance.json"), history=files.sha256(history))
+
+
 def test_caption_is_counted_in_the_files():
+    _shorten("digits_lt", "mixup")
     report.main()
     caption = paths.TABLE_TEXT.read_text().splitlines()[0]
     classes = pd.read_csv(paths.cell_plots("digits_lt", "ce", "joint") / "per_class.csv")["train_count"]
@@ -308,7 +384,7 @@ def test_caption_is_counted_in_the_files():
         "2 many, 5 medium, 3 few",
         "200 held-out and 500 test images",
         "over 3 seeds",
-        "last epoch (30)",
+        "last epoch (7 to 30)",
         "15 bins",
     ):
         assert fact in caption
@@ -334,6 +410,24 @@ def test_the_factor_of_a_natural_tail_is_counted(most, fewest, factor):
     )
 
 
+def test_of_the_shot_groups_those_are_counted_that_there_are():
+    for cell in product(*SMALL.values()):
+        path, classes = _per_class(*cell)
+        classes.assign(group=["many"] * 4 + ["few"] * 6).to_csv(path, index=False)
+    report.main()
+    assert "; 4 many, 6 few), 200 held-out and" in paths.TABLE_TEXT.read_text()
+
+
+def test_a_caption_says_no_hold_out_where_there_is_none():
+    edit(Path("params.yaml"), lambda content: content["datasets"]["digits_lt"].update(holdout_per_class=0))
+    for cell in product(("digits_lt",), *SMALL.values()):
+        provenance = json.loads(paths.metrics(*cell).read_text())["provenance"]
+        provenance["params"]["dataset"]["holdout_per_class"] = 0
+        report_inputs.change(paths.metrics(*cell), provenance=provenance)
+    report.main()
+    assert "3 few), 500 test images; " in paths.TABLE_TEXT.read_text()
+
+
 @pytest.mark.parametrize(
     ("points", "digits", "text"),
     [(1.005, 2, "+1.00"), (-0.25, 2, "−0.25"), (-0.004, 2, "+0.00"), (0.0, 1, "+0.0"), (-12.34, 1, "−12.3")],
@@ -349,7 +443,7 @@ def test_only_the_cells_of_the_grid_are_read():
     assert not any("of_another_grid" in path.read_text() for path in OUTPUTS)
 
 
-def test_two_data_sets_of_many_classes(tmp_path):
+def test_two_data_sets_of_many_classes(tmp_path, pictures):
     report_inputs.write(
         tmp_path,
         datasets=("digits_lt", "cifar100_lt"),
@@ -357,14 +451,61 @@ def test_two_data_sets_of_many_classes(tmp_path):
         classifiers=("joint", "crt"),
         number=100,
     )
+    _shorten("cifar100_lt", "ce")
     report.main()
     assert set(json.loads(paths.SUMMARY.read_text())) == {"digits_lt", "cifar100_lt"}
     assert paths.TABLE_TEXT.read_text().count("| representation |") == 2
+    assert "\n\ncifar100_lt: " in paths.TABLE_TEXT.read_text(), "a paragraph of its own"
+    for text in (paths.TABLE_TEXT.read_text(), _html()):
+        assert re.findall(r"at the last epoch \((\d+)\)", text) == ["30", "7"]
     assert len(list(paths.FIGURES.glob("*/*.png"))) == 10
+    drawn = {name: _drawn_of(pictures, name)["training"]["ce"] for name in ("digits_lt", "cifar100_lt")}
+    assert {name: history["epoch"].max() for name, history in drawn.items()} == {"digits_lt": 30, "cifar100_lt": 7}
+
+
+def _drawn_of(pictures, dataset):
+    """Of which values each picture of a data set that lies there was drawn, by the picture's name."""
+    drawn = {content: pickle.loads(values)[0] for (_, values), content in pictures.items()}
+    return {path.stem: drawn[path.read_bytes()] for path in paths.FIGURES.glob(f"{dataset}/*.png")}
+
+
+def test_each_picture_is_drawn_of_the_cells_own_numbers(pictures):
+    report.main()
+    drawn = _drawn_of(pictures, "digits_lt")
+    plain = pd.read_csv(paths.TABLE, keep_default_na=False).query("posthoc == 'none'")
+    shown = ["representation", "classifier", "top1", "ece"]
+    assert drawn["accuracy_ece"][shown].to_numpy().tolist() == plain[shown].to_numpy().tolist()
+    for cell in product(*SMALL.values()):
+        bins = pd.read_csv(paths.cell_plots("digits_lt", *cell) / "reliability.csv")
+        assert drawn["reliability"][cell]["accuracy"].equals(bins["accuracy"])
+        assert drawn["per_class"][cell]["accuracy"].equals(_per_class(*cell)[1]["accuracy"])
+    assert drawn["class_counts"]["train_count"].equals(_per_class("ce", "joint")[1]["train_count"])
+    for name in SMALL["representations"]:
+        history = pd.read_csv(paths.representation("digits_lt", name) / "history.csv")
+        assert drawn["training"][name]["loss"].equals(history["loss"])
+
+
+def test_the_page_of_costs_has_the_stages_in_their_order():
+    for stage, *cell in (("calibrate", "digits_lt", "ce", "mislas"), ("represent", "digits_lt", "ce")):
+        machine = {"name": "CPU, 2 cores", "gpu_memory": None}
+        costs.write(paths.costs(stage, *cell), machine, "device", 1, {0: Cost(2.0, 0.5, 300)})
+    report.main()
+    assert re.findall(r"<td .*?>(represent|calibrate)<", paths.COSTS_PAGE.read_text()) == ["represent", "calibrate"]
+
+
+def test_what_a_killed_report_left_is_removed():
+    made = (*OUTPUTS, paths.COSTS_PAGE, paths.FIGURES / "digits_lt/training.png")
+    left = [path.with_name(f".{path.name}.x1.part") for path in made]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    report.main()
+    assert not [path for path in left if path.exists()]
 
 
 def test_a_cell_that_is_worse_than_a_guess_is_named_and_widens_no_column():
     report_inputs.change(paths.metrics("digits_lt", "ce", "mislas"), nll=29738719.619, nll_std=51448966.635)
+    report_inputs.change(paths.metrics("digits_lt", "mixup", "mislas"), nll=0.5, nll_std=1000.0)
     report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), nll=2.303)
     rules = json.loads(paths.metrics("digits_lt", "ce", "joint").read_text())["posthoc"]
     rules["temperature"]["nll"] = 2.303
@@ -375,6 +516,7 @@ def test_a_cell_that_is_worse_than_a_guess_is_named_and_widens_no_column():
     report.main()
     text = paths.TABLE_TEXT.read_text()
     assert "3e+07 ± 5.1e+07" in text
+    assert "0.500 ± 1e+03" in text
     # A temperature mends one, does not mend another, and there is none for the third.
     assert "Worse than a guess: the NLL of ce/joint is above ln K = 2.303, that of equal probabilities. Look at" in text
     assert (
@@ -440,7 +582,9 @@ def test_reliability_records_are_numbers_pooled_over_seeds():
     own = records[records["cell"] == "mixup/joint"]
     assert own["count"].sum() == bins["count"].sum() == 1500
     assert (records["count"] > 0).all()
-    assert own["accuracy"].tolist() == figures.pool(bins)["accuracy"].round(4).tolist()
+    assert (set(own["representation"]), set(own["classifier"])) == ({"mixup"}, {"joint"})
+    for number in ("confidence", "accuracy"):
+        assert own[number].tolist() == figures.pool(bins)[number].round(4).tolist()
 
 
 def test_page_is_self_contained():
@@ -450,8 +594,12 @@ def test_page_is_self_contained():
     assert not re.search(r"""(src|href)\s*=(?!"data:|"costs\.html")|url\(|@import|<script|<link""", page)
     images = [base64.b64decode(image) for image in re.findall(r"data:image/png;base64,([^\"]+)", page)]
     assert len(images) == 5 + 4
+    assert images[:5] == [(paths.FIGURES / f"digits_lt/{name}.png").read_bytes() for name in CAPTIONS]
     assert all(image.startswith(b"\x89PNG") for image in images)
-    assert (paths.cell_plots("digits_lt", "ce", "mislas") / "reliability.png").read_bytes() in images
+    titled = dict(re.findall(r'alt="Reliability diagram of (\S+)" src="data:image/png;base64,(.+?)"', page))
+    for cell in product(*SMALL.values()):
+        picture = (paths.cell_plots("digits_lt", *cell) / "reliability.png").read_bytes()
+        assert base64.b64decode(titled["/".join(cell)]) == picture
     for fact in ("fedcba9876543210", "aa4ca0a", "2.4.6"):
         assert page.count(fact) == 1, "what all cells share is said once"
 
@@ -784,6 +932,14 @@ def test_a_text_or_nothing_where_numbers_belong_is_named(instead):
 def test_a_picture_that_is_none_is_named():
     (paths.cell_plots("digits_lt", "ce", "joint") / "reliability.png").write_bytes(b"GIF89a")
     with pytest.raises(UserError, match=r"ce/joint/reliability.png is damaged \(it is no PNG\): delete it"):
+        report.main()
+
+
+def test_a_folder_in_the_place_of_a_picture_is_named():
+    path = paths.cell_plots("digits_lt", "ce", "joint") / "reliability.png"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"ce/joint/reliability.png is missing: run"):
         report.main()
 
 
