@@ -155,6 +155,7 @@ def test_stages_in_a_workspace_remove_all_that_a_killed_one_left(tmp_path, monke
     cell = CellName("d", "r", "c")
     places = [paths.representation("d", "r"), paths.costs("represent", "d", "r"), paths.costs("calibrate", *cell)]
     places += [place(*cell) for place in (paths.classifier, paths.predictions)]
+    places += [paths.scratch("represent", "d", "r"), paths.scratch("calibrate", *cell)]
     left = [(place.parent if place.suffix else place) / f".{place.name}.x1.part" for place in places]
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,16 @@ def test_other_instructions_are_told_in_the_provenance_and_have_checkpoints_of_t
     assert checkpoint.fingerprint({"device": plain}) != checkpoint.fingerprint({"device": train.described(cpu)})
 
 
+@pytest.mark.pipeline
+def test_stage_1_goes_on_from_no_checkpoint_of_other_instructions(project, monkeypatch):
+    p, found = project(cut=True), []
+    for value in (portable.VARIABLES["MKL_CBWR"], "AUTO"):
+        monkeypatch.setenv("MKL_CBWR", value)
+        p.inside("represent", *CELL.split())
+        found += [path.name for path in p.root.glob(".scratch/represent/*/*")]  # of the last training alone
+    assert len(set(found)) == len(found) == 2
+
+
 def test_what_cannot_be_deterministic_is_refused():
     train.prepare(params.Runtime.model_validate(RUNTIME))
     assert torch.are_deterministic_algorithms_enabled()

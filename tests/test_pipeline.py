@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score
 
-from tailcal import params, provenance
+from tailcal import params, provenance, store
 from tailcal.models import BACKBONES
 from tests.conftest import Project, edit
 from tests.killing import artefacts, stage_at_work, wait_for_the_end
@@ -147,6 +147,7 @@ def test_a_killed_repro_goes_on_whoever_asks_meanwhile_and_ends_with_the_same_bi
         ("inside", ("tau: 1.0\n  mislas", "taw: 1.0\n  mislas"), "check", (), "classifiers.tau_norm.ta"),
         ("inside", ("    temperature: {}", "    temprature: {}"), "check", (), "temprature"),
         ("inside", ("device: auto", "device: cuda"), "represent", CELL, "runtime.device"),
+        ("inside", ("precision: float32", "precision: tf32"), "represent", CELL, "precision: is tf32"),
         ("inside", None, "represent", ("--dataset", "digits_lt", "--representation", "nope"), "no block nope"),
         ("inside", None, "represent", CELL, "data/lt/digits_lt/meta.json is missing"),
         ("stage", None, "evaluate", (*CELL, "--classifier", "joint"), "missing"),
@@ -154,7 +155,7 @@ def test_a_killed_repro_goes_on_whoever_asks_meanwhile_and_ends_with_the_same_bi
     ],
 )
 def test_a_mistake_ends_with_one_line(project, run, change, stage, arguments, says):
-    if says == "runtime.device" and torch.cuda.is_available():
+    if says in ("runtime.device", "precision: is tf32") and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device, so asking for one is no mistake")
     p = project(*[change] if change else [], cut="batch_size" in says)
     shutil.rmtree(p.root / "metrics/cells", ignore_errors=True)
@@ -167,6 +168,16 @@ def test_a_mistake_ends_with_one_line(project, run, change, stage, arguments, sa
     assert says in output
     left = {path for path in set(p.root.rglob("*")) - before if path.is_file() and path.suffix != ".pyc"}
     assert not left
+
+
+def test_images_for_which_there_is_no_room_are_one_line(project, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    p = project(cut=True)
+    monkeypatch.setattr(store, "Images", full)
+    said = p.inside("represent", *CELL, ok=False)
+    assert said == "error: there is not enough memory: set runtime.placement to auto or disk (MemoryError)\n"
 
 
 def test_damaged_artefacts_are_named_and_never_trained_on(project):
@@ -242,6 +253,11 @@ def test_another_file_of_pretrained_weights_reruns_stage_1(project):
     p.inside("represent", *CELL)
     told = json.loads((p.root / "data/representations/digits_lt/ce/provenance.json").read_text())
     assert told["data"]["pretrained"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    began, made = load_file(file), load_file(p.root / "data/representations/digits_lt/ce/seed0.safetensors")
+    same = {
+        name: torch.equal(made[f"backbone.{name}"], began[name]) for name in ("conv1.weight", "layer4.0.conv1.weight")
+    }
+    assert list(same.values()) == [True, False], "the last block alone has learned, from these weights on"
 
     p.run("dvc", "commit", "--force", "check")
     os.utime(file, (0, 0))

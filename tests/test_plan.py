@@ -14,7 +14,7 @@ from PIL import Image
 
 from stages import official, paths, tables
 from stages import published as stage
-from tailcal import measured, params, plan, references, seal, splits
+from tailcal import lineage, measured, params, plan, references, seal, splits
 from tailcal.errors import UserError
 from tailcal.methods import mixup
 from tests.conftest import ROOT
@@ -123,7 +123,10 @@ def test_a_table_from_images_to_its_page(run):
         assert (one["epochs"], one["backbone"], one["test_images"]) == (2, "resnet8", 60)
         data = {key: one["data"][key] for key in ("train_images", "official")}
         assert data == {"train_images": sum([20, 15, 11, 9, 7, 5, 4, 3, 2, 2]), "official": False}
+        assert one["cost"]["at_once"] == params.load().runtime.replicas == 2
         assert one["provenance"]["diagnostics"] == {"late_epochs": 1}
+        assert one["provenance"]["data"].keys() == set(lineage.TRAINED_ON)
+        assert one["provenance"]["stage1"].keys() == {"code", "device", "versions"}
         assert one["provenance"]["evaluate"]["posthoc"]["logit_adjustment"] == {"tau": 1.0}
         for numbers in (one, *one["posthoc"].values()):
             assert measured.unpack(numbers["correct"], 60).mean() == pytest.approx(numbers["top1"], abs=1e-6)
@@ -377,9 +380,10 @@ def test_late_epochs_come_in_the_order_in_which_they_were_trained(tmp_path):
 
 @pytest.mark.pipeline
 def test_late_epochs_change_nothing_but_the_diagnostic(run):
-    best = read(run("--table", "later", "--images", "images")["small/mixup/joint/seed1.json"])
     change(lambda content: content["tables"]["later"].update(late_epochs=0))
     none = read(run("--table", "later", "--images", "images")["small/mixup/joint/seed1.json"])
+    change(lambda _: None)  # afterwards: a training that kept no late epochs is not gone on from
+    best = read(run("--table", "later", "--images", "images")["small/mixup/joint/seed1.json"])
     assert none["best_on_test"] is None
     assert "diagnostics" not in none["provenance"]
     assert best["best_on_test"]["epochs"] == 2

@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tailcal import longtail, seal, train
+from tailcal.errors import UserError
+from tailcal.files import read_json, sha256, write_json
 from tailcal.method import load
 from tailcal.metrics.cell import measure
 from tests.conftest import ROOT, edit
@@ -120,20 +124,38 @@ def test_a_method_that_peeks_ends_its_stage(stage, method, step, project, monkey
 @pytest.mark.pipeline
 def test_stage_2_draws_its_own_random_numbers(project, monkeypatch):
     p = project(cut=True)
-    cell, drawn = ["--dataset", "digits_lt", "--representation", "ce"], {}
-    train_ = train.train
+    cell, drawn = ["--dataset", "digits_lt", "--representation", "ldam_drw"], {}  # it has a head of its own
+    train_, trained = train.train, []
 
     def noting(replicas, *args):
         drawn[replicas[0].title.split()[0]] = [replica.seed for replica in replicas]
-        return train_(replicas, *args)
+        trained[:] = train_(replicas, *args)
+        return trained
 
     monkeypatch.setattr(train, "train", noting)
     p.inside("represent", *cell)
     p.inside("calibrate", *cell, "--classifier", "marc")
     assert drawn["represent"] == [0, 1]
     assert len({*drawn["represent"], *drawn["calibrate"]}) == 4
-    history = pd.read_csv(p.root / "data/classifiers/digits_lt/ce/marc/history.csv")
+    history = pd.read_csv(p.root / "data/classifiers/digits_lt/ldam_drw/marc/history.csv")
+    assert list(history) == ["epoch", "seed", "lr", "loss", "train_accuracy"]
     assert history["seed"].unique().tolist() == [0, 1]
+    losses = [epoch["loss"] for one in trained for epoch in one.history]
+    assert history["loss"].tolist() == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.pipeline
+def test_methods_are_given_the_counts_of_the_training_split(project, monkeypatch):
+    p, given = project(("placement: auto", "placement: disk"), cut=True), []
+
+    def noting(replicas, data, *_):
+        assert data.placement == "disk"
+        given.extend(replica.make()[1].counts.tolist() for replica in replicas)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(train, "train", noting)
+    p.inside("represent", "--dataset", "digits_lt", "--representation", "ce", ok=False)
+    assert given == [np.bincount(np.load(p.root / "data/lt/digits_lt/train_labels.npy")).tolist()] * 2
 
 
 @pytest.mark.pipeline
@@ -155,6 +177,29 @@ def test_stage_2_takes_no_stage_1_of_other_parameters_or_of_another_split(projec
         what = f"was made with {what}" if what else "was trained on another training split than data/lt/digits_lt holds"
         assert said == f"error: {stage1} {what}: {advice}\n"
         (p.root / "params.yaml").write_text(whole)
+
+
+@pytest.mark.pipeline
+def test_stage_2_goes_on_from_no_checkpoint_on_another_stage_1(project):
+    """Of the same parameters, as other code may have made it."""
+    p = project(cut=True)
+    cell = ("--dataset", "digits_lt", "--representation", "ce")
+    stage1, stage2 = (
+        p.root / "data" / name for name in ("representations/digits_lt/ce", "classifiers/digits_lt/ce/marc")
+    )
+    p.inside("represent", *cell)
+    p.inside("calibrate", *cell, "--classifier", "marc")
+    record = read_json(stage1 / "provenance.json")
+    for name in record["weights"]:
+        path = stage1 / f"{name}.safetensors"
+        save_file({key: value * 2 for key, value in load_file(path).items()}, path)
+        record["weights"][name] = sha256(path)
+    write_json(stage1 / "provenance.json", record)
+    p.inside("calibrate", *cell, "--classifier", "marc")
+    assert len(list(p.root.glob(".scratch/calibrate/*/*"))) == 1  # those on the first are of no more use
+    for name in record["weights"]:
+        began, made = (load_file(folder / f"{name}.safetensors") for folder in (stage1, stage2))
+        assert torch.equal(made["backbone.conv1.weight"], began["backbone.conv1.weight"])
 
 
 def test_shot_groups_have_one_definition(monkeypatch):
