@@ -736,7 +736,9 @@ def run(monkeypatch, *arguments: object) -> None:
 
 def test_confidences_are_softmax_of_logits_by_temperature(tmp_path, model, pictures, monkeypatch, capsys):
     out = tmp_path / "new/predictions.csv"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     run(monkeypatch, "--model", model, "--out", out, "--top", 3, "--batch-size", 7, pictures)
+    assert not torch.backends.cudnn.allow_tf32
     assert capsys.readouterr().out == f"{out}: 30 images\n"
     rows = table(out)
     assert list(rows[0]) == ["file", "class", "confidence", "class_2", "confidence_2", "class_3", "confidence_3"]
@@ -782,7 +784,7 @@ def frequency_file(path: Path, *numbers: object) -> Path:
 def test_frequencies_multiply_the_probabilities(tmp_path, model, pictures, monkeypatch):
     numbers = [0.5, 2, 1e-3, 40]
     card, _ = exported.load(model)
-    given = {"file": frequency_file(tmp_path / "often.csv", *numbers), "train": "train"}
+    given = {"file": frequency_file(tmp_path / "not train.csv", *numbers), "train": "train"}
     for name, often in (("file", numbers), ("train", card.train_counts)):
         out = {kind: tmp_path / f"{kind}.csv" for kind in ("plain", "shifted")}
         run(monkeypatch, "--model", model, "--out", out["plain"], "--top", 4, pictures)
@@ -984,6 +986,24 @@ def test_a_model_that_gives_no_numbers_writes_nothing(tmp_path, model, pictures,
     assert not list((tmp_path / "new").iterdir())
 
 
+def test_a_model_that_gives_no_numbers_for_some_images_writes_nothing(tmp_path, model, pictures, monkeypatch):
+    """Its temperature is so small that float32 has no room for what it makes of the largest logits."""
+    cell = CellSeed(dataset="made_up", representation="ce", classifier="joint", seed=0)
+    highest = saved(tmp_path, cell)["test_logits"].max(axis=1)
+    card = model / "model.json"
+    fitted = {"temperature": float(np.median(highest) / np.finfo(np.float32).max)}
+    card.write_bytes(change(fitted=fitted)(card.read_bytes()))
+    with torch.inference_mode():
+        _, rebuilt = exported.load(model)
+        images = np.load(tmp_path / paths.longtail("made_up") / "test_images.npy")
+        finite = rebuilt(torch.from_numpy(images)).isfinite()
+    assert finite.any()
+    assert not finite.all()
+    with pytest.raises(UserError, match=r"the model's probabilities are no finite numbers"):
+        run(monkeypatch, "--model", model, "--out", tmp_path / "new/out.csv", pictures)
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_a_card_that_is_no_file_is_one_line(model, pictures, monkeypatch):
     """A pipe would keep its reader waiting for ever."""
     (model / "model.json").unlink()
@@ -1029,6 +1049,14 @@ def change(**changed):
         ("model.json", lambda _: b"[]", "model.json: "),
         ("model.json", change(format=2), "model.json: format: "),
         ("model.json", change(rule="none"), "rule none does not go with"),
+        ("model.json", change(fitted={}), "rule temperature does not go with the fitted numbers []"),
+        ("model.json", change(class_names=["a"], train_counts=[1]), "model.json: class_names: "),
+        ("model.json", change(image_size=0), "model.json: image_size: "),
+        (
+            "model.json",
+            change(channels=3, network={"backbone": "resnet8", "head": "linear", "channels": 3, "num_classes": 4}),
+            "augmentation.mean has 1 values: must be 3",
+        ),
         ("model.json", change(fitted={"temperature": 0.0}), "model.json: fitted.temperature: "),
         ("model.json", change(class_names=[*"abc", "\ud800"]), r"model.json: class_names.3 is '\ud800': must be text"),
         ("model.json", change(measured=None), "model.json: measured: "),
@@ -1037,7 +1065,7 @@ def change(**changed):
         ("model.json", change(classifier="os"), "no classifier 'os'"),
         ("model.json", change(settings={"tau": 1.0}), "model.json: settings.tau: unknown key"),
         ("model.json", change(network={"backbone": "nope"}), "has no network"),
-        ("model.safetensors", None, "model.safetensors is missing"),
+        ("model.safetensors", None, "model.safetensors is missing: export the model again"),
         ("model.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1]), "model.safetensors is damaged"),
         ("model.safetensors", lambda content: content[:1000], "model.safetensors is damaged"),
     ],
@@ -1130,6 +1158,11 @@ def test_large_images_are_cropped_as_in_the_evaluation(size, tmp_path):
     cell = make_cell(tmp_path, size=size, augmentation=large | colours)
     card = export(cell, tmp_path / "model", root=tmp_path)
     assert (card.image_size, card.channels) == (size, 3)
+    smaller = tmp_path / "smaller"
+    shutil.copytree(tmp_path / "model", smaller)
+    (smaller / "model.json").write_bytes(change(image_size=15)((smaller / "model.json").read_bytes()))
+    with pytest.raises(UserError, match=r"model\.json: augmentation\.size must be at most image_size, 15"):
+        exported.load(smaller)
     pixels = torch.from_numpy(np.load(tmp_path / paths.longtail("made_up") / "test_images.npy"))
     with torch.no_grad():
         found = exported.load(tmp_path / "model")[1](pixels)
