@@ -64,7 +64,7 @@ def test_other_instructions_are_told_in_the_provenance_and_have_checkpoints_of_t
 
 @pytest.mark.pipeline
 def test_stage_1_goes_on_from_no_checkpoint_of_other_instructions(project, monkeypatch):
-    p, found = project(cut=True), []
+    p, found = project(("device: auto", "device: cpu"), cut=True), []
     for value in (portable.VARIABLES["MKL_CBWR"], "AUTO"):
         monkeypatch.setenv("MKL_CBWR", value)
         p.inside("represent", *CELL.split())
