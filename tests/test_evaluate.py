@@ -437,7 +437,7 @@ def nan_logits() -> np.ndarray:
         (lambda: posthoc({"platt": {}}), "evaluate.posthoc.platt: unknown rule"),
         (
             lambda: posthoc({"pn_transductive": {"tau": "best"}}),
-            "params.yaml: evaluate.posthoc.pn_transductive.tau: must be a number, 0 or more, or the word tuned",
+            "params.yaml: evaluate.posthoc.pn_transductive.tau: must be a number from 0 to 100, or the word tuned",
         ),
     ],
 )

@@ -425,7 +425,17 @@ def test_configure_accepts_what_params_yaml_may_hold():
     assert configure({}) == {}
 
 
-RIGHT_TAU = "must be a number, 0 or more, or the word tuned"
+@pytest.mark.parametrize("name", [name for name in RULES if RULES[name].Config is Tau])
+def test_the_largest_tau_leaves_numbers(name):
+    configure({name: {"tau": 100}})
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(40, 3)) * 50, generator.integers(0, 3, 40)
+    changed = fit(name, logits, labels, np.array([10**6, 10, 1]), tau=100.0)(logits)
+    assert np.isfinite(changed).all()
+    assert np.isfinite(nll(changed, labels))
+
+
+RIGHT_TAU = "must be a number from 0 to 100, or the word tuned"
 
 
 @pytest.mark.parametrize(
@@ -446,6 +456,7 @@ RIGHT_TAU = "must be a number, 0 or more, or the word tuned"
         ({"pn_transductive": {"tau": float("nan")}}, f"pn_transductive.tau: {RIGHT_TAU}, got nan"),
         ({"pn_transductive": {"tau": 10**400}}, f"pn_transductive.tau: {RIGHT_TAU}, got 1{'0' * 400}"),
         ({"pn_transductive": {"tau": float("inf")}}, f"pn_transductive.tau: {RIGHT_TAU}, got inf"),
+        ({"logit_adjustment": {"tau": 101}}, f"logit_adjustment.tau: {RIGHT_TAU}, got 101"),
     ],
 )
 def test_configure_refuses_in_one_line(blocks, message):

@@ -139,6 +139,26 @@ def test_what_is_equal_as_shown_is_equally_good():
         assert [line[number].startswith(best) for line in _lines().values()] == [True, True, False, False]
 
 
+def test_of_two_eces_that_chance_alone_gives_the_lower_is_no_better():
+    for k, cell in enumerate(product(("digits_lt",), *SMALL.values())):
+        report_inputs.measure(cell, top1=0.5, ece=0.02 + k / 1000, ece_floor=(0.02, 0.03, 0.021, 0.0)[k])
+    report.main()
+    lines = _lines()
+    assert [line["ECE"].startswith("**") for line in lines.values()] == [True, True, False, False]
+    assert lines["ce", "mislas"]["ECE"] == "**2.10 ± 1.23**"
+
+
+def test_of_two_rules_whose_ece_chance_alone_gives_the_lower_is_no_better():
+    where = paths.metrics("digits_lt", "ce", "joint")
+    rules = json.loads(where.read_text())["posthoc"]
+    for numbers, ece in zip(rules.values(), (0.020, 0.025, 0.019, 0.026, 0.027, 0.001), strict=True):
+        numbers |= {"ece": ece, "ece_floor": 0.03 if ece in (0.020, 0.025) else 0.01}
+    report_inputs.measure(("digits_lt", "ce", "joint"), posthoc=rules, top1=0.5, ece=0.05)
+    report.main()
+    errors = {name: texts[0] for name, texts in _page_tables()["ECE, %"].items()}
+    assert [name for name, text in errors.items() if text.startswith("<strong>")] == ["temperature", "vector scaling"]
+
+
 def test_of_two_cells_of_which_one_has_a_number_neither_is_the_best(tmp_path):
     report_inputs.write(tmp_path, representations=("ce",), classifiers=("joint", "mislas"))
     report_inputs.change(paths.metrics("digits_lt", "ce", "joint"), few=None, few_std=None)

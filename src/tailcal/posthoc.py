@@ -10,7 +10,6 @@ What is fitted suits data with the hold-out's class frequencies: our hold-outs a
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple
@@ -27,6 +26,7 @@ from tailcal.params import PARAMS, Strict, validate
 
 TUNED = "tuned"
 MAX_TAU = 10.0  # of a tuned one; published values lie below 2
+LARGEST_TAU = 100.0  # of a given one: far beyond any use, far from logits that overflow
 TEMPERATURES = (0.01, 100.0)  # bounds of a fitted temperature
 REACH = 10.0  # how far vector scaling may move a logit at its class's mean, and again at each deviation from it
 
@@ -58,8 +58,8 @@ class NoSettings(Strict):
 
 def _tau(value: Any) -> float | str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value != TUNED and not (number and 0 <= value <= sys.float_info.max):  # an int of YAML may be larger
-        raise ValueError(f"must be a number, 0 or more, or the word {TUNED}")
+    if value != TUNED and not (number and 0 <= value <= LARGEST_TAU):
+        raise ValueError(f"must be a number from 0 to {LARGEST_TAU:g}, or the word {TUNED}")
     return float(value) if number else value
 
 

@@ -91,10 +91,15 @@ class Column:
         deviation = cell.variants()[self.posthoc].get(f"{self.number}_std") if self.spread else None
         return self._written(mean) + ("" if deviation is None else f" ± {self._written(self._shown(deviation))}")
 
-    def competes(self, cell: Cell) -> bool:
-        """Whether the cell may be the best: there is a number, and it is not the small ECE of near equal probabilities,
-        which a temperature at its bound leaves."""
-        return self.mean(cell) is not None and not (self.posthoc == TEMPERATURE and _at_bound(cell))
+    def score(self, cell: Cell) -> float | None:
+        """What the best is found by: the mean as it is shown, but 0 for an ECE that is not above its floor, as of two
+        such the lower is no better. None where there is no number, or the small ECE of near equal probabilities, which
+        a temperature at its bound leaves."""
+        mean = self.mean(cell)
+        if mean is None or (self.posthoc == TEMPERATURE and _at_bound(cell)):
+            return None
+        floor = replace(self, number="ece_floor").mean(cell) if self.number == "ece" else None
+        return 0.0 if floor is not None and mean <= floor else mean
 
     def _written(self, value: float) -> str:
         digits = 2 if self.percent else 3
@@ -148,15 +153,16 @@ POSTHOC = (
 
 
 def table(cells: list[Cell]) -> Table:
-    """One row per cell. The best of a column is bold when there are two to compare; equal as shown is equally good."""
+    """One row per cell. The best of a column is bold when there are two to compare; equal as shown is equally good, and
+    so are ECEs that are not above their floor."""
     body = [[cell.representation, cell.classifier] for cell in cells]
     for column in MAIN:
-        means = [column.mean(cell) if column.competes(cell) else None for cell in cells]
-        present = [mean for mean in means if mean is not None]
+        scores = [column.score(cell) for cell in cells]
+        present = [score for score in scores if score is not None]
         best = column.best(present) if column.best and len(present) > 1 else None
-        many = 2 * means.count(best) > len(cells)  # what most have reached tells nobody apart
-        for row, cell, mean in zip(body, cells, means, strict=True):
-            row.append(bold_if(column.text(cell), mean is not None and mean == best and not many))
+        many = 2 * scores.count(best) > len(cells)  # what most have reached tells nobody apart
+        for row, cell, score in zip(body, cells, scores, strict=True):
+            row.append(bold_if(column.text(cell), score is not None and score == best and not many))
     return Table(["representation", "classifier", *(column.title for column in MAIN)], body)
 
 
@@ -193,10 +199,10 @@ def posthoc_tables(cells: list[Cell]) -> dict[str, Table]:
 def _by_rule(cell: Cell, number: Column, applied: list[str], marked: set[str]) -> list[str]:
     """One row of a table of `posthoc_tables`, after the names; the rules `marked` do not compete."""
     columns = {rule: replace(number, posthoc=rule) for rule in applied}
-    rivals = [rule for rule in applied if rule not in marked and columns[rule].competes(cell)]
-    means = {rule: columns[rule].mean(cell) for rule in rivals}
-    best = number.best(means.values()) if len(means) > 1 else None
-    return [bold_if(columns[rule].text(cell), best is not None and means.get(rule) == best) for rule in applied]
+    scores = {rule: columns[rule].score(cell) for rule in applied if rule not in marked}
+    present = [score for score in scores.values() if score is not None]
+    best = number.best(present) if len(present) > 1 else None
+    return [bold_if(columns[rule].text(cell), best is not None and scores.get(rule) == best) for rule in applied]
 
 
 def class_table(cells: list[Cell]) -> Table:
