@@ -5,8 +5,8 @@ neighbour) gives for that image in Pillow, bit for bit, on the CPU and on the GP
 pixels is a table, made on the host in float64; counts and sums are integers; and where Pillow rounds floats, the same
 IEEE 754 operations are done here. Each of those must stay a kernel of its own: fused with the next (`torch.compile`,
 `addcmul`), a product and a sum may be rounded once instead of twice. The code that the released ones of long-tailed
-papers share fills with a grey of 128 (torchvision's default is 0); it also shears bicubically and rotates one way only,
-which is not done here.
+papers share fills with a grey of 128 (torchvision's default is 0); it also shears bicubically, rotates one way only and
+moves an image of 32 pixels by one pixel more, which is not done here.
 
 Each image has one operation a slot, so a slot is three passes over the batch (look up, move, blend), of which two leave
 the image as it is. Nothing here waits for the device, and shapes depend on nothing but shapes. The tables of an image

@@ -1,6 +1,9 @@
 """Class-balanced loss (Cui et al. 2019), on softmax cross-entropy: weights by the effective number of images.
 
 L = sum_i w_{y_i} (-log p_{i, y_i}) / sum_i w_{y_i},  w_k ∝ (1 - beta) / (1 - beta^{n_k}) scaled to sum K
+
+As in LDAM-DRW's code. That of Cui et al. divides by the number of images instead of by the sum of their weights, which
+on CIFAR-LT at factor 100 makes the gradient five to six times smaller.
 """
 
 from typing import Annotated

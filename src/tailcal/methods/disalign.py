@@ -4,7 +4,7 @@ z'_k = s(f) (a_k z_k + b_k) + (1 - s(f)) z_k,  s(f) = sigmoid(v·f + c)
 L    = sum_i w_{y_i} CE(z'_i, y_i) / sum_i w_{y_i},  w_k ∝ (1 / pi_k)^rho scaled to sum K   (GRW)
 
 a = 1, b = 0, v = 0, c = 0 at the start: the logits of stage 1, and half a gate for every image. Only a, b, v and c
-learn, from images drawn uniformly. The released code for detection and segmentation has this form (with v near 0); its
+learn, from images drawn uniformly. The released code for detection and segmentation has this form (with v = 0.1); its
 code for classification has (1 + s a_k) z_k + s b_k and a = 1, which is the same family started at a = 2. That code also
 leaves the backbone's batch norms in training mode; here they stay as stage 1 left them.
 """

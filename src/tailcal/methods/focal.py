@@ -2,8 +2,8 @@
 
 L = (1 - p_y)^gamma (-log p_y);  gamma = 0 is cross-entropy
 
-The paper's detector has a sigmoid a class; the softmax form is that of the long-tailed literature (Cui et al. 2019,
-Cao et al. 2019), whose tables it is in.
+The paper's detector has a sigmoid a class, and so have Cui et al. 2019; the softmax form is that of LDAM-DRW's code
+(Cao et al. 2019), and of the tables that go by it.
 """
 
 from typing import Annotated

@@ -10,8 +10,9 @@ From a uniform batch (x, y) and a re-weighted one (x', y'), each image augmented
     S   = -cos(p_mix, sg z_cut) - cos(p_cut, sg z_mix),  a = 1 - (epoch / epochs)^2
 
 w_k = n_k^(-q), scaled to mean 1; z = projector(f), p = predictor(z), sg stops the gradient. SAM (a recipe's `sam_rho`)
-climbs L without c S. The rebalanced classifier is the one used at test. gamma = 0 and no SAM is GLMC, the block `glmc`
-of params.yaml. FSGL's released code is github.com/ZY-IMU-CV/FSGL.
+climbs L without c S. The rebalanced classifier is the one used at test. The two linear layers begin as PyTorch has it,
+as in the released ResNet-34 (the ResNet-32 of GLMC's code begins them Kaiming-normal). gamma = 0 and no SAM is GLMC,
+the block `glmc` of params.yaml. FSGL's released code is github.com/ZY-IMU-CV/FSGL.
 """
 
 from functools import partial
