@@ -190,7 +190,7 @@ def main() -> None:
     chosen, p = plan.load(params.load())
     p = plan.narrowed(p, args.seed, args.precision)
     processes.launch("stages.published", p.runtime.processes)
-    # Before anything is downloaded it is refused what this machine cannot do.
+    # What this machine cannot do is refused before anything is downloaded.
     train.prepare(p.runtime, p.precision, *(["--precision"] if args.precision else []))
     asked = plan.select(chosen, args.table, args.dataset, args.representation, args.classifier)
     for (dataset, representation, _), classifiers in asked.items():
