@@ -101,6 +101,11 @@ class Column:
         floor = replace(self, number="ece_floor").mean(cell) if self.number == "ece" else None
         return 0.0 if floor is not None and mean <= floor else mean
 
+    def best_score(self, scores: Iterable[float | None]) -> float | None:
+        """The best of what `score` gave; None where there is no best, or fewer than two to compare."""
+        present = [score for score in scores if score is not None]
+        return self.best(present) if self.best and len(present) > 1 else None
+
     def _written(self, value: float) -> str:
         digits = 2 if self.percent else 3
         return f"{value:.{digits}f}" if abs(value) < LARGE else f"{value:.2g}"
@@ -158,8 +163,7 @@ def table(cells: list[Cell]) -> Table:
     body = [[cell.representation, cell.classifier] for cell in cells]
     for column in MAIN:
         scores = [column.score(cell) for cell in cells]
-        present = [score for score in scores if score is not None]
-        best = column.best(present) if column.best and len(present) > 1 else None
+        best = column.best_score(scores)
         many = 2 * scores.count(best) > len(cells)  # what most have reached tells nobody apart
         for row, cell, score in zip(body, cells, scores, strict=True):
             row.append(bold_if(column.text(cell), score is not None and score == best and not many))
@@ -200,8 +204,7 @@ def _by_rule(cell: Cell, number: Column, applied: list[str], marked: set[str]) -
     """One row of a table of `posthoc_tables`, after the names; the rules `marked` do not compete."""
     columns = {rule: replace(number, posthoc=rule) for rule in applied}
     scores = {rule: columns[rule].score(cell) for rule in applied if rule not in marked}
-    present = [score for score in scores.values() if score is not None]
-    best = number.best(present) if len(present) > 1 else None
+    best = number.best_score(scores.values())
     return [bold_if(columns[rule].text(cell), best is not None and scores.get(rule) == best) for rule in applied]
 
 
